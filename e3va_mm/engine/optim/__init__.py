@@ -1,0 +1,3 @@
+from .side_path_constructor import SidePathOptimWrapperConstructor
+
+__all__ = ['SidePathOptimWrapperConstructor']

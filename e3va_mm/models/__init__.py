@@ -1,0 +1,11 @@
+# Importing the engine here puts the optimizer constructor and the safe
+# checkpoint door in force wherever one of our models is built.
+from .. import checkpoint  # noqa: F401
+from ..engine import optim  # noqa: F401
+from .backbones import E3VASwinTransformer, SidePathBackbone
+from .side_path import E3VASidePath, LowRankAdapter
+
+__all__ = [
+    'E3VASidePath', 'E3VASwinTransformer', 'LowRankAdapter',
+    'SidePathBackbone'
+]

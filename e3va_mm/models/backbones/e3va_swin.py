@@ -1,0 +1,169 @@
+"""Swin Transformer with a side path, over the stock class."""
+import importlib.util
+import warnings
+from collections.abc import Mapping, Sequence
+
+from mmengine.logging import print_log
+from mmengine.registry import DefaultScope
+
+from ...errors import ConfigError
+from ...registry import MODELS
+from ..trunks import SwinTrunk
+from .side_path_backbone import SidePathBackbone
+
+
+@MODELS.register_module()
+class E3VASwinTransformer(SidePathBackbone):
+    """Frozen stock Swin Transformer with an E3VA side path.
+
+    `Parameter-efficient is not sufficient
+    <https://arxiv.org/abs/2306.09729>`_. A stock config becomes an E3VA config
+    by ``type='e3va_mm.E3VASwinTransformer'``; its other arguments stay. The
+    stock class is mmdet's or mmseg's: that of the default scope, or whichever
+    is installed.
+
+    Args:
+        side_path (Mapping, optional): What trains: ``type`` and arguments of
+            the side path (:class:`~e3va_mm.models.E3VASidePath`: ``rank``,
+            ``bottleneck_ratio``, ``taps``, ``downsampling``), and
+
+            * ``train_output_norms`` (bool): Train ``norm0``...; default True.
+            * ``trunk_drop_path`` (float): Stochastic depth in the trunk while
+              training; default 0.
+        allow_random_trunk (bool): Allow training with a trunk that has not
+            received weights. Defaults to False.
+        out_indices (Sequence[int]): Any subset of the stages. Nothing is
+            built past the last. Defaults to (0, 1, 2, 3).
+        init_cfg (Mapping, optional): ``dict(type='Pretrained',
+            checkpoint=...)``: an official Swin file, an MM-format backbone or
+            a whole detector, .pth or .safetensors. Every trunk weight must
+            arrive.
+        pretrained (str, optional): Deprecated form of ``init_cfg``.
+        convert_weights (bool): Accepted; the format is recognised.
+        drop_rate, attn_drop_rate, drop_path_rate (float): Accepted without
+            effect: the trunk is frozen and deterministic, see
+            ``trunk_drop_path``.
+        frozen_stages (int), with_cp (bool): Accepted without effect: the whole
+            trunk is frozen and keeps nothing for a backward pass.
+
+    The remaining arguments are those of the stock class.
+
+    Raises:
+        ConfigError: If an argument is out of range, or neither mmdet nor
+            mmsegmentation is installed.
+    """
+
+    def __init__(self,
+                 pretrain_img_size: int | Sequence[int] = 224,
+                 in_channels: int = 3,
+                 embed_dims: int = 96,
+                 patch_size: int = 4,
+                 window_size: int = 7,
+                 mlp_ratio: float = 4,
+                 depths: Sequence[int] = (2, 2, 6, 2),
+                 num_heads: Sequence[int] = (3, 6, 12, 24),
+                 strides: Sequence[int] = (4, 2, 2, 2),
+                 out_indices: Sequence[int] = (0, 1, 2, 3),
+                 qkv_bias: bool = True,
+                 qk_scale: float | None = None,
+                 patch_norm: bool = True,
+                 drop_rate: float = 0.,
+                 attn_drop_rate: float = 0.,
+                 drop_path_rate: float = 0.1,
+                 use_abs_pos_embed: bool = False,
+                 act_cfg: Mapping = dict(type='GELU'),  # noqa: B006, C408
+                 norm_cfg: Mapping = dict(type='LN'),  # noqa: B006, C408
+                 with_cp: bool = False,
+                 pretrained: str | None = None,
+                 convert_weights: bool = False,
+                 frozen_stages: int = -1,
+                 init_cfg: Mapping | None = None,
+                 side_path: Mapping | None = None,
+                 allow_random_trunk: bool = False) -> None:
+        without_effect = dict(
+            drop_rate=drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+            with_cp=with_cp,
+            frozen_stages=frozen_stages + 1)
+        named = [name for name, value in without_effect.items() if value]
+        if named:
+            print_log(
+                f'{", ".join(named)}: without effect on the frozen trunk of '
+                f'{type(self).__name__}.',
+                logger='current')
+        if pretrained is not None:
+            if init_cfg is not None:
+                raise ConfigError(
+                    '`pretrained` and `init_cfg` of the backbone are both '
+                    'set; keep `init_cfg`.')
+            warnings.warn('`pretrained` is deprecated, use `init_cfg`.',
+                          DeprecationWarning)
+            init_cfg = dict(type='Pretrained', checkpoint=pretrained)
+        out_indices = _checked_out_indices(out_indices, len(depths))
+        side_path = dict(side_path or {})
+        drop_path = side_path.get('trunk_drop_path', 0.)
+        if not 0 <= drop_path < 1:
+            raise ConfigError('`side_path.trunk_drop_path` should be in '
+                              f'[0, 1), but got {drop_path}.')
+
+        if not isinstance(pretrain_img_size, int):
+            pretrain_img_size = tuple(pretrain_img_size)
+        stock = MODELS.build(
+            dict(
+                type=f'{_stock_scope()}.SwinTransformer',
+                pretrain_img_size=pretrain_img_size,
+                in_channels=in_channels,
+                embed_dims=embed_dims,
+                patch_size=patch_size,
+                window_size=window_size,
+                mlp_ratio=mlp_ratio,
+                depths=depths,
+                num_heads=num_heads,
+                strides=strides,
+                out_indices=out_indices,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                patch_norm=patch_norm,
+                drop_path_rate=drop_path,
+                use_abs_pos_embed=use_abs_pos_embed,
+                act_cfg=act_cfg,
+                norm_cfg=norm_cfg))
+        last = out_indices[-1]
+        del stock.stages[last + 1:]
+        stock.stages[last].downsample = None
+
+        super().__init__(
+            SwinTrunk(),
+            stock,
+            out_indices,
+            side_path=side_path,
+            allow_random_trunk=allow_random_trunk,
+            init_cfg=init_cfg)
+        # As the stock class has them; `SwinTrunk` reads both.
+        self.use_abs_pos_embed = use_abs_pos_embed
+        self.num_features = stock.num_features
+
+
+def _checked_out_indices(out_indices: Sequence[int],
+                         depth: int) -> tuple[int, ...]:
+    """Outputs in ascending order, as the stock class gives them."""
+    indices = tuple(sorted(set(out_indices)))
+    if not indices or indices[0] < 0 or indices[-1] >= depth:
+        raise ConfigError(
+            '`backbone.out_indices` should name at least one of the stages '
+            f'{tuple(range(depth))}, but got {tuple(out_indices)}.')
+    return indices
+
+
+def _stock_scope() -> str:
+    """The framework to take the stock class from."""
+    scope = DefaultScope.get_current_instance()
+    preferred = scope.scope_name if scope else None
+    for name in sorted(('mmdet', 'mmseg'), key=lambda n: n != preferred):
+        if importlib.util.find_spec(name):
+            return name
+    raise ConfigError(
+        'The stock Swin Transformer comes from MMDetection or '
+        'MMSegmentation, but neither is installed. Install one: `pip install '
+        'onedl-mmdetection` or `pip install onedl-mmsegmentation`.')

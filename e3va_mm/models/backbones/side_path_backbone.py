@@ -1,0 +1,279 @@
+"""A frozen trunk with a side path: what every backbone of ours shares."""
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from mmcv.cnn.bricks import DropPath
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from ...checkpoint import match_state, read_checkpoint
+from ...errors import CheckpointError, ConfigError
+from ...registry import MODELS
+from ...utils import mark_trainable
+from ..trunks import StageOutput, Trunk
+from ..trunks.base import Size
+
+
+class SidePathBackbone(BaseModule):
+    """Runs a frozen trunk without a graph and a side path beside it.
+
+    The trunk's stock modules become children under their stock names, so that
+    state dicts, optimizer keys and hooks see a stock backbone plus
+    ``side_path``. Output norms keep their stock names (``norm0``...) but
+    belong to the side path: they train.
+
+    Output ``i`` is ``norm_i(x_i + h_i)``, ``x`` the trunk and ``h`` the side
+    path's highway (E3VA, Sec. 3). Before the first step ``h`` is zero and the
+    backbone gives what the stock one gives.
+
+    Args:
+        trunk (Trunk): Reader of the stock family.
+        stock (nn.Module): The stock backbone, cut after its last output.
+        out_indices (Sequence[int]): Stages that have an output and a norm.
+        side_path (Mapping, optional): Config of the side path: ``type``
+            (default ``E3VASidePath``) and its arguments; also
+            ``train_output_norms`` (bool, default True) and
+            ``trunk_drop_path`` (float, default 0; honoured by the subclass
+            that builds ``stock``).
+        allow_random_trunk (bool): Allow training with a trunk that has not
+            received weights. Defaults to False.
+        init_cfg (Mapping, optional): ``dict(type='Pretrained',
+            checkpoint=...)`` with a path or URL of trunk weights.
+
+    Raises:
+        ConfigError: If ``init_cfg`` or ``side_path`` asks for what is not
+            there.
+    """
+
+    def __init__(self,
+                 trunk: Trunk,
+                 stock: nn.Module,
+                 out_indices: Sequence[int],
+                 side_path: Mapping | None = None,
+                 allow_random_trunk: bool = False,
+                 init_cfg: Mapping | None = None) -> None:
+        if init_cfg is not None and 'checkpoint' not in init_cfg:
+            raise ConfigError(
+                '`backbone.init_cfg` of a frozen trunk should be '
+                "dict(type='Pretrained', checkpoint=PATH_OR_URL), but got "
+                f'{dict(init_cfg)}.')
+        super().__init__(init_cfg=init_cfg)
+        self._adopt(stock)
+        self.trunk = trunk
+        self.out_indices = tuple(out_indices)
+        self.allow_random_trunk = allow_random_trunk
+        # Where the trunk's weights came from; None while they are random.
+        self.trunk_source: str | None = None
+        self._reading: str | None = None
+
+        side_path = dict(side_path or {})
+        self._train_output_norms = side_path.pop('train_output_norms', True)
+        self._trunk_drop_path = side_path.pop('trunk_drop_path', 0.)
+        side_path.setdefault('type', 'e3va_mm.E3VASidePath')
+        self.side_path = MODELS.build(
+            dict(side_path, stages=trunk.stages(self)))
+        mark_trainable(self, (part for _, part in self.trainable_children()))
+        self.train()
+
+    def _adopt(self, stock: nn.Module) -> None:
+        """Take over the children, parameters and buffers of ``stock``."""
+        for name, child in stock.named_children():
+            self.add_module(name, child)
+        for name, parameter in stock.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in stock.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+
+    def output_norms(self) -> Iterator[tuple[str, nn.Module]]:
+        """Names and modules of the norms at the outputs."""
+        for index in self.out_indices:
+            yield f'norm{index}', getattr(self, f'norm{index}')
+
+    def trainable_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Names and modules of the children that train, and no others do."""
+        yield 'side_path', self.side_path
+        if self._train_output_norms:
+            yield from self.output_norms()
+
+    def trunk_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Names and modules of the children that never change."""
+        owned = {'side_path'} | {name for name, _ in self.output_norms()}
+        for name, child in self.named_children():
+            if name not in owned:
+                yield name, child
+
+    def train(self, mode: bool = True) -> 'SidePathBackbone':
+        """Set the mode of the side path; the trunk stays in eval mode.
+
+        With ``side_path.trunk_drop_path`` its drop path layers follow
+        ``mode``.
+        """
+        super().train(mode)
+        for _, child in self.trunk_children():
+            child.eval()
+            if self._trunk_drop_path:
+                for module in child.modules():
+                    if isinstance(module, DropPath):
+                        module.train(mode)
+        return self
+
+    def init_weights(self) -> None:
+        """Bring the trunk's weights; the side path is drawn already.
+
+        Raises:
+            CheckpointError: If ``init_cfg.checkpoint`` cannot be read or does
+                not fit the trunk.
+        """
+        if self._is_init:
+            return
+        if self.init_cfg is None:
+            self.trunk.init_random(self)
+            print_log(
+                f'The trunk of {type(self).__name__} is random: no '
+                '`init_cfg`.',
+                logger='current')
+        else:
+            self._reading = self.init_cfg['checkpoint']
+            checkpoint = read_checkpoint(self._reading)
+            try:
+                state, form = self.trunk.to_stock_state(checkpoint)
+                self._reading += f' ({form})'
+                self.load_state_dict(state, strict=False)
+            finally:
+                self._reading = None
+        self._is_init = True
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args,
+                              **kwargs) -> None:
+        """Check that the whole trunk arrives, then load as usual.
+
+        Both torch's and mmengine's loaders come through here. The latter only
+        logs what does not fit; a frozen trunk with a part missing would train
+        to nothing, so that is an error here, before anything is copied.
+        """
+        found = {
+            key[len(prefix):]: value
+            for key, value in state_dict.items() if key.startswith(prefix)
+        }
+        fitted = self._fit_state(found, prefix)
+        for key in found:
+            del state_dict[prefix + key]
+        state_dict.update({prefix + key: v for key, v in fitted.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _fit_state(self, found: dict[str, Tensor],
+                   prefix: str) -> dict[str, Tensor]:
+        """The state to load, complete, or an error.
+
+        A file may hold the trunk, the side path or both, each in full. What
+        it does not hold keeps its value.
+        """
+        source = self._reading or 'the checkpoint'
+        own = self.state_dict()
+        if not any(key in own for key in found):
+            keys = ', '.join(list(found)[:5]) or 'none'
+            raise CheckpointError(
+                f'Expected the weights of a backbone under {prefix!r} in '
+                f'{source}, but no key of it is there (found: {keys}). A file '
+                'of the backbone alone goes into '
+                '`model.backbone.init_cfg.checkpoint`, a whole detector or '
+                'segmentor into `load_from`.')
+        norms = {name for name, _ in self.output_norms()}
+        parts = dict(trunk={}, norms={}, side_path={})
+        for key, value in own.items():
+            child = key.split('.')[0]
+            part = ('side_path' if child == 'side_path' else
+                    'norms' if child in norms else 'trunk')
+            parts[part][key] = value
+
+        expected = {}
+        notes = []
+        has_trunk = any(key in parts['trunk'] for key in found)
+        if has_trunk:
+            notes += self.trunk.adapt_state(parts['trunk'], found)
+            expected.update(parts['trunk'])
+        if any(key.startswith('side_path.') for key in found):
+            # A file of ours: side path and norms come together.
+            expected.update(parts['side_path'] | parts['norms'])
+        else:
+            expected.update(
+                {k: v for k, v in parts['norms'].items() if k in found})
+            kept = [k for k in parts['norms'] if k not in found]
+            notes.append('side path: not in the file, keeps its values')
+            if kept:
+                notes.append('output norms: not in the file, keep their '
+                             f'values: {", ".join(kept)}')
+
+        report = match_state(
+            expected,
+            found,
+            expected_leftovers=self.trunk.leftovers(self),
+            what=f'backbone under {prefix!r}' if prefix else 'backbone',
+            source=source,
+            hint=lambda: self.trunk.explain_mismatch(parts['trunk'], found),
+            notes=notes)
+        print_log(str(report), logger='current')
+        if has_trunk:
+            self.trunk_source = source
+        return {**own, **{key: found[key] for key in expected}}
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> one map (B, C_i, H_i, W_i) for each output.
+
+        Raises:
+            ConfigError: If training starts with a trunk that has received no
+                weights.
+        """
+        if (self.training and self.trunk_source is None
+                and not self.allow_random_trunk):
+            raise ConfigError(
+                'Expected pre-trained weights in the frozen trunk, but it is '
+                'random: neither `init_cfg`, `load_from` nor a resume has '
+                'brought any. Set `model.backbone.init_cfg=dict('
+                "type='Pretrained', checkpoint=...)`, or allow it with "
+                '`model.backbone.allow_random_trunk=True`.')
+        highway = None
+        outputs = []
+        with torch.no_grad():
+            tokens, size = self.trunk.embed(self, x)
+        for stage in range(self.out_indices[-1] + 1):
+            end, highway = self._run_stage(stage, tokens, size, highway)
+            if stage in self.out_indices:
+                output = self.side_path.output(highway, end.tokens)
+                output = getattr(self, f'norm{stage}')(output)
+                outputs.append(
+                    output.transpose(1, 2).unflatten(2,
+                                                     end.size).contiguous())
+            if stage < self.out_indices[-1]:
+                highway = self._inherit(stage, highway, end)
+                tokens, size = end.next_tokens, end.next_size
+        return outputs
+
+    def _run_stage(self, stage: int, tokens: Tensor, size: Size,
+                   highway: Tensor | None
+                   ) -> tuple[StageOutput, Tensor | None]:
+        """Run the trunk's stage without a graph, the side path with one."""
+        graph = torch.is_grad_enabled()
+
+        def on_tap(block: int, tap: str, value: Tensor) -> None:
+            nonlocal highway
+            with torch.set_grad_enabled(graph):
+                highway = self.side_path.add_tap(highway, stage, block, tap,
+                                                 value)
+
+        with torch.no_grad():
+            end = self.trunk.run_stage(self, stage, tokens, size,
+                                       self.side_path.taps, on_tap)
+        return end, highway
+
+    def _inherit(self, stage: int, highway: Tensor | None,
+                 end: StageOutput) -> Tensor | None:
+        """Carry the highway through the trunk's frozen downsampling."""
+
+        def downsample(tokens: Tensor, linear: bool = False) -> Tensor:
+            return self.trunk.downsample(self, stage, tokens, end.size,
+                                         linear)
+
+        return self.side_path.inherit(highway, end.tokens, end.next_tokens,
+                                      downsample)

@@ -1,0 +1,81 @@
+"""What a backbone with a side path asks of a trunk."""
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+# Called with (block index, tap name, tap of shape (B, L, C)).
+OnTap = Callable[[int, str, Tensor], None]
+Size = tuple[int, int]
+
+
+class StageSpec(NamedTuple):
+    """A stage as a side path sees it: channels, blocks, taps of a block."""
+
+    channels: int
+    depth: int
+    taps: tuple[str, ...]
+
+
+class StageOutput(NamedTuple):
+    """What running a stage gives: its end and the start of the next."""
+
+    tokens: Tensor  # (B, L, C)
+    size: Size  # (H, W), H * W = L
+    next_tokens: Tensor | None  # (B, L', C'), None after the last stage
+    next_size: Size | None
+
+
+class Trunk(ABC):
+    """Reads one family of stock backbones; knows no side path.
+
+    It owns no module: the stock modules are children of ``holder``, the
+    backbone that has adopted them under their stock names.
+    """
+
+    @abstractmethod
+    def stages(self, holder: nn.Module) -> Sequence[StageSpec]:
+        """The stages that lead to the last output."""
+
+    @abstractmethod
+    def embed(self, holder: nn.Module, image: Tensor) -> tuple[Tensor, Size]:
+        """(B, 3, H, W) -> tokens (B, L, C) and their grid."""
+
+    @abstractmethod
+    def run_stage(self, holder: nn.Module, stage: int, tokens: Tensor,
+                  size: Size, taps: Sequence[str],
+                  on_tap: OnTap) -> StageOutput:
+        """Run a stage and hand out each tap as soon as it is there."""
+
+    @abstractmethod
+    def downsample(self,
+                   holder: nn.Module,
+                   stage: int,
+                   tokens: Tensor,
+                   size: Size,
+                   linear: bool = False) -> Tensor:
+        """The downsampling after a stage; ``linear`` leaves its norm out."""
+
+    @abstractmethod
+    def init_random(self, holder: nn.Module) -> None:
+        """Draw the weights as the stock class does without a checkpoint."""
+
+    @abstractmethod
+    def to_stock_state(
+            self, checkpoint: Mapping) -> tuple[dict[str, Tensor], str]:
+        """State with stock names from any known format, and its name."""
+
+    @abstractmethod
+    def adapt_state(self, expected: Mapping[str, Tensor],
+                    found: dict[str, Tensor]) -> list[str]:
+        """Fit tensors in place where stock loading does; say what was done."""
+
+    @abstractmethod
+    def leftovers(self, holder: nn.Module) -> list[str]:
+        """Regular expressions of keys that a fitting file may have too."""
+
+    @abstractmethod
+    def explain_mismatch(self, expected: Mapping[str, Tensor],
+                         found: Mapping[str, Tensor]) -> str:
+        """The likely cause when a file does not fit."""

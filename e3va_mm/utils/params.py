@@ -1,0 +1,35 @@
+"""What trains: the only place that touches ``requires_grad``."""
+from collections.abc import Iterable
+
+from torch import nn
+
+
+def mark_trainable(module: nn.Module,
+                   trainable: Iterable[nn.Module]) -> None:
+    """Let exactly the parameters of ``trainable`` train; freeze the rest.
+
+    Args:
+        module (nn.Module): The module whose parameters are all set.
+        trainable (Iterable[nn.Module]): The descendants that train.
+    """
+    for parameter in module.parameters():
+        parameter.requires_grad = False
+    for part in trainable:
+        for parameter in part.parameters():
+            parameter.requires_grad = True
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """Numbers of values in all and in the trainable parameters.
+
+    Args:
+        module (nn.Module): Any module. A shared parameter counts once.
+
+    Returns:
+        tuple[int, int]: All values, trainable values.
+    """
+    total = trainable = 0
+    for parameter in module.parameters():
+        total += parameter.numel()
+        trainable += parameter.numel() * parameter.requires_grad
+    return total, trainable

@@ -1,0 +1,99 @@
+"""Groups of the optimizer, under the default constructor's own name too."""
+import pytest
+import torch
+from mmengine.optim import build_optim_wrapper
+from torch import nn
+
+import e3va_mm.models  # noqa: F401  (puts the constructor in force)
+from tests.helpers import build_e3va, build_stock
+
+
+class Model(nn.Module):
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.neck = nn.Linear(4, 4)
+        self.fixed = nn.Linear(4, 4).requires_grad_(False)
+
+
+OPTIMIZER = dict(type='AdamW', lr=1.0, weight_decay=0.5)
+# What stock Swin configs hold, each with a trap for names of ours.
+PARAMWISE = [
+    dict(custom_keys={'backbone': dict(lr_mult=0.1)}),
+    dict(custom_keys={'backbone': dict(lr_mult=0.0)}),
+    dict(custom_keys={
+        'backbone': dict(lr_mult=0.1, decay_mult=1.0),
+        'backbone.norm': dict(lr_mult=0.1, decay_mult=0.0),
+        'absolute_pos_embed': dict(lr_mult=0.1, decay_mult=0.0),
+        'stages.0': dict(lr_mult=0.1),
+    }),
+    dict(bias_lr_mult=0.1, norm_decay_mult=0.0),
+]
+
+
+def groups_of(model, **options):
+    wrapper = build_optim_wrapper(
+        model, dict(optimizer=OPTIMIZER, **options))
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        names[id(p)]: group
+        for group in wrapper.optimizer.param_groups for p in group['params']
+    }
+
+
+@pytest.mark.parametrize('constructor', [
+    None, 'DefaultOptimWrapperConstructor',
+    'e3va_mm.SidePathOptimWrapperConstructor'
+])
+@pytest.mark.parametrize('paramwise_cfg', [None, *PARAMWISE])
+def test_side_path_has_the_base_rate_and_frozen_parameters_no_group(
+        constructor, paramwise_cfg):
+    model = Model(build_e3va())
+    options = dict(paramwise_cfg=paramwise_cfg)
+    if constructor:
+        options['constructor'] = constructor
+    groups = groups_of(model, **options)
+    trainable = {k for k, p in model.named_parameters() if p.requires_grad}
+    assert set(groups) == trainable
+    side = [k for k in trainable if k.startswith('backbone.')]
+    assert len(side) > 60
+    for name in side:
+        assert groups[name]['lr'] == 1.0, name
+        assert groups[name]['weight_decay'] == (
+            0. if 'norm' in name and paramwise_cfg in PARAMWISE[2:] else 0.5)
+
+
+def test_a_key_that_names_the_side_path_scales_it():
+    model = Model(build_e3va())
+    groups = groups_of(
+        model,
+        paramwise_cfg=dict(
+            custom_keys={
+                'backbone': dict(lr_mult=0.1),
+                'backbone.side_path': dict(lr_mult=3.0, decay_mult=0.0)
+            }))
+    group = groups['backbone.side_path.stages.0.0.attn.down.p']
+    assert (group['lr'], group['weight_decay']) == (3.0, 0.0)
+    assert groups['backbone.norm0.weight']['lr'] == 1.0
+
+
+@pytest.mark.parametrize('paramwise_cfg', [None, PARAMWISE[0]])
+def test_other_models_keep_the_default_groups(paramwise_cfg):
+    model = Model(build_stock())
+    groups = groups_of(model, paramwise_cfg=paramwise_cfg)
+    scaled = paramwise_cfg is not None
+    assert groups['backbone.norm0.weight']['lr'] == (0.1 if scaled else 1.0)
+    # The default puts frozen parameters in the one group; so be it there.
+    assert ('fixed.weight' in groups) is not scaled
+
+
+def test_frozen_parameters_have_no_optimizer_state():
+    model = Model(build_e3va())
+    wrapper = build_optim_wrapper(model, dict(optimizer=OPTIMIZER))
+    outputs = model.backbone(torch.randn(1, 3, 64, 64))
+    wrapper.update_params(sum(output.square().sum() for output in outputs))
+    held = {id(p) for p in wrapper.optimizer.state}
+    assert held == {
+        id(p) for p in model.backbone.parameters() if p.requires_grad
+    }

@@ -3,7 +3,7 @@
 Paper: https://arxiv.org/abs/2306.09729 (its COCO rows are Swin-B, 3x).
 Run: python tools/train.py configs/cascade_e3va_swin_l_coco.py
 Differs from the stock R-50 config in: trunk, neck widths, AdamW.
-Trains 1,792,512 values in the backbone (0.90 %), neck and heads as usual.
+Trains 1,792,512 values in the backbone (0.92 %), neck and heads as usual.
 Expected: not yet measured.
 """
 _base_ = [

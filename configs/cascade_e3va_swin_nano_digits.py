@@ -15,7 +15,10 @@ _base_ = [
 width = 64
 num_classes = 10
 model = dict(
-    backbone={{_base_.swin_nano}},
+    backbone=dict(
+        _delete_=True,
+        type='e3va_mm.E3VASwinTransformer',
+        **_base_.swin_nano),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=width),
     rpn_head=dict(
         in_channels=width,
@@ -25,22 +28,51 @@ model = dict(
         bbox_roi_extractor=dict(out_channels=width),
         bbox_head=[
             dict(
-                type='Shared2FCBBoxHead',
+                head,
                 in_channels=width,
                 fc_out_channels=256,
-                roi_feat_size=7,
-                num_classes=num_classes,
-                bbox_coder=dict(
-                    type='DeltaXYWHBBoxCoder', target_stds=target_stds),
-                reg_class_agnostic=True,
-                loss_cls=dict(type='CrossEntropyLoss'),
-                loss_bbox=dict(type='SmoothL1Loss', beta=1.0))
-            for target_stds in ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1],
-                                [0.033, 0.033, 0.067, 0.067])
+                num_classes=num_classes)
+            for head in _base_.model.roi_head.bbox_head
         ],
         mask_roi_extractor=dict(out_channels=width),
         mask_head=dict(
+            num_convs=2,
             in_channels=width,
             conv_out_channels=width,
-            num_convs=2,
-            num_classes=num_classes)))
+            num_classes=num_classes)),
+    # Few objects a picture: fewer proposals than for COCO.
+    train_cfg=dict(
+        rpn=dict(sampler=dict(num=64)),
+        rpn_proposal=dict(nms_pre=300, max_per_img=100),
+        rcnn=[
+            dict(stage, sampler=dict(stage.sampler, num=64))
+            for stage in _base_.model.train_cfg.rcnn
+        ]),
+    test_cfg=dict(
+        rpn=dict(nms_pre=300, max_per_img=50), rcnn=dict(max_per_img=20)))
+
+epochs = 6
+train_cfg = dict(
+    type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=epochs)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+optim_wrapper = dict(
+    type='OptimWrapper',
+    constructor='e3va_mm.SidePathOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.),
+    clip_grad=dict(max_norm=10.))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
+    dict(
+        type='CosineAnnealingLR',
+        by_epoch=True,
+        T_max=epochs,
+        eta_min_ratio=0.01,
+        convert_to_iter_based=True)
+]
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(max_keep_ckpts=2, save_best='coco/bbox_mAP'))
+auto_scale_lr = dict(enable=False, base_batch_size=4)
+randomness = dict(seed=0)

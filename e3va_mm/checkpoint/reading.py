@@ -553,9 +553,10 @@ def read_checkpoint(
     list: there only ``weights_only=True`` holds, and a training checkpoint
     that carries a message hub is refused.
 
-    The records of a zip-format ``.pth`` are compared with their checksums.
-    The old format and safetensors carry none, so a flipped bit within the
-    numbers of such a file goes unnoticed.
+    The records of a zip-format ``.pth`` are compared with their checksums; a
+    file saved after ``torch.serialization.set_crc32_options(False)`` is
+    therefore refused as damaged. The old format and safetensors carry none,
+    so a flipped bit within the numbers of such a file goes unnoticed.
 
     Args:
         path_or_url: A local path (``~`` is expanded), an http(s) URL,

@@ -1,6 +1,5 @@
 """Bring the weights of a Swin Transformer to the names of mmdet and mmseg."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -79,8 +78,7 @@ def to_stock_keys(
         The tensors by stock name (``stages.0.blocks.0.attn.w_msa.qkv.weight``)
         and the format of the file in words. Keys that are no part of the
         stock backbone, such as the ``head.`` of an official file, keep their
-        names. An absolute position embedding of shape (1, H * W, C) becomes
-        (1, C, H, W), for H = W.
+        names.
 
     Raises:
         CheckpointError: If the file has none of the accepted formats.
@@ -103,12 +101,6 @@ def to_stock_keys(
             f'{len(tensors)} tensors are {", ".join(first) or "none"}. '
             f'Accepted are {_ACCEPTED}.'
         )
-    position = state.get('absolute_pos_embed')
-    if position is not None and position.ndim == 3:
-        side = math.isqrt(position.shape[1])
-        if side * side == position.shape[1]:
-            position = position.unflatten(1, (side, side))
-            state['absolute_pos_embed'] = position.permute(0, 3, 1, 2)
     return state, name
 
 

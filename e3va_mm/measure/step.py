@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
@@ -39,6 +40,8 @@ class TrainingStep:
                  seed: int = 0) -> None:
         config = variant_config(config, variant)
         init_default_scope(config.default_scope)
+        # One line for each frozen parameter is no news here.
+        MMLogger.get_current_instance().setLevel('ERROR')
         torch.manual_seed(seed)
         self.model = MODELS.build(config.model)
         self.model.train()

@@ -233,12 +233,13 @@ class SidePathBackbone(BaseModule):
                 'brought any. Set `model.backbone.init_cfg=dict('
                 "type='Pretrained', checkpoint=...)`, or allow it with "
                 '`model.backbone.allow_random_trunk=True`.')
-        highway = None
+        inherited = None
         outputs = []
         with torch.no_grad():
             tokens, size = self.trunk.embed(self, x)
         for stage in range(self.out_indices[-1] + 1):
-            end, highway = self._run_stage(stage, tokens, size, highway)
+            highway = self.side_path.start(inherited)
+            end = self._run_stage(stage, tokens, size, highway)
             if stage in self.out_indices:
                 output = self.side_path.output(highway, end.tokens)
                 output = getattr(self, f'norm{stage}')(output)
@@ -246,28 +247,24 @@ class SidePathBackbone(BaseModule):
                     output.transpose(1, 2).unflatten(2,
                                                      end.size).contiguous())
             if stage < self.out_indices[-1]:
-                highway = self._inherit(stage, highway, end)
+                inherited = self._inherit(stage, highway, end)
                 tokens, size = end.next_tokens, end.next_size
         return outputs
 
     def _run_stage(self, stage: int, tokens: Tensor, size: Size,
-                   highway: Tensor | None
-                   ) -> tuple[StageOutput, Tensor | None]:
-        """Run the trunk's stage without a graph, the side path with one."""
+                   highway: object) -> StageOutput:
+        """Run the trunk's stage without a graph; the side path reads taps."""
         graph = torch.is_grad_enabled()
 
         def on_tap(block: int, tap: str, value: Tensor) -> None:
-            nonlocal highway
             with torch.set_grad_enabled(graph):
-                highway = self.side_path.add_tap(highway, stage, block, tap,
-                                                 value)
+                self.side_path.add_tap(highway, stage, block, tap, value)
 
         with torch.no_grad():
-            end = self.trunk.run_stage(self, stage, tokens, size,
-                                       self.side_path.taps, on_tap)
-        return end, highway
+            return self.trunk.run_stage(self, stage, tokens, size,
+                                        self.side_path.taps, on_tap)
 
-    def _inherit(self, stage: int, highway: Tensor | None,
+    def _inherit(self, stage: int, highway: object,
                  end: StageOutput) -> Tensor | None:
         """Carry the highway through the trunk's frozen downsampling."""
 

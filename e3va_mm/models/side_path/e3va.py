@@ -12,6 +12,8 @@ from ...errors import ConfigError
 from ...registry import MODELS
 from ..trunks import StageSpec
 from .adapter import LowRankAdapter
+from .highway import Highway
+from .kept_taps import TAP_CODECS
 
 Downsample = Callable[..., Tensor]
 
@@ -42,12 +44,15 @@ class E3VASidePath(nn.Module):
             to all that the trunk offers.
         downsampling (str): ``'difference'`` or ``'linear'``. Defaults to
             ``'difference'``.
+        save_taps (str): How a tap is kept for backward: ``'exact'``,
+            ``'bf16'``, or ``'int8'`` with one scale a token. The forward pass
+            is the same. Defaults to ``'exact'``.
         act_cfg (dict, optional): Activation of the adapters. Defaults to
             ``dict(type='GELU')``.
 
     Raises:
-        ConfigError: If ``taps`` or ``downsampling`` names what is not there,
-            or the adapters cannot have the size asked for.
+        ConfigError: If ``taps``, ``downsampling`` or ``save_taps`` names what
+            is not there, or the adapters cannot have the size asked for.
     """
 
     DOWNSAMPLINGS = ('difference', 'linear')
@@ -58,6 +63,7 @@ class E3VASidePath(nn.Module):
                  bottleneck_ratio: float = 0.5,
                  taps: Sequence[str] | None = None,
                  downsampling: str = 'difference',
+                 save_taps: str = 'exact',
                  act_cfg: dict | None = None) -> None:
         super().__init__()
         offered = stages[0].taps
@@ -70,7 +76,11 @@ class E3VASidePath(nn.Module):
             raise ConfigError(
                 '`side_path.downsampling` should be one of '
                 f'{self.DOWNSAMPLINGS}, but got {downsampling!r}.')
+        if save_taps not in TAP_CODECS:
+            raise ConfigError('`side_path.save_taps` should be one of '
+                              f'{tuple(TAP_CODECS)}, but got {save_taps!r}.')
         self.downsampling = downsampling
+        self.codec = TAP_CODECS[save_taps]
         self.stages = nn.ModuleList(
             nn.ModuleList(
                 nn.ModuleDict({
@@ -79,33 +89,42 @@ class E3VASidePath(nn.Module):
                     for tap in self.taps
                 }) for _ in range(spec.depth)) for spec in stages)
 
-    def add_tap(self, highway: Tensor | None, stage: int, block: int,
-                tap: str, value: Tensor) -> Tensor:
-        """Add what one tap contributes to the highway.
+    def start(self, inherited: Tensor | None) -> Highway:
+        """Begin a stage.
 
         Args:
-            highway (Tensor, optional): (B, L, C), or None for zero.
+            inherited (Tensor, optional): (B, L, C) from :meth:`inherit`, or
+                None for zero.
+
+        Returns:
+            Highway: The state of the stage, for the other methods.
+        """
+        return Highway(inherited, self.codec)
+
+    def add_tap(self, highway: Highway, stage: int, block: int, tap: str,
+                value: Tensor) -> None:
+        """Add what one tap contributes.
+
+        Args:
+            highway (Highway): The state of the stage; changed.
             stage (int): Index of the stage.
             block (int): Index of the block in the stage.
             tap (str): Name of the tap, one of ``self.taps``.
             value (Tensor): (B, L, C), the tap.
-
-        Returns:
-            Tensor: (B, L, C), the highway after the tap.
         """
-        adapted = self.stages[stage][block][tap](value)
-        return adapted if highway is None else highway + adapted
+        highway.add(self.stages[stage][block][tap], value)
 
-    def output(self, highway: Tensor | None, trunk: Tensor) -> Tensor:
-        """(B, L, C) of the highway and of the trunk -> (B, L, C)."""
-        return trunk if highway is None else trunk + highway
+    def output(self, highway: Highway, trunk: Tensor) -> Tensor:
+        """The state and the trunk (B, L, C) at a stage's end -> (B, L, C)."""
+        total = highway.sum()
+        return trunk if total is None else trunk + total
 
-    def inherit(self, highway: Tensor | None, trunk: Tensor,
-                trunk_next: Tensor, downsample: Downsample) -> Tensor | None:
+    def inherit(self, highway: Highway, trunk: Tensor, trunk_next: Tensor,
+                downsample: Downsample) -> Tensor | None:
         """Carry the highway to the next stage.
 
         Args:
-            highway (Tensor, optional): (B, L, C), or None for zero.
+            highway (Highway): The state at the end of the stage.
             trunk (Tensor): (B, L, C), the trunk at the end of the stage.
             trunk_next (Tensor): (B, L', C'), the trunk after its
                 downsampling.
@@ -113,10 +132,11 @@ class E3VASidePath(nn.Module):
                 -> (B, L', C'); with ``linear=True`` without its norm.
 
         Returns:
-            Tensor, optional: (B, L', C'), the highway of the next stage.
+            Tensor, optional: (B, L', C'), what the next stage starts with.
         """
-        if highway is None:
+        total = highway.sum()
+        if total is None:
             return None
         if self.downsampling == 'linear':
-            return downsample(highway, linear=True)
-        return downsample(trunk + highway) - trunk_next
+            return downsample(total, linear=True)
+        return downsample(trunk + total) - trunk_next

@@ -20,19 +20,19 @@ def drawn(**kwargs):
 def test_taps_add_up_in_parallel():
     side = drawn()
     taps = torch.randn(4, 1, 3, 8)
-    highway = None
+    highway = side.start(None)
     for (block, tap), value in zip(
             [(0, 'left'), (0, 'right'), (1, 'left'), (1, 'right')], taps,
             strict=True):
-        highway = side.add_tap(highway, 0, block, tap, value)
+        side.add_tap(highway, 0, block, tap, value)
     expected = sum(
         side.stages[0][block][tap](value) for (block, tap), value in zip(
             [(0, 'left'), (0, 'right'), (1, 'left'), (1, 'right')], taps,
             strict=True))
-    torch.testing.assert_close(highway, expected)
+    torch.testing.assert_close(highway.sum(), expected)
     trunk = torch.randn(1, 3, 8)
-    torch.testing.assert_close(side.output(highway, trunk), trunk + highway)
-    assert side.output(None, trunk) is trunk
+    torch.testing.assert_close(side.output(highway, trunk), trunk + expected)
+    assert side.output(side.start(None), trunk) is trunk
 
 
 def frozen_merge(tokens, linear=False):
@@ -45,17 +45,19 @@ def frozen_merge(tokens, linear=False):
 def test_both_forms_of_inheritance_keep_zero_at_zero():
     trunk = torch.randn(1, 3, 8)
     ahead = frozen_merge(trunk)
-    highway = torch.randn(1, 3, 8)
+    base = torch.randn(1, 3, 8)
     for form, expected in [
-        ('difference', frozen_merge(trunk + highway) - ahead),
-        ('linear', torch.cat([highway, 2 * highway], -1))
+        ('difference', frozen_merge(trunk + base) - ahead),
+        ('linear', torch.cat([base, 2 * base], -1))
     ]:
         side = drawn(downsampling=form)
-        assert not side.inherit(
-            torch.zeros_like(trunk), trunk, ahead, frozen_merge).any()
+        zero = side.start(torch.zeros_like(trunk))
+        assert not side.inherit(zero, trunk, ahead, frozen_merge).any()
         torch.testing.assert_close(
-            side.inherit(highway, trunk, ahead, frozen_merge), expected)
-        assert side.inherit(None, trunk, ahead, frozen_merge) is None
+            side.inherit(side.start(base), trunk, ahead, frozen_merge),
+            expected)
+        assert side.inherit(
+            side.start(None), trunk, ahead, frozen_merge) is None
 
 
 def test_only_the_taps_asked_for_have_adapters():
@@ -70,7 +72,7 @@ def test_another_kind_of_side_path_can_be_registered():
     class SilentSidePath(E3VASidePath):
 
         def output(self, highway, trunk):
-            return trunk + 0 * highway
+            return trunk + 0 * highway.sum()
 
     backbone = build_e3va(side_path=dict(type='e3va_mm.SilentSidePath'))
     assert type(backbone.side_path) is SilentSidePath

@@ -4,10 +4,12 @@ A config names our classes with the scope, ``type='e3va_mm.X'``; mmengine then
 imports this module and the package in ``locations``, so that no config needs
 ``custom_imports``.
 """
+
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import \
-    OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import (
+    OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+)
 from mmengine.registry import Registry
 
 # manage backbones, side paths and their parts
@@ -15,16 +17,19 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='e3va_mm',
-    locations=['e3va_mm.models'])
+    locations=['e3va_mm.models'],
+)
 # manage hooks
 HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,
     scope='e3va_mm',
-    locations=['e3va_mm.engine.hooks'])
+    locations=['e3va_mm.engine.hooks'],
+)
 # manage constructors of optimizer wrappers
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
     scope='e3va_mm',
-    locations=['e3va_mm.engine.optim'])
+    locations=['e3va_mm.engine.optim'],
+)

@@ -1,4 +1,5 @@
 """Every config of the repository parses, builds and does a training step."""
+
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,10 @@ def test_config(path):
 def test_swin_l_on_coco_trains_what_is_published():
     step = TrainingStep(
         Config.fromfile(CONFIGS / 'cascade_e3va_swin_l_coco.py'),
-        'e3va', size=(64, 64), batch=1)
+        'e3va',
+        size=(64, 64),
+        batch=1,
+    )
     assert count_parameters(step.model.backbone)[1] == 1_792_512
 
 

@@ -1,4 +1,5 @@
 """What the README says is there, and its experiment works."""
+
 import inspect
 import re
 from pathlib import Path
@@ -18,12 +19,11 @@ def blocks(language):
 
 
 def test_the_new_experiment_is_short_and_trains(tmp_path):
-    block, = blocks('python')
+    (block,) = blocks('python')
     assert len(block.strip().splitlines()) <= 5
     path = tmp_path / 'my_experiment.py'
     path.write_text(block.replace("'./", f"'{CONFIGS}/"))
-    step = TrainingStep(
-        Config.fromfile(path), 'e3va', size=(64, 64), batch=1)
+    step = TrainingStep(Config.fromfile(path), 'e3va', size=(64, 64), batch=1)
     adapter = step.model.backbone.side_path.stages[0][0]['attn']
     assert adapter.down.p.shape == (32, 8)
     assert step.model.backbone.side_path.codec.lossy
@@ -33,7 +33,8 @@ def test_the_new_experiment_is_short_and_trains(tmp_path):
 
 def test_commands_and_files_exist():
     named = set(
-        re.findall(r'(?<![\w/])(?:tools|configs)/\w+\.(?:py|sh)', README))
+        re.findall(r'(?<![\w/])(?:tools|configs)/\w+\.(?:py|sh)', README)
+    )
     assert len(named) >= 6
     missing = {name for name in named if not (ROOT / name).exists()}
     assert missing == {'configs/my_experiment.py'}  # the user's own

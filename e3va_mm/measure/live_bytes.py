@@ -5,6 +5,7 @@ frozen parameters (it hooks the gradient of every one), so this counts itself,
 by the same means: a dispatch mode sees every new tensor, a weak reference on
 its storage sees it go.
 """
+
 import weakref
 from collections.abc import Iterable
 
@@ -60,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
         self.live += size
         self.peak = max(self.peak, self.live)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         # Arguments too: a tensor may have come from elsewhere, e.g. numpy.
         for leaf in tree_leaves((args, kwargs, result)):

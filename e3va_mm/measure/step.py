@@ -1,4 +1,5 @@
 """One real training step of a config on generated input."""
+
 import time
 from collections.abc import Mapping
 
@@ -31,13 +32,15 @@ class TrainingStep:
         ConfigError: If the variant is unknown or the pipeline has no size.
     """
 
-    def __init__(self,
-                 config: Config,
-                 variant: str,
-                 size: tuple[int, int] | None = None,
-                 batch: int | None = None,
-                 objects: int = 5,
-                 seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        variant: str,
+        size: tuple[int, int] | None = None,
+        batch: int | None = None,
+        objects: int = 5,
+        seed: int = 0,
+    ) -> None:
         config = variant_config(config, variant)
         init_default_scope(config.default_scope)
         # One line for each frozen parameter is no news here.
@@ -49,11 +52,15 @@ class TrainingStep:
             mark_trainable(self.model.backbone, [])
             self.model.backbone.eval()
         self.optim_wrapper = build_optim_wrapper(
-            self.model, config.optim_wrapper.to_dict())
+            self.model, config.optim_wrapper.to_dict()
+        )
         batch = batch or config.train_dataloader.batch_size
         size = size or _image_size(config)
-        make = _detection_data if config.default_scope == 'mmdet' \
+        make = (
+            _detection_data
+            if config.default_scope == 'mmdet'
             else _segmentation_data
+        )
         self.data = make(batch, size, objects, _num_classes(self.model))
 
     def run(self) -> float:
@@ -85,8 +92,10 @@ class TrainingStep:
         self.optim_wrapper.zero_grad()
         weights = [*self.model.parameters(), *self.model.buffers()]
         state = [
-            value for entry in self.optim_wrapper.optimizer.state.values()
-            for value in entry.values() if torch.is_tensor(value)
+            value
+            for entry in self.optim_wrapper.optimizer.state.values()
+            for value in entry.values()
+            if torch.is_tensor(value)
         ]
         with LiveBytes([*weights, *state]) as count:
             self.run()
@@ -94,22 +103,26 @@ class TrainingStep:
             weights=_bytes(weights),
             optimizer=_bytes(state),
             gradients=_bytes(
-                p for p in self.model.parameters() if p.requires_grad),
-            peak=count.peak)
+                p for p in self.model.parameters() if p.requires_grad
+            ),
+            peak=count.peak,
+        )
 
     def parameters(self) -> dict[str, int]:
         """Numbers of parameters: all and trainable, model and backbone."""
         total, trainable = count_parameters(self.model)
         in_backbone, trainable_in_backbone = count_parameters(
-            self.model.backbone)
+            self.model.backbone
+        )
         return dict(
             total=total,
             trainable=trainable,
             backbone=in_backbone,
-            trainable_backbone=trainable_in_backbone)
+            trainable_backbone=trainable_in_backbone,
+        )
 
 
-def _bytes(tensors) -> int:  # noqa: ANN001 (any iterable of tensors)
+def _bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -126,18 +139,21 @@ def _image_size(config: Config) -> tuple[int, int]:
                 size = tuple(transform['scale'])[::-1]
             elif 'crop_size' in transform:
                 size = tuple(transform['crop_size'])
-    if size is None or len(size) != 2 or not all(
-            isinstance(side, int) for side in size):
+    if (
+        size is None
+        or len(size) != 2
+        or not all(isinstance(side, int) for side in size)
+    ):
         raise ConfigError(
             'Expected one picture size in the training pipeline (`scale` or '
-            f'`crop_size`), but found {size}. Give it with --size.')
+            f'`crop_size`), but found {size}. Give it with --size.'
+        )
     return size
 
 
 def _num_classes(model: torch.nn.Module) -> int:
     """Classes of the heads; class-agnostic heads count one."""
-    return max(
-        getattr(module, 'num_classes', 1) for module in model.modules())
+    return max(getattr(module, 'num_classes', 1) for module in model.modules())
 
 
 def _images(batch: int, size: tuple[int, int]) -> list[torch.Tensor]:
@@ -149,14 +165,17 @@ def _images(batch: int, size: tuple[int, int]) -> list[torch.Tensor]:
 
 def _meta(size: tuple[int, int]) -> dict:
     return dict(
-        img_shape=size, ori_shape=size, pad_shape=size, scale_factor=(1., 1.))
+        img_shape=size, ori_shape=size, pad_shape=size, scale_factor=(1.0, 1.0)
+    )
 
 
-def _detection_data(batch: int, size: tuple[int, int], objects: int,
-                    num_classes: int) -> dict:
+def _detection_data(
+    batch: int, size: tuple[int, int], objects: int, num_classes: int
+) -> dict:
     from mmdet.structures import DetDataSample
     from mmdet.structures.bbox import HorizontalBoxes
     from mmdet.structures.mask import BitmapMasks
+
     height, width = size
     samples = []
     for _ in range(batch):
@@ -165,27 +184,33 @@ def _detection_data(batch: int, size: tuple[int, int], objects: int,
         scale = torch.tensor([width, height, width, height])
         boxes = torch.cat([low, high], 1) * scale
         masks = torch.zeros(objects, height, width, dtype=torch.uint8)
-        for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(),
-                                          strict=True):
+        for mask, (x1, y1, x2, y2) in zip(
+            masks, boxes.int().tolist(), strict=True
+        ):
             mask[y1:y2, x1:x2] = 1
         sample = DetDataSample(metainfo=_meta(size))
         sample.gt_instances = InstanceData(
             bboxes=HorizontalBoxes(boxes),
-            labels=torch.randint(num_classes, (objects, )),
-            masks=BitmapMasks(masks.numpy(), height, width))
+            labels=torch.randint(num_classes, (objects,)),
+            masks=BitmapMasks(masks.numpy(), height, width),
+        )
         sample.ignored_instances = InstanceData(
-            bboxes=torch.zeros(0, 4), labels=torch.zeros(0).long())
+            bboxes=torch.zeros(0, 4), labels=torch.zeros(0).long()
+        )
         samples.append(sample)
     return dict(inputs=_images(batch, size), data_samples=samples)
 
 
-def _segmentation_data(batch: int, size: tuple[int, int], objects: int,
-                       num_classes: int) -> dict:
+def _segmentation_data(
+    batch: int, size: tuple[int, int], objects: int, num_classes: int
+) -> dict:
     from mmseg.structures import SegDataSample
+
     samples = []
     for _ in range(batch):
         sample = SegDataSample(metainfo=_meta(size))
         sample.gt_sem_seg = PixelData(
-            data=torch.randint(num_classes, (1, *size)))
+            data=torch.randint(num_classes, (1, *size))
+        )
         samples.append(sample)
     return dict(inputs=_images(batch, size), data_samples=samples)

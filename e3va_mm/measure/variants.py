@@ -1,4 +1,5 @@
 """The variants of one config that are measured beside each other."""
+
 import copy
 
 from mmengine.config import Config
@@ -31,14 +32,16 @@ def variant_config(config: Config, variant: str) -> Config:
         ConfigError: If the variant or the backbone is of no known kind.
     """
     if variant not in VARIANTS:
-        raise ConfigError(f'Variants are {", ".join(VARIANTS)}, but got '
-                          f'{variant!r}.')
+        raise ConfigError(
+            f'Variants are {", ".join(VARIANTS)}, but got {variant!r}.'
+        )
     config = copy.deepcopy(config)
     backbone = config.model.backbone
     if backbone.type != 'e3va_mm.E3VASwinTransformer':
         raise ConfigError(
             'Expected model.backbone.type to be '
-            f"'e3va_mm.E3VASwinTransformer', but got {backbone.type!r}.")
+            f"'e3va_mm.E3VASwinTransformer', but got {backbone.type!r}."
+        )
     backbone.init_cfg = None
     backbone.allow_random_trunk = True
     if variant != 'e3va':

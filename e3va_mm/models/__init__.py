@@ -6,6 +6,8 @@ from .backbones import E3VASwinTransformer, SidePathBackbone
 from .side_path import E3VASidePath, LowRankAdapter
 
 __all__ = [
-    'E3VASidePath', 'E3VASwinTransformer', 'LowRankAdapter',
-    'SidePathBackbone'
+    'E3VASidePath',
+    'E3VASwinTransformer',
+    'LowRankAdapter',
+    'SidePathBackbone',
 ]

@@ -1,11 +1,11 @@
 """What trains: the only place that touches ``requires_grad``."""
+
 from collections.abc import Iterable
 
 from torch import nn
 
 
-def mark_trainable(module: nn.Module,
-                   trainable: Iterable[nn.Module]) -> None:
+def mark_trainable(module: nn.Module, trainable: Iterable[nn.Module]) -> None:
     """Let exactly the parameters of ``trainable`` train; freeze the rest.
 
     Args:

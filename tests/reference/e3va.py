@@ -3,18 +3,23 @@
 Independent of the package: own adapters, own patch merging, no hooks. Only the
 stock blocks' attention and MLP are called as they are.
 """
+
 import torch
 import torch.nn.functional as F
 
 
 def adapter(state, name, x):
     """A(x) = GELU(x P1 Q1 + b1) P2 Q2 + b2."""
-    part = {k: state[f'{name}.{k}'] for k in (
-        'down.p', 'down.q', 'down.bias', 'up.p', 'up.q', 'up.bias')}
+    part = {
+        k: state[f'{name}.{k}']
+        for k in ('down.p', 'down.q', 'down.bias', 'up.p', 'up.q', 'up.bias')
+    }
     inner = torch.einsum('blm,mr,rn->bln', x, part['down.p'], part['down.q'])
     inner = F.gelu(inner + part['down.bias'])
-    return torch.einsum('bln,nr,rm->blm', inner, part['up.p'],
-                        part['up.q']) + part['up.bias']
+    return (
+        torch.einsum('bln,nr,rm->blm', inner, part['up.p'], part['up.q'])
+        + part['up.bias']
+    )
 
 
 def merge(x, size, downsample, norm=True):
@@ -27,13 +32,19 @@ def merge(x, size, downsample, norm=True):
     size = x.shape[1:3]
     x = x.flatten(1, 2)
     if norm:
-        x = F.layer_norm(x, x.shape[-1:], downsample.norm.weight,
-                         downsample.norm.bias, downsample.norm.eps)
+        x = F.layer_norm(
+            x,
+            x.shape[-1:],
+            downsample.norm.weight,
+            downsample.norm.bias,
+            downsample.norm.eps,
+        )
     return x @ downsample.reduction.weight.T, size
 
 
-def backbone(stock, state, image, taps=('attn', 'ffn'),
-             downsampling='difference'):
+def backbone(
+    stock, state, image, taps=('attn', 'ffn'), downsampling='difference'
+):
     """Outputs of a frozen stock Swin with the side path in ``state``.
 
     ``state`` maps ``side_path.*`` and ``norm*`` names to tensors.
@@ -53,10 +64,13 @@ def backbone(stock, state, image, taps=('attn', 'ffn'),
                 if tap in taps:
                     name = f'side_path.stages.{i}.{j}.{tap}'
                     h = h + adapter(state, name, value)
-        y = F.layer_norm(x + h, x.shape[-1:], state[f'norm{i}.weight'],
-                         state[f'norm{i}.bias'])
-        outputs.append(y.transpose(1, 2).reshape(
-            len(y), -1, *size))
+        y = F.layer_norm(
+            x + h,
+            x.shape[-1:],
+            state[f'norm{i}.weight'],
+            state[f'norm{i}.bias'],
+        )
+        outputs.append(y.transpose(1, 2).reshape(len(y), -1, *size))
         if i + 1 < len(stock.stages):
             with torch.no_grad():
                 x_next, next_size = merge(x, size, stage.downsample)

@@ -1,4 +1,5 @@
 """Accounting on models whose bytes are known by arithmetic."""
+
 import gc
 
 import pytest
@@ -33,8 +34,10 @@ def test_a_training_step_by_arithmetic():
     """Linear (no bias), ReLU, Linear to one number, batch 8, width 32."""
     width, batch = 32, 8
     model = nn.Sequential(
-        nn.Linear(width, width, bias=False), nn.ReLU(),
-        nn.Linear(width, 1, bias=False))
+        nn.Linear(width, width, bias=False),
+        nn.ReLU(),
+        nn.Linear(width, 1, bias=False),
+    )
     weights = sum(p.numel() for p in model.parameters()) * 4
     with LiveBytes(model.parameters()) as count:
         x = torch.zeros(batch, width)
@@ -52,7 +55,6 @@ def test_a_training_step_by_arithmetic():
 def test_a_tensor_hidden_on_a_context_is_seen():
 
     class Hiding(torch.autograd.Function):
-
         @staticmethod
         def forward(ctx, x):
             ctx.hidden = x * 2  # not by save_for_backward
@@ -70,8 +72,7 @@ def test_a_tensor_hidden_on_a_context_is_seen():
     assert count.live == 400
 
 
-@pytest.mark.parametrize('dtype, size', [(torch.bfloat16, 2),
-                                         (torch.int8, 1)])
+@pytest.mark.parametrize('dtype, size', [(torch.bfloat16, 2), (torch.int8, 1)])
 def test_bytes_follow_the_type(dtype, size):
     with LiveBytes() as count:
         tensor = torch.zeros(10, dtype=dtype)

@@ -14,7 +14,8 @@ def measured():
     figures = {}
     for variant in ('e3va', 'full', 'frozen'):
         step = TrainingStep(
-            Config.fromfile(DIGITS), variant, size=(64, 96), batch=1)
+            Config.fromfile(DIGITS), variant, size=(64, 96), batch=1
+        )
         figures[variant] = dict(step.parameters(), **step.memory())
     return figures
 
@@ -25,10 +26,13 @@ def test_side_path_trains_what_it_declares(measured):
     norms = 2 * (32 + 64 + 128 + 256)
     assert measured['e3va']['trainable_backbone'] == 99 * blocks + norms
     assert measured['frozen']['trainable_backbone'] == 0
-    assert measured['full']['trainable_backbone'] == measured['full'][
-        'backbone']
-    heads = {v: m['trainable'] - m['trainable_backbone']
-             for v, m in measured.items()}
+    assert (
+        measured['full']['trainable_backbone'] == measured['full']['backbone']
+    )
+    heads = {
+        v: m['trainable'] - m['trainable_backbone']
+        for v, m in measured.items()
+    }
     assert len(set(heads.values())) == 1, 'neck and heads train alike'
 
 
@@ -38,17 +42,22 @@ def test_memory_is_accounted_for_what_trains(measured):
         # AdamW: two moments and a step count for each parameter.
         assert 0 <= figures['optimizer'] - 8 * figures['trainable'] < 4000
         assert figures['peak'] > sum(
-            figures[k] for k in ('weights', 'gradients', 'optimizer'))
+            figures[k] for k in ('weights', 'gradients', 'optimizer')
+        )
 
 
 def test_a_side_path_costs_less_than_fine_tuning(measured):
-    assert measured['frozen']['peak'] < measured['e3va']['peak'] < measured[
-        'full']['peak']
+    assert (
+        measured['frozen']['peak']
+        < measured['e3va']['peak']
+        < measured['full']['peak']
+    )
 
 
 def test_a_step_trains():
     step = TrainingStep(
-        Config.fromfile(DIGITS), 'e3va', size=(64, 64), batch=1)
+        Config.fromfile(DIGITS), 'e3va', size=(64, 64), batch=1
+    )
     side = step.model.backbone.side_path.stages[0][0]['attn'].up
     assert not side.q.any()
     assert step.run() > 0
@@ -68,6 +77,8 @@ def test_pictures_have_the_size_of_the_pipeline():
 
 
 def test_the_same_seed_gives_the_same_input():
-    a, b = (TrainingStep(Config.fromfile(DIGITS), 'frozen', size=(32, 32),
-                         batch=1) for _ in range(2))
+    a, b = (
+        TrainingStep(Config.fromfile(DIGITS), 'frozen', size=(32, 32), batch=1)
+        for _ in range(2)
+    )
     assert torch.equal(a.data['inputs'][0], b.data['inputs'][0])

@@ -1,4 +1,5 @@
 """Optimizer groups for models whose backbone has a side path."""
+
 import copy
 from types import SimpleNamespace
 
@@ -12,7 +13,8 @@ from ...registry import OPTIM_WRAPPER_CONSTRUCTORS
 # Registered once more under mmengine's default name: a stock config names no
 # constructor, and one changed `type` must be enough to get the groups right.
 @MMENGINE_REGISTRY.register_module(
-    name='DefaultOptimWrapperConstructor', force=True)
+    name='DefaultOptimWrapperConstructor', force=True
+)
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class SidePathOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """mmengine's default constructor, aware of side paths.
@@ -41,11 +43,13 @@ class SidePathOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         trainable = [p for p in inner.parameters() if p.requires_grad]
         return super().__call__(SimpleNamespace(parameters=lambda: trainable))
 
-    def add_params(self,
-                   params: list[dict],
-                   module: nn.Module,
-                   prefix: str = '',
-                   is_dcn_module: int | float | None = None) -> None:
+    def add_params(
+        self,
+        params: list[dict],
+        module: nn.Module,
+        prefix: str = '',
+        is_dcn_module: int | float | None = None,
+    ) -> None:
         """See the base class."""
         if not _has_side_path(module):
             super().add_params(params, module, prefix, is_dcn_module)
@@ -54,8 +58,9 @@ class SidePathOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self.paramwise_cfg = _side_path_rules(everywhere)
         try:
             for name, child in module.trainable_children():
-                super().add_params(params, child,
-                                   f'{prefix}.{name}'.lstrip('.'))
+                super().add_params(
+                    params, child, f'{prefix}.{name}'.lstrip('.')
+                )
         finally:
             self.paramwise_cfg = everywhere
 

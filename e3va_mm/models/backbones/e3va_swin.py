@@ -1,4 +1,5 @@
 """Swin Transformer with a side path, over the stock class."""
+
 import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
@@ -53,59 +54,68 @@ class E3VASwinTransformer(SidePathBackbone):
             mmsegmentation is installed.
     """
 
-    def __init__(self,
-                 pretrain_img_size: int | Sequence[int] = 224,
-                 in_channels: int = 3,
-                 embed_dims: int = 96,
-                 patch_size: int = 4,
-                 window_size: int = 7,
-                 mlp_ratio: float = 4,
-                 depths: Sequence[int] = (2, 2, 6, 2),
-                 num_heads: Sequence[int] = (3, 6, 12, 24),
-                 strides: Sequence[int] = (4, 2, 2, 2),
-                 out_indices: Sequence[int] = (0, 1, 2, 3),
-                 qkv_bias: bool = True,
-                 qk_scale: float | None = None,
-                 patch_norm: bool = True,
-                 drop_rate: float = 0.,
-                 attn_drop_rate: float = 0.,
-                 drop_path_rate: float = 0.1,
-                 use_abs_pos_embed: bool = False,
-                 act_cfg: Mapping = dict(type='GELU'),  # noqa: B006, C408
-                 norm_cfg: Mapping = dict(type='LN'),  # noqa: B006, C408
-                 with_cp: bool = False,
-                 pretrained: str | None = None,
-                 convert_weights: bool = False,
-                 frozen_stages: int = -1,
-                 init_cfg: Mapping | None = None,
-                 side_path: Mapping | None = None,
-                 allow_random_trunk: bool = False) -> None:
+    def __init__(
+        self,
+        pretrain_img_size: int | Sequence[int] = 224,
+        in_channels: int = 3,
+        embed_dims: int = 96,
+        patch_size: int = 4,
+        window_size: int = 7,
+        mlp_ratio: float = 4,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        strides: Sequence[int] = (4, 2, 2, 2),
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        patch_norm: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        use_abs_pos_embed: bool = False,
+        act_cfg: Mapping = dict(type='GELU'),
+        norm_cfg: Mapping = dict(type='LN'),
+        with_cp: bool = False,
+        pretrained: str | None = None,
+        convert_weights: bool = False,
+        frozen_stages: int = -1,
+        init_cfg: Mapping | None = None,
+        side_path: Mapping | None = None,
+        allow_random_trunk: bool = False,
+    ) -> None:
         without_effect = dict(
             drop_rate=drop_rate,
             attn_drop_rate=attn_drop_rate,
             drop_path_rate=drop_path_rate,
             with_cp=with_cp,
-            frozen_stages=frozen_stages + 1)
+            frozen_stages=frozen_stages + 1,
+        )
         named = [name for name, value in without_effect.items() if value]
         if named:
             print_log(
                 f'{", ".join(named)}: without effect on the frozen trunk of '
                 f'{type(self).__name__}.',
-                logger='current')
+                logger='current',
+            )
         if pretrained is not None:
             if init_cfg is not None:
                 raise ConfigError(
                     '`pretrained` and `init_cfg` of the backbone are both '
-                    'set; keep `init_cfg`.')
-            warnings.warn('`pretrained` is deprecated, use `init_cfg`.',
-                          DeprecationWarning)
+                    'set; keep `init_cfg`.'
+                )
+            warnings.warn(
+                '`pretrained` is deprecated, use `init_cfg`.',
+                DeprecationWarning,
+            )
             init_cfg = dict(type='Pretrained', checkpoint=pretrained)
         out_indices = _checked_out_indices(out_indices, len(depths))
         side_path = dict(side_path or {})
-        drop_path = side_path.get('trunk_drop_path', 0.)
+        drop_path = side_path.get('trunk_drop_path', 0.0)
         if not 0 <= drop_path < 1:
-            raise ConfigError('`side_path.trunk_drop_path` should be in '
-                              f'[0, 1), but got {drop_path}.')
+            raise ConfigError(
+                '`side_path.trunk_drop_path` should be in '
+                f'[0, 1), but got {drop_path}.'
+            )
 
         if not isinstance(pretrain_img_size, int):
             pretrain_img_size = tuple(pretrain_img_size)
@@ -128,9 +138,11 @@ class E3VASwinTransformer(SidePathBackbone):
                 drop_path_rate=drop_path,
                 use_abs_pos_embed=use_abs_pos_embed,
                 act_cfg=act_cfg,
-                norm_cfg=norm_cfg))
+                norm_cfg=norm_cfg,
+            )
+        )
         last = out_indices[-1]
-        del stock.stages[last + 1:]
+        del stock.stages[last + 1 :]
         stock.stages[last].downsample = None
 
         super().__init__(
@@ -139,20 +151,23 @@ class E3VASwinTransformer(SidePathBackbone):
             out_indices,
             side_path=side_path,
             allow_random_trunk=allow_random_trunk,
-            init_cfg=init_cfg)
+            init_cfg=init_cfg,
+        )
         # As the stock class has them; `SwinTrunk` reads both.
         self.use_abs_pos_embed = use_abs_pos_embed
         self.num_features = stock.num_features
 
 
-def _checked_out_indices(out_indices: Sequence[int],
-                         depth: int) -> tuple[int, ...]:
+def _checked_out_indices(
+    out_indices: Sequence[int], depth: int
+) -> tuple[int, ...]:
     """Outputs in ascending order, as the stock class gives them."""
     indices = tuple(sorted(set(out_indices)))
     if not indices or indices[0] < 0 or indices[-1] >= depth:
         raise ConfigError(
             '`backbone.out_indices` should name at least one of the stages '
-            f'{tuple(range(depth))}, but got {tuple(out_indices)}.')
+            f'{tuple(range(depth))}, but got {tuple(out_indices)}.'
+        )
     return indices
 
 
@@ -166,4 +181,5 @@ def _stock_scope() -> str:
     raise ConfigError(
         'The stock Swin Transformer comes from MMDetection or '
         'MMSegmentation, but neither is installed. Install one: `pip install '
-        'onedl-mmdetection` or `pip install onedl-mmsegmentation`.')
+        'onedl-mmdetection` or `pip install onedl-mmsegmentation`.'
+    )

@@ -1,4 +1,5 @@
 """A frozen trunk with a side path: what every backbone of ours shares."""
+
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -46,18 +47,21 @@ class SidePathBackbone(BaseModule):
             there.
     """
 
-    def __init__(self,
-                 trunk: Trunk,
-                 stock: nn.Module,
-                 out_indices: Sequence[int],
-                 side_path: Mapping | None = None,
-                 allow_random_trunk: bool = False,
-                 init_cfg: Mapping | None = None) -> None:
+    def __init__(
+        self,
+        trunk: Trunk,
+        stock: nn.Module,
+        out_indices: Sequence[int],
+        side_path: Mapping | None = None,
+        allow_random_trunk: bool = False,
+        init_cfg: Mapping | None = None,
+    ) -> None:
         if init_cfg is not None and 'checkpoint' not in init_cfg:
             raise ConfigError(
                 '`backbone.init_cfg` of a frozen trunk should be '
                 "dict(type='Pretrained', checkpoint=PATH_OR_URL), but got "
-                f'{dict(init_cfg)}.')
+                f'{dict(init_cfg)}.'
+            )
         super().__init__(init_cfg=init_cfg)
         self._adopt(stock)
         self.trunk = trunk
@@ -69,10 +73,11 @@ class SidePathBackbone(BaseModule):
 
         side_path = dict(side_path or {})
         self._train_output_norms = side_path.pop('train_output_norms', True)
-        self._trunk_drop_path = side_path.pop('trunk_drop_path', 0.)
+        self._trunk_drop_path = side_path.pop('trunk_drop_path', 0.0)
         side_path.setdefault('type', 'e3va_mm.E3VASidePath')
         self.side_path = MODELS.build(
-            dict(side_path, stages=trunk.stages(self)))
+            dict(side_path, stages=trunk.stages(self))
+        )
         mark_trainable(self, (part for _, part in self.trainable_children()))
         self.train()
 
@@ -132,7 +137,8 @@ class SidePathBackbone(BaseModule):
             print_log(
                 f'The trunk of {type(self).__name__} is random: no '
                 '`init_cfg`.',
-                logger='current')
+                logger='current',
+            )
         else:
             self._reading = self.init_cfg['checkpoint']
             checkpoint = read_checkpoint(self._reading)
@@ -144,8 +150,9 @@ class SidePathBackbone(BaseModule):
                 self._reading = None
         self._is_init = True
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args,
-                              **kwargs) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, *args, **kwargs
+    ) -> None:
         """Check that the whole trunk arrives, then load as usual.
 
         Both torch's and mmengine's loaders come through here. The latter only
@@ -153,8 +160,9 @@ class SidePathBackbone(BaseModule):
         to nothing, so that is an error here, before anything is copied.
         """
         found = {
-            key[len(prefix):]: value
-            for key, value in state_dict.items() if key.startswith(prefix)
+            key[len(prefix) :]: value
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
         }
         fitted = self._fit_state(found, prefix)
         for key in found:
@@ -162,8 +170,9 @@ class SidePathBackbone(BaseModule):
         state_dict.update({prefix + key: v for key, v in fitted.items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _fit_state(self, found: dict[str, Tensor],
-                   prefix: str) -> dict[str, Tensor]:
+    def _fit_state(
+        self, found: dict[str, Tensor], prefix: str
+    ) -> dict[str, Tensor]:
         """The state to load, complete, or an error.
 
         A file may hold the trunk, the side path or both, each in full. What
@@ -178,13 +187,19 @@ class SidePathBackbone(BaseModule):
                 f'{source}, but no key of it is there (found: {keys}). A file '
                 'of the backbone alone goes into '
                 '`model.backbone.init_cfg.checkpoint`, a whole detector or '
-                'segmentor into `load_from`.')
+                'segmentor into `load_from`.'
+            )
         norms = {name for name, _ in self.output_norms()}
         parts = dict(trunk={}, norms={}, side_path={})
         for key, value in own.items():
             child = key.split('.')[0]
-            part = ('side_path' if child == 'side_path' else
-                    'norms' if child in norms else 'trunk')
+            part = (
+                'side_path'
+                if child == 'side_path'
+                else 'norms'
+                if child in norms
+                else 'trunk'
+            )
             parts[part][key] = value
 
         expected = {}
@@ -198,12 +213,15 @@ class SidePathBackbone(BaseModule):
             expected.update(parts['side_path'] | parts['norms'])
         else:
             expected.update(
-                {k: v for k, v in parts['norms'].items() if k in found})
+                {k: v for k, v in parts['norms'].items() if k in found}
+            )
             kept = [k for k in parts['norms'] if k not in found]
             notes.append('side path: not in the file, keeps its values')
             if kept:
-                notes.append('output norms: not in the file, keep their '
-                             f'values: {", ".join(kept)}')
+                notes.append(
+                    'output norms: not in the file, keep their '
+                    f'values: {", ".join(kept)}'
+                )
 
         report = match_state(
             expected,
@@ -212,7 +230,8 @@ class SidePathBackbone(BaseModule):
             what=f'backbone under {prefix!r}' if prefix else 'backbone',
             source=source,
             hint=lambda: self.trunk.explain_mismatch(parts['trunk'], found),
-            notes=notes)
+            notes=notes,
+        )
         print_log(str(report), logger='current')
         if has_trunk:
             self.trunk_source = source
@@ -225,14 +244,18 @@ class SidePathBackbone(BaseModule):
             ConfigError: If training starts with a trunk that has received no
                 weights.
         """
-        if (self.training and self.trunk_source is None
-                and not self.allow_random_trunk):
+        if (
+            self.training
+            and self.trunk_source is None
+            and not self.allow_random_trunk
+        ):
             raise ConfigError(
                 'Expected pre-trained weights in the frozen trunk, but it is '
                 'random: neither `init_cfg`, `load_from` nor a resume has '
                 'brought any. Set `model.backbone.init_cfg=dict('
                 "type='Pretrained', checkpoint=...)`, or allow it with "
-                '`model.backbone.allow_random_trunk=True`.')
+                '`model.backbone.allow_random_trunk=True`.'
+            )
         inherited = None
         outputs = []
         with torch.no_grad():
@@ -244,15 +267,16 @@ class SidePathBackbone(BaseModule):
                 output = self.side_path.output(highway, end.tokens)
                 output = getattr(self, f'norm{stage}')(output)
                 outputs.append(
-                    output.transpose(1, 2).unflatten(2,
-                                                     end.size).contiguous())
+                    output.transpose(1, 2).unflatten(2, end.size).contiguous()
+                )
             if stage < self.out_indices[-1]:
                 inherited = self._inherit(stage, highway, end)
                 tokens, size = end.next_tokens, end.next_size
         return outputs
 
-    def _run_stage(self, stage: int, tokens: Tensor, size: Size,
-                   highway: object) -> StageOutput:
+    def _run_stage(
+        self, stage: int, tokens: Tensor, size: Size, highway: object
+    ) -> StageOutput:
         """Run the trunk's stage without a graph; the side path reads taps."""
         graph = torch.is_grad_enabled()
 
@@ -261,16 +285,18 @@ class SidePathBackbone(BaseModule):
                 self.side_path.add_tap(highway, stage, block, tap, value)
 
         with torch.no_grad():
-            return self.trunk.run_stage(self, stage, tokens, size,
-                                        self.side_path.taps, on_tap)
+            return self.trunk.run_stage(
+                self, stage, tokens, size, self.side_path.taps, on_tap
+            )
 
-    def _inherit(self, stage: int, highway: object,
-                 end: StageOutput) -> Tensor | None:
+    def _inherit(
+        self, stage: int, highway: object, end: StageOutput
+    ) -> Tensor | None:
         """Carry the highway through the trunk's frozen downsampling."""
 
         def downsample(tokens: Tensor, linear: bool = False) -> Tensor:
-            return self.trunk.downsample(self, stage, tokens, end.size,
-                                         linear)
+            return self.trunk.downsample(self, stage, tokens, end.size, linear)
 
-        return self.side_path.inherit(highway, end.tokens, end.next_tokens,
-                                      downsample)
+        return self.side_path.inherit(
+            highway, end.tokens, end.next_tokens, downsample
+        )

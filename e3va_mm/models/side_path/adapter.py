@@ -5,6 +5,7 @@
 follow `1% VS 100% <https://arxiv.org/abs/2306.04356>`_ (LoRand) by the same
 authors.
 """
+
 import math
 
 import torch
@@ -29,14 +30,15 @@ class LowRankLinear(nn.Module):
     out_channels), ``bias`` (out_channels,).
     """
 
-    def __init__(self, in_channels: int, out_channels: int,
-                 rank: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, rank: int) -> None:
         super().__init__()
         # Both factors keep the scale of what they are given.
         self.p = nn.Parameter(
-            torch.randn(in_channels, rank) / math.sqrt(in_channels))
+            torch.randn(in_channels, rank) / math.sqrt(in_channels)
+        )
         self.q = nn.Parameter(
-            torch.randn(rank, out_channels) / math.sqrt(rank))
+            torch.randn(rank, out_channels) / math.sqrt(rank)
+        )
         self.bias = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,8 +47,10 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, as ``nn.Linear`` shows them."""
-        return (f'in_channels={self.p.shape[0]}, '
-                f'out_channels={self.q.shape[1]}, rank={self.p.shape[1]}')
+        return (
+            f'in_channels={self.p.shape[0]}, '
+            f'out_channels={self.q.shape[1]}, rank={self.p.shape[1]}'
+        )
 
 
 class LowRankAdapter(nn.Module):
@@ -67,23 +71,27 @@ class LowRankAdapter(nn.Module):
             ``[1, n]``.
     """
 
-    def __init__(self,
-                 channels: int,
-                 rank: int = 16,
-                 bottleneck_ratio: float = 0.5,
-                 act_cfg: dict | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        rank: int = 16,
+        bottleneck_ratio: float = 0.5,
+        act_cfg: dict | None = None,
+    ) -> None:
         super().__init__()
         bottleneck = int(channels * bottleneck_ratio)
         if bottleneck < 1:
             raise ConfigError(
                 '`side_path.bottleneck_ratio` should leave at least one '
                 f'channel, but {bottleneck_ratio} of {channels} channels is '
-                'none. Raise it.')
+                'none. Raise it.'
+            )
         if not 1 <= rank <= bottleneck:
             raise ConfigError(
                 f'`side_path.rank` should be in [1, {bottleneck}] (the '
                 f'bottleneck of a stage of {channels} channels), but got '
-                f'{rank}. Lower it or raise `side_path.bottleneck_ratio`.')
+                f'{rank}. Lower it or raise `side_path.bottleneck_ratio`.'
+            )
         self.down = LowRankLinear(channels, bottleneck, rank)
         self.act = build_activation_layer(act_cfg or dict(type='GELU'))
         self.up = LowRankLinear(bottleneck, channels, rank)

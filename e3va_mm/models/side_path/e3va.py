@@ -4,6 +4,7 @@ A side path sees a trunk as stages of blocks with named taps and a frozen
 downsampling between stages; it knows no backbone. Another kind of side path is
 another registered class with the members of :class:`E3VASidePath`.
 """
+
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
@@ -57,37 +58,50 @@ class E3VASidePath(nn.Module):
 
     DOWNSAMPLINGS = ('difference', 'linear')
 
-    def __init__(self,
-                 stages: Sequence[StageSpec],
-                 rank: int = 16,
-                 bottleneck_ratio: float = 0.5,
-                 taps: Sequence[str] | None = None,
-                 downsampling: str = 'difference',
-                 save_taps: str = 'exact',
-                 act_cfg: dict | None = None) -> None:
+    def __init__(
+        self,
+        stages: Sequence[StageSpec],
+        rank: int = 16,
+        bottleneck_ratio: float = 0.5,
+        taps: Sequence[str] | None = None,
+        downsampling: str = 'difference',
+        save_taps: str = 'exact',
+        act_cfg: dict | None = None,
+    ) -> None:
         super().__init__()
         offered = stages[0].taps
         self.taps = tuple(offered if taps is None else taps)
         if not self.taps or not set(self.taps) <= set(offered):
             raise ConfigError(
                 f'`side_path.taps` should name at least one of {offered}, '
-                f'but got {taps}.')
+                f'but got {taps}.'
+            )
         if downsampling not in self.DOWNSAMPLINGS:
             raise ConfigError(
                 '`side_path.downsampling` should be one of '
-                f'{self.DOWNSAMPLINGS}, but got {downsampling!r}.')
+                f'{self.DOWNSAMPLINGS}, but got {downsampling!r}.'
+            )
         if save_taps not in TAP_CODECS:
-            raise ConfigError('`side_path.save_taps` should be one of '
-                              f'{tuple(TAP_CODECS)}, but got {save_taps!r}.')
+            raise ConfigError(
+                '`side_path.save_taps` should be one of '
+                f'{tuple(TAP_CODECS)}, but got {save_taps!r}.'
+            )
         self.downsampling = downsampling
         self.codec = TAP_CODECS[save_taps]
         self.stages = nn.ModuleList(
             nn.ModuleList(
-                nn.ModuleDict({
-                    tap: LowRankAdapter(spec.channels, rank, bottleneck_ratio,
-                                        act_cfg)
-                    for tap in self.taps
-                }) for _ in range(spec.depth)) for spec in stages)
+                nn.ModuleDict(
+                    {
+                        tap: LowRankAdapter(
+                            spec.channels, rank, bottleneck_ratio, act_cfg
+                        )
+                        for tap in self.taps
+                    }
+                )
+                for _ in range(spec.depth)
+            )
+            for spec in stages
+        )
 
     def start(self, inherited: Tensor | None) -> Highway:
         """Begin a stage.
@@ -101,8 +115,9 @@ class E3VASidePath(nn.Module):
         """
         return Highway(inherited, self.codec)
 
-    def add_tap(self, highway: Highway, stage: int, block: int, tap: str,
-                value: Tensor) -> None:
+    def add_tap(
+        self, highway: Highway, stage: int, block: int, tap: str, value: Tensor
+    ) -> None:
         """Add what one tap contributes.
 
         Args:
@@ -119,8 +134,13 @@ class E3VASidePath(nn.Module):
         total = highway.sum()
         return trunk if total is None else trunk + total
 
-    def inherit(self, highway: Highway, trunk: Tensor, trunk_next: Tensor,
-                downsample: Downsample) -> Tensor | None:
+    def inherit(
+        self,
+        highway: Highway,
+        trunk: Tensor,
+        trunk_next: Tensor,
+        downsample: Downsample,
+    ) -> Tensor | None:
         """Carry the highway to the next stage.
 
         Args:

@@ -9,6 +9,7 @@ inner vectors with their stacked last factors,
 and all of them share the one gradient that reaches ``h``. Kept for backward
 are the taps ``x_k`` alone; bottlenecks are computed again, one at a time.
 """
+
 from collections.abc import Callable, Sequence
 
 import torch
@@ -72,13 +73,20 @@ class Highway:
             if base is not None:
                 base = base.flatten(0, -2).to(dtype)
             parameters = [
-                p.to(dtype) for adapter in self._adapters
+                p.to(dtype)
+                for adapter in self._adapters
                 for p in adapter_parameters(adapter)
             ]
             with _autocast_off(inner):
-                flat = _StageHighway.apply(self.codec, self._adapters[0].act,
-                                           len(self._adapters), base, inner,
-                                           *self._kept, *parameters)
+                flat = _StageHighway.apply(
+                    self.codec,
+                    self._adapters[0].act,
+                    len(self._adapters),
+                    base,
+                    inner,
+                    *self._kept,
+                    *parameters,
+                )
             self._sum = flat.view(self._shape)
             # What backward needs is kept by its node now.
             self._inner, self._kept = [], []
@@ -89,9 +97,15 @@ class _StageHighway(torch.autograd.Function):
     """See the module. Taps and ``inner`` are constants of the trunk."""
 
     @staticmethod
-    def forward(ctx, codec: TapCodec, act: Activation, adapters: int,
-                base: Tensor | None, inner: Tensor,
-                *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx,
+        codec: TapCodec,
+        act: Activation,
+        adapters: int,
+        base: Tensor | None,
+        inner: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor:
         kept = len(tensors) - PARAMETERS * adapters
         ctx.codec, ctx.act = codec, act
         ctx.adapters, ctx.kept = adapters, kept
@@ -105,10 +119,10 @@ class _StageHighway(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # noqa: ANN205 (one for each input)
+    def backward(ctx, grad: Tensor):
         tensors = ctx.saved_tensors
-        taps = _grouped(tensors[:ctx.kept], ctx.kept // ctx.adapters)
-        parameters = _grouped(tensors[ctx.kept:], PARAMETERS)
+        taps = _grouped(tensors[: ctx.kept], ctx.kept // ctx.adapters)
+        parameters = _grouped(tensors[ctx.kept :], PARAMETERS)
         rank = parameters[0][4].shape[0]
         grad = grad.contiguous()
         # One product for the gradients of all u_k, one for those of all Q2_k.
@@ -117,7 +131,8 @@ class _StageHighway(torch.autograd.Function):
         inner = torch.empty_like(grad_inner)
         grads = []
         for k, (kept, (p1, q1, b1, p2, _, _)) in enumerate(
-                zip(taps, parameters)):  # noqa: B905
+            zip(taps, parameters, strict=True)
+        ):
             part = slice(k * rank, (k + 1) * rank)
             grad_u = grad_inner[:, part]
             if ctx.codec.lossy:
@@ -131,8 +146,9 @@ class _StageHighway(torch.autograd.Function):
                 bottleneck = ctx.act(before)
             torch.mm(bottleneck.detach(), p2, out=inner[:, part])
             grad_p2 = bottleneck.detach().t() @ grad_u
-            grad_before, = torch.autograd.grad(bottleneck, before,
-                                               grad_u @ p2.t())
+            (grad_before,) = torch.autograd.grad(
+                bottleneck, before, grad_u @ p2.t()
+            )
             del bottleneck, before
             grad_q1 = projected.t() @ grad_before
             grad_b1 = grad_before.sum(0)
@@ -140,14 +156,21 @@ class _StageHighway(torch.autograd.Function):
             grads.append([grad_p1, grad_q1, grad_b1, grad_p2, None, grad_bias])
         grad_last = inner.t() @ grad
         for k, group in enumerate(grads):
-            group[4] = grad_last[k * rank:(k + 1) * rank]
+            group[4] = grad_last[k * rank : (k + 1) * rank]
         grad_base = grad if ctx.needs_input_grad[3] else None
-        return (None, None, None, grad_base, None, *[None] * ctx.kept,
-                *(g for group in grads for g in group))
+        return (
+            None,
+            None,
+            None,
+            grad_base,
+            None,
+            *[None] * ctx.kept,
+            *(g for group in grads for g in group),
+        )
 
 
 def _grouped(items: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
-    return [items[i:i + size] for i in range(0, len(items), size)]
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def _compute_dtype(tap: Tensor, adapter: LowRankAdapter) -> torch.dtype:

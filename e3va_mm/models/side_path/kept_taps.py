@@ -3,6 +3,7 @@
 A tap is an activation of the frozen trunk: nothing flows back through it, but
 the gradient of an adapter's first factor needs its values.
 """
+
 from abc import ABC, abstractmethod
 
 import torch
@@ -32,7 +33,7 @@ class ExactTaps(TapCodec):
 
     def encode(self, tap: Tensor) -> tuple[Tensor]:
         """(N, C) -> the same tensor."""
-        return (tap, )
+        return (tap,)
 
     def decode(self, kept: tuple[Tensor], dtype: torch.dtype) -> Tensor:
         """See :class:`TapCodec`."""
@@ -46,7 +47,7 @@ class BF16Taps(ExactTaps):
 
     def encode(self, tap: Tensor) -> tuple[Tensor]:
         """(N, C) -> (N, C) in bfloat16."""
-        return (tap.to(torch.bfloat16), )
+        return (tap.to(torch.bfloat16),)
 
 
 class Int8Taps(TapCodec):
@@ -61,11 +62,12 @@ class Int8Taps(TapCodec):
         tap = tap.float()
         scale = tap.abs().amax(-1, keepdim=True).div_(127)
         # A token of zeros keeps a scale of one; zero times it is zero.
-        scale.masked_fill_(scale == 0, 1.)
+        scale.masked_fill_(scale == 0, 1.0)
         return (tap / scale).round_().to(torch.int8), scale
 
-    def decode(self, kept: tuple[Tensor, Tensor],
-               dtype: torch.dtype) -> Tensor:
+    def decode(
+        self, kept: tuple[Tensor, Tensor], dtype: torch.dtype
+    ) -> Tensor:
         """See :class:`TapCodec`."""
         values, scale = kept
         return values.to(dtype).mul_(scale.to(dtype))

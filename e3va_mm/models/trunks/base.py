@@ -1,4 +1,5 @@
 """What a backbone with a side path asks of a trunk."""
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -43,18 +44,26 @@ class Trunk(ABC):
         """(B, 3, H, W) -> tokens (B, L, C) and their grid."""
 
     @abstractmethod
-    def run_stage(self, holder: nn.Module, stage: int, tokens: Tensor,
-                  size: Size, taps: Sequence[str],
-                  on_tap: OnTap) -> StageOutput:
+    def run_stage(
+        self,
+        holder: nn.Module,
+        stage: int,
+        tokens: Tensor,
+        size: Size,
+        taps: Sequence[str],
+        on_tap: OnTap,
+    ) -> StageOutput:
         """Run a stage and hand out each tap as soon as it is there."""
 
     @abstractmethod
-    def downsample(self,
-                   holder: nn.Module,
-                   stage: int,
-                   tokens: Tensor,
-                   size: Size,
-                   linear: bool = False) -> Tensor:
+    def downsample(
+        self,
+        holder: nn.Module,
+        stage: int,
+        tokens: Tensor,
+        size: Size,
+        linear: bool = False,
+    ) -> Tensor:
         """The downsampling after a stage; ``linear`` leaves its norm out."""
 
     @abstractmethod
@@ -63,12 +72,14 @@ class Trunk(ABC):
 
     @abstractmethod
     def to_stock_state(
-            self, checkpoint: Mapping) -> tuple[dict[str, Tensor], str]:
+        self, checkpoint: Mapping
+    ) -> tuple[dict[str, Tensor], str]:
         """State with stock names from any known format, and its name."""
 
     @abstractmethod
-    def adapt_state(self, expected: Mapping[str, Tensor],
-                    found: dict[str, Tensor]) -> list[str]:
+    def adapt_state(
+        self, expected: Mapping[str, Tensor], found: dict[str, Tensor]
+    ) -> list[str]:
         """Fit tensors in place where stock loading does; say what was done."""
 
     @abstractmethod
@@ -76,6 +87,7 @@ class Trunk(ABC):
         """Regular expressions of keys that a fitting file may have too."""
 
     @abstractmethod
-    def explain_mismatch(self, expected: Mapping[str, Tensor],
-                         found: Mapping[str, Tensor]) -> str:
+    def explain_mismatch(
+        self, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
+    ) -> str:
         """The likely cause when a file does not fit."""

@@ -1,4 +1,5 @@
 """Reading the stock ``SwinTransformer`` of mmdet and mmseg."""
+
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -28,8 +29,12 @@ class SwinTrunk(Trunk):
     def stages(self, holder: nn.Module) -> list[StageSpec]:
         """See :class:`Trunk`."""
         return [
-            StageSpec(stage.blocks[0].norm1.normalized_shape[0],
-                      len(stage.blocks), self.TAPS) for stage in holder.stages
+            StageSpec(
+                stage.blocks[0].norm1.normalized_shape[0],
+                len(stage.blocks),
+                self.TAPS,
+            )
+            for stage in holder.stages
         ]
 
     def embed(self, holder: nn.Module, image: Tensor) -> tuple[Tensor, Size]:
@@ -49,13 +54,20 @@ class SwinTrunk(Trunk):
                     f'a picture of {tuple(image.shape[-2:])} pixels gives '
                     f'{tokens.shape[1]}. Resize and pad every picture to '
                     '`pretrain_img_size`, or use a trunk without absolute '
-                    'position embeddings.')
+                    'position embeddings.'
+                )
             tokens = tokens + positions
         return holder.drop_after_pos(tokens), size
 
-    def run_stage(self, holder: nn.Module, stage: int, tokens: Tensor,
-                  size: Size, taps: Sequence[str],
-                  on_tap: OnTap) -> StageOutput:
+    def run_stage(
+        self,
+        holder: nn.Module,
+        stage: int,
+        tokens: Tensor,
+        size: Size,
+        taps: Sequence[str],
+        on_tap: OnTap,
+    ) -> StageOutput:
         """See :class:`Trunk`."""
         sequence = holder.stages[stage]
         with _tapped(sequence.blocks, taps, on_tap):
@@ -64,12 +76,14 @@ class SwinTrunk(Trunk):
             return StageOutput(tokens, size, None, None)
         return StageOutput(tokens, size, next_tokens, next_size)
 
-    def downsample(self,
-                   holder: nn.Module,
-                   stage: int,
-                   tokens: Tensor,
-                   size: Size,
-                   linear: bool = False) -> Tensor:
+    def downsample(
+        self,
+        holder: nn.Module,
+        stage: int,
+        tokens: Tensor,
+        size: Size,
+        linear: bool = False,
+    ) -> Tensor:
         """See :class:`Trunk`."""
         merging = holder.stages[stage].downsample
         if not linear:
@@ -86,17 +100,19 @@ class SwinTrunk(Trunk):
         for part in (holder.patch_embed, holder.stages):
             for module in part.modules():
                 if isinstance(module, nn.Linear):
-                    trunc_normal_init(module, std=0.02, bias=0.)
+                    trunc_normal_init(module, std=0.02, bias=0.0)
                 elif isinstance(module, nn.LayerNorm):
                     constant_init(module, 1.0)
 
     def to_stock_state(
-            self, checkpoint: Mapping) -> tuple[dict[str, Tensor], str]:
+        self, checkpoint: Mapping
+    ) -> tuple[dict[str, Tensor], str]:
         """See :class:`Trunk`."""
         return to_stock_keys(checkpoint)
 
-    def adapt_state(self, expected: Mapping[str, Tensor],
-                    found: dict[str, Tensor]) -> list[str]:
+    def adapt_state(
+        self, expected: Mapping[str, Tensor], found: dict[str, Tensor]
+    ) -> list[str]:
         """Resize position tables of another window size, as stock Swin does.
 
         The index buffers follow from the window size alone; files of another
@@ -108,9 +124,13 @@ class SwinTrunk(Trunk):
             if key.endswith(INDEX):
                 if theirs is None or theirs.shape != ours.shape:
                     found[key] = ours
-            elif (key.endswith(TABLE) and theirs is not None
-                  and theirs.ndim == 2 and theirs.shape != ours.shape
-                  and theirs.shape[1] == ours.shape[1]):
+            elif (
+                key.endswith(TABLE)
+                and theirs is not None
+                and theirs.ndim == 2
+                and theirs.shape != ours.shape
+                and theirs.shape[1] == ours.shape[1]
+            ):
                 found[key] = _resize_table(theirs, ours.shape[0])
                 resized += 1
         if not resized:
@@ -121,27 +141,35 @@ class SwinTrunk(Trunk):
         """The classifier, masks, and whatever lies past the last output."""
         last = len(holder.stages) - 1
         later = '|'.join(
-            str(i) for i in range(last + 1, len(holder.num_features)))
+            str(i) for i in range(last + 1, len(holder.num_features))
+        )
         patterns = [
-            r'head\..*', r'norm\.(weight|bias)', r'.*\.attn_mask',
+            r'head\..*',
+            r'norm\.(weight|bias)',
+            r'.*\.attn_mask',
             r'norm\d\.(weight|bias)',
-            rf'stages\.{last}\.downsample\..*'
+            rf'stages\.{last}\.downsample\..*',
         ]
         if later:
             patterns.append(rf'stages\.({later})\..*')
         return patterns
 
-    def explain_mismatch(self, expected: Mapping[str, Tensor],
-                         found: Mapping[str, Tensor]) -> str:
+    def explain_mismatch(
+        self, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
+    ) -> str:
         """See :class:`Trunk`."""
         ours, theirs = describe_swin(expected), describe_swin(found)
         if ours == theirs:
-            return ('The trunk is of the right variant: either tensors were '
-                    'lost, or the side path was trained with other '
-                    '`side_path` options.')
-        return (f'The file holds a Swin Transformer with {_listed(theirs)}; '
-                f'the config asks for {_listed(ours)}. Take the weights of '
-                'the variant in the config, or change the config.')
+            return (
+                'The trunk is of the right variant: either tensors were '
+                'lost, or the side path was trained with other '
+                '`side_path` options.'
+            )
+        return (
+            f'The file holds a Swin Transformer with {_listed(theirs)}; '
+            f'the config asks for {_listed(ours)}. Take the weights of '
+            'the variant in the config, or change the config.'
+        )
 
 
 def _listed(arguments: Mapping) -> str:
@@ -150,15 +178,16 @@ def _listed(arguments: Mapping) -> str:
 
 def _resize_table(table: Tensor, length: int) -> Tensor:
     """(S*S, heads) -> (length, heads), bicubic over the square."""
-    old, new = int(table.shape[0]**0.5), int(length**0.5)
+    old, new = int(table.shape[0] ** 0.5), int(length**0.5)
     square = table.t().reshape(1, -1, old, old)
     square = F.interpolate(square.float(), size=(new, new), mode='bicubic')
     return square.reshape(-1, length).t().contiguous().to(table.dtype)
 
 
 @contextmanager
-def _tapped(blocks: nn.ModuleList, taps: Sequence[str],
-            on_tap: OnTap) -> Iterator[None]:
+def _tapped(
+    blocks: nn.ModuleList, taps: Sequence[str], on_tap: OnTap
+) -> Iterator[None]:
     """Hand the branch outputs of stock Swin blocks to ``on_tap``."""
     handles = []
     for index, block in enumerate(blocks):

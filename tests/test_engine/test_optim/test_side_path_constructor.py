@@ -1,4 +1,5 @@
 """Groups of the optimizer, under the default constructor's own name too."""
+
 import pytest
 import torch
 from mmengine.optim import build_optim_wrapper
@@ -9,7 +10,6 @@ from tests.helpers import build_e3va, build_stock
 
 
 class Model(nn.Module):
-
     def __init__(self, backbone):
         super().__init__()
         self.backbone = backbone
@@ -22,33 +22,40 @@ OPTIMIZER = dict(type='AdamW', lr=1.0, weight_decay=0.5)
 PARAMWISE = [
     dict(custom_keys={'backbone': dict(lr_mult=0.1)}),
     dict(custom_keys={'backbone': dict(lr_mult=0.0)}),
-    dict(custom_keys={
-        'backbone': dict(lr_mult=0.1, decay_mult=1.0),
-        'backbone.norm': dict(lr_mult=0.1, decay_mult=0.0),
-        'absolute_pos_embed': dict(lr_mult=0.1, decay_mult=0.0),
-        'stages.0': dict(lr_mult=0.1),
-    }),
+    dict(
+        custom_keys={
+            'backbone': dict(lr_mult=0.1, decay_mult=1.0),
+            'backbone.norm': dict(lr_mult=0.1, decay_mult=0.0),
+            'absolute_pos_embed': dict(lr_mult=0.1, decay_mult=0.0),
+            'stages.0': dict(lr_mult=0.1),
+        }
+    ),
     dict(bias_lr_mult=0.1, norm_decay_mult=0.0),
 ]
 
 
 def groups_of(model, **options):
-    wrapper = build_optim_wrapper(
-        model, dict(optimizer=OPTIMIZER, **options))
+    wrapper = build_optim_wrapper(model, dict(optimizer=OPTIMIZER, **options))
     names = {id(p): name for name, p in model.named_parameters()}
     return {
         names[id(p)]: group
-        for group in wrapper.optimizer.param_groups for p in group['params']
+        for group in wrapper.optimizer.param_groups
+        for p in group['params']
     }
 
 
-@pytest.mark.parametrize('constructor', [
-    None, 'DefaultOptimWrapperConstructor',
-    'e3va_mm.SidePathOptimWrapperConstructor'
-])
+@pytest.mark.parametrize(
+    'constructor',
+    [
+        None,
+        'DefaultOptimWrapperConstructor',
+        'e3va_mm.SidePathOptimWrapperConstructor',
+    ],
+)
 @pytest.mark.parametrize('paramwise_cfg', [None, *PARAMWISE])
 def test_side_path_has_the_base_rate_and_frozen_parameters_no_group(
-        constructor, paramwise_cfg):
+    constructor, paramwise_cfg
+):
     model = Model(build_e3va())
     options = dict(paramwise_cfg=paramwise_cfg)
     if constructor:
@@ -61,7 +68,8 @@ def test_side_path_has_the_base_rate_and_frozen_parameters_no_group(
     for name in side:
         assert groups[name]['lr'] == 1.0, name
         assert groups[name]['weight_decay'] == (
-            0. if 'norm' in name and paramwise_cfg in PARAMWISE[2:] else 0.5)
+            0.0 if 'norm' in name and paramwise_cfg in PARAMWISE[2:] else 0.5
+        )
 
 
 def test_a_key_that_names_the_side_path_scales_it():
@@ -71,8 +79,10 @@ def test_a_key_that_names_the_side_path_scales_it():
         paramwise_cfg=dict(
             custom_keys={
                 'backbone': dict(lr_mult=0.1),
-                'backbone.side_path': dict(lr_mult=3.0, decay_mult=0.0)
-            }))
+                'backbone.side_path': dict(lr_mult=3.0, decay_mult=0.0),
+            }
+        ),
+    )
     group = groups['backbone.side_path.stages.0.0.attn.down.p']
     assert (group['lr'], group['weight_decay']) == (3.0, 0.0)
     assert groups['backbone.norm0.weight']['lr'] == 1.0

@@ -1,4 +1,5 @@
 """DDP without ``find_unused_parameters``: freezing is complete and early."""
+
 import socket
 
 import pytest
@@ -15,19 +16,23 @@ WORLD = 2
 def work(rank, port, out_indices, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
-        'gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=WORLD)
+        'gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=WORLD
+    )
     torch.manual_seed(0)
     backbone = build_e3va(out_indices=out_indices)
     backbone.init_weights()
     model = DistributedDataParallel(backbone)
     model.train()
     optimizer = torch.optim.SGD(
-        [p for p in backbone.parameters() if p.requires_grad], lr=0.1)
+        [p for p in backbone.parameters() if p.requires_grad], lr=0.1
+    )
     generator = torch.Generator().manual_seed(rank)
     for _ in range(3):
         image = torch.randn(1, 3, 64, 64, generator=generator)
-        loss = sum(output.square().mean() * (1 + i)
-                   for i, output in enumerate(model(image)))
+        loss = sum(
+            output.square().mean() * (1 + i)
+            for i, output in enumerate(model(image))
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,4 +1,5 @@
 """Promises of the backbone, each after ``init_weights()``."""
+
 import copy
 
 import pytest
@@ -7,8 +8,13 @@ from mmengine.optim import build_optim_wrapper
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.utils import count_parameters, mark_trainable
-from tests.helpers import SWIN, build_e3va, build_stock, e3va_and_stock
-from tests.helpers import randomised
+from tests.helpers import (
+    SWIN,
+    build_e3va,
+    build_stock,
+    e3va_and_stock,
+    randomised,
+)
 from tests.reference import e3va as reference
 
 # Odd sizes: padding in windows and in patch merging.
@@ -23,9 +29,10 @@ def declared(backbone):
     }
 
 
-@pytest.mark.parametrize('size, trainable', [('t', 440_064), ('s', 896_256),
-                                             ('b', 1_195_008),
-                                             ('l', 1_792_512)])
+@pytest.mark.parametrize(
+    'size, trainable',
+    [('t', 440_064), ('s', 896_256), ('b', 1_195_008), ('l', 1_792_512)],
+)
 def test_trainable_counts_are_the_published_ones(size, trainable):
     backbone = build_e3va(**SWIN[size])
     assert count_parameters(backbone)[1] == trainable
@@ -41,16 +48,18 @@ def test_retinanet_outputs_count_without_the_first_norm():
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
 @pytest.mark.parametrize('downsampling', ['difference', 'linear'])
 def test_equals_the_stock_frozen_backbone_before_the_first_step(
-        scope, downsampling):
+    scope, downsampling
+):
     ours, stock = e3va_and_stock(
-        scope, side_path=dict(downsampling=downsampling))
+        scope, side_path=dict(downsampling=downsampling)
+    )
     image = torch.randn(IMAGE)
     ours.train()
     with torch.no_grad():
         expected = stock(image)
     outputs = ours(image)
     assert len(outputs) == 4
-    for output, target in zip(outputs, expected):
+    for output, target in zip(outputs, expected, strict=True):
         torch.testing.assert_close(output, target, rtol=0, atol=0)
 
 
@@ -112,30 +121,34 @@ def test_graph_reaches_the_declared_parameters_and_no_others():
     }
 
 
-def train(backbone, steps, weight_decay=0.):
+def train(backbone, steps, weight_decay=0.0):
     """Real steps on a loss that no output norm can flatten."""
     wrapper = build_optim_wrapper(
         backbone,
-        dict(
-            optimizer=dict(type='AdamW', lr=1e-3, weight_decay=weight_decay)))
+        dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=weight_decay)),
+    )
     image = torch.randn(IMAGE)
     targets = [torch.randn_like(output) for output in backbone(image)]
     norms = []
     for _ in range(steps):
-        loss = sum((output - target).square().mean()
-                   for output, target in zip(backbone(image), targets))
+        loss = sum(
+            (output - target).square().mean()
+            for output, target in zip(backbone(image), targets, strict=True)
+        )
         wrapper.zero_grad()
         loss.backward()
-        norms.append({
-            name: parameter.grad.norm().item()
-            for name, parameter in backbone.named_parameters()
-            if parameter.grad is not None
-        })
+        norms.append(
+            {
+                name: parameter.grad.norm().item()
+                for name, parameter in backbone.named_parameters()
+                if parameter.grad is not None
+            }
+        )
         wrapper.step()
     return norms
 
 
-@pytest.mark.parametrize('weight_decay', [0., 0.5])
+@pytest.mark.parametrize('weight_decay', [0.0, 0.5])
 def test_trunk_does_not_change_by_one_bit(weight_decay):
     ours, stock = e3va_and_stock()
     ours.train()
@@ -159,7 +172,8 @@ def test_declared_parameters_and_no_others_learn():
     assert all(norm > 0 for norm in norms[2].values())
     # The first step of a zero-initialised up projection reaches only it.
     assert not any(
-        norm > 0 for name, norm in norms[0].items() if '.down.' in name)
+        norm > 0 for name, norm in norms[0].items() if '.down.' in name
+    )
     moved = {
         name
         for name, parameter in ours.named_parameters()
@@ -170,8 +184,9 @@ def test_declared_parameters_and_no_others_learn():
 
 def test_freezing_holds_from_the_constructor_on():
     ours = build_e3va()
-    assert {k for k, p in ours.named_parameters()
-            if p.requires_grad} == declared(ours)
+    assert {
+        k for k, p in ours.named_parameters() if p.requires_grad
+    } == declared(ours)
 
 
 def test_output_norms_can_be_frozen():
@@ -181,10 +196,11 @@ def test_output_norms_can_be_frozen():
 
 
 @pytest.mark.parametrize('downsampling', ['difference', 'linear'])
-@pytest.mark.parametrize('taps', [('attn', 'ffn'), ('ffn', )])
+@pytest.mark.parametrize('taps', [('attn', 'ffn'), ('ffn',)])
 def test_gradients_equal_a_plain_reference(downsampling, taps):
     ours, stock = e3va_and_stock(
-        side_path=dict(downsampling=downsampling, taps=taps))
+        side_path=dict(downsampling=downsampling, taps=taps)
+    )
     randomised(ours.side_path, 1)
     ours.double().train()
     stock.double()
@@ -192,7 +208,9 @@ def test_gradients_equal_a_plain_reference(downsampling, taps):
     weights = [torch.randn_like(output) for output in ours(image)]
 
     def gradients(outputs, parameters):
-        loss = sum((o * w).sum() for o, w in zip(outputs, weights))
+        loss = sum(
+            (o * w).sum() for o, w in zip(outputs, weights, strict=True)
+        )
         return torch.autograd.grad(loss, parameters)
 
     state = {
@@ -202,38 +220,40 @@ def test_gradients_equal_a_plain_reference(downsampling, taps):
     }
     outputs = ours(image)
     expected = reference.backbone(stock, state, image, taps, downsampling)
-    for output, target in zip(outputs, expected):
+    for output, target in zip(outputs, expected, strict=True):
         torch.testing.assert_close(output, target, rtol=1e-10, atol=1e-10)
-    got = gradients(outputs, [
-        p for p in ours.parameters() if p.requires_grad])
+    got = gradients(outputs, [p for p in ours.parameters() if p.requires_grad])
     wanted = gradients(expected, list(state.values()))
-    for name, gradient, target in zip(state, got, wanted):
+    for name, gradient, target in zip(state, got, wanted, strict=True):
         error = (gradient - target).norm() / target.norm()
         assert error < 1e-10, (name, error)
 
 
-@pytest.mark.parametrize('out_indices', [(0, ), (1, 2), (0, 3), (2, 0)])
+@pytest.mark.parametrize('out_indices', [(0,), (1, 2), (0, 3), (2, 0)])
 def test_any_subset_of_outputs(out_indices):
-    ours, stock = e3va_and_stock(
-        out_indices=out_indices, stock_kwargs=dict())
+    ours, stock = e3va_and_stock(out_indices=out_indices, stock_kwargs=dict())
     image = torch.randn(IMAGE)
     expected = stock(image)
     outputs = ours(image)
     wanted = [expected[i] for i in sorted(out_indices)]
-    for output, target in zip(outputs, wanted):
+    for output, target in zip(outputs, wanted, strict=True):
         torch.testing.assert_close(output, target, rtol=0, atol=0)
     assert len(outputs) == len(wanted)
     assert len(ours.stages) == max(out_indices) + 1
     assert len(ours.side_path.stages) == max(out_indices) + 1
     sum(output.sum() for output in outputs).backward()
-    assert all(p.grad is not None for p in ours.parameters()
-               if p.requires_grad), 'DDP would wait for ever'
+    assert all(
+        p.grad is not None for p in ours.parameters() if p.requires_grad
+    ), 'DDP would wait for ever'
 
 
-@pytest.mark.parametrize('out_indices', [(), (4, ), (-1, )])
+@pytest.mark.parametrize('out_indices', [(), (4,), (-1,)])
 def test_impossible_outputs_are_refused(out_indices):
-    with pytest.raises(ConfigError, match='out_indices. should name at least '
-                       r'one of the stages \(0, 1, 2, 3\), but got'):
+    with pytest.raises(
+        ConfigError,
+        match='out_indices. should name at least '
+        r'one of the stages \(0, 1, 2, 3\), but got',
+    ):
         build_e3va(out_indices=out_indices)
 
 
@@ -241,10 +261,16 @@ def test_arguments_without_effect_are_said_in_one_line(monkeypatch):
     lines = []
     monkeypatch.setattr(
         'e3va_mm.models.backbones.e3va_swin.print_log',
-        lambda message, **_: lines.append(message))
+        lambda message, **_: lines.append(message),
+    )
     ours = build_e3va(
-        drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.3,
-        frozen_stages=2, with_cp=True, convert_weights=True)
+        drop_rate=0.1,
+        attn_drop_rate=0.1,
+        drop_path_rate=0.3,
+        frozen_stages=2,
+        with_cp=True,
+        convert_weights=True,
+    )
     assert lines == [
         'drop_rate, attn_drop_rate, drop_path_rate, with_cp, frozen_stages: '
         'without effect on the frozen trunk of E3VASwinTransformer.'
@@ -257,8 +283,11 @@ def test_absolute_positions_fail_clearly_at_another_size():
     ours = build_e3va(use_abs_pos_embed=True, pretrain_img_size=64)
     ours.init_weights()
     assert len(ours(torch.randn(1, 3, 64, 64))) == 4
-    with pytest.raises(ConfigError, match='pretrain_img_size`, 256, but a '
-                       r'picture of \(96, 64\) pixels gives 384'):
+    with pytest.raises(
+        ConfigError,
+        match='pretrain_img_size`, 256, but a '
+        r'picture of \(96, 64\) pixels gives 384',
+    ):
         ours(torch.randn(1, 3, 96, 64))
 
 
@@ -293,19 +322,23 @@ def test_bf16_autocast_trains():
     with torch.autocast('cpu', dtype=torch.bfloat16):
         outputs = ours(torch.randn(IMAGE))
         sum(output.float().square().mean() for output in outputs).backward()
-    assert all(p.grad.isfinite().all() for p in ours.parameters()
-               if p.requires_grad)
+    assert all(
+        p.grad.isfinite().all() for p in ours.parameters() if p.requires_grad
+    )
 
 
-@pytest.mark.parametrize('side_path, message', [
-    (dict(rank=0), r'`side_path.rank` should be in \[1, 16\]'),
-    (dict(rank=17), r'`side_path.rank` should be in \[1, 16\]'),
-    (dict(bottleneck_ratio=0.01), 'leave at least one channel'),
-    (dict(taps=('mlp', )), r"at least one of \('attn', 'ffn'\), but got"),
-    (dict(taps=()), 'at least one of'),
-    (dict(downsampling='mean'), "'difference', 'linear'.*got 'mean'"),
-    (dict(trunk_drop_path=1.), r'should be in \[0, 1\), but got 1.0'),
-])
+@pytest.mark.parametrize(
+    'side_path, message',
+    [
+        (dict(rank=0), r'`side_path.rank` should be in \[1, 16\]'),
+        (dict(rank=17), r'`side_path.rank` should be in \[1, 16\]'),
+        (dict(bottleneck_ratio=0.01), 'leave at least one channel'),
+        (dict(taps=('mlp',)), r"at least one of \('attn', 'ffn'\), but got"),
+        (dict(taps=()), 'at least one of'),
+        (dict(downsampling='mean'), "'difference', 'linear'.*got 'mean'"),
+        (dict(trunk_drop_path=1.0), r'should be in \[0, 1\), but got 1.0'),
+    ],
+)
 def test_impossible_side_paths_are_refused(side_path, message):
     with pytest.raises(ConfigError, match=message):
         build_e3va(side_path=side_path)
@@ -313,7 +346,9 @@ def test_impossible_side_paths_are_refused(side_path, message):
 
 def test_pretrained_and_init_cfg_contradict():
     with pytest.raises(ConfigError, match='both set'):
-        build_e3va(pretrained='a.pth',
-                   init_cfg=dict(type='Pretrained', checkpoint='b.pth'))
+        build_e3va(
+            pretrained='a.pth',
+            init_cfg=dict(type='Pretrained', checkpoint='b.pth'),
+        )
     with pytest.raises(ConfigError, match="type='Pretrained', checkpoint="):
         build_e3va(init_cfg=dict(type='Kaiming'))

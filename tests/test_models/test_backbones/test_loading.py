@@ -1,4 +1,5 @@
 """Weights reach the trunk completely, or there is an error that says why."""
+
 import copy
 
 import pytest
@@ -70,8 +71,11 @@ def save(form, stock, folder):
                 meta={},
                 state_dict={
                     'neck.weight': torch.zeros(2, 2),
-                    **{f'backbone.{k}': v for k, v in state.items()}
-                }), path)
+                    **{f'backbone.{k}': v for k, v in state.items()},
+                },
+            ),
+            path,
+        )
     else:
         path = folder / 'swin.safetensors'
         save_file({f'backbone.{k}': v for k, v in state.items()}, path)
@@ -81,14 +85,17 @@ def save(form, stock, folder):
 def initialised(path, **kwargs):
     ours = build_e3va(
         init_cfg=dict(type='Pretrained', checkpoint=path),
-        allow_random_trunk=False, **kwargs)
+        allow_random_trunk=False,
+        **kwargs,
+    )
     ours.init_weights()
     return ours
 
 
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
-@pytest.mark.parametrize('form',
-                         ['official', 'bare', 'detector', 'safetensors'])
+@pytest.mark.parametrize(
+    'form', ['official', 'bare', 'detector', 'safetensors']
+)
 def test_every_format_brings_the_whole_trunk(form, scope, stock, tmp_path):
     if form == 'official':  # holds no output norms
         for i in range(4):
@@ -97,7 +104,7 @@ def test_every_format_brings_the_whole_trunk(form, scope, stock, tmp_path):
     ours = initialised(save(form, stock, tmp_path), scope=scope)
     ours.train()  # not refused: the trunk has weights
     image = torch.randn(IMAGE)
-    for output, expected in zip(ours(image), stock(image)):
+    for output, expected in zip(ours(image), stock(image), strict=True):
         torch.testing.assert_close(output, expected, rtol=0, atol=0)
 
 
@@ -105,7 +112,8 @@ def test_the_load_report_says_how_much_matched(stock, tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr(
         'e3va_mm.models.backbones.side_path_backbone.print_log',
-        lambda message, **_: lines.append(message))
+        lambda message, **_: lines.append(message),
+    )
     path = save('official', stock, tmp_path)
     initialised(path)
     report = '\n'.join(lines)
@@ -137,16 +145,22 @@ def test_a_wider_swin_is_refused_with_the_shapes(tmp_path):
     assert 'embed_dims=64' in text and 'embed_dims=32' in text
 
 
-@pytest.mark.parametrize('missing', [
-    'stages.1.blocks.0.attn.w_msa.proj.bias',
-    'stages.0.downsample.reduction.weight', 'patch_embed.norm.bias'
-])
+@pytest.mark.parametrize(
+    'missing',
+    [
+        'stages.1.blocks.0.attn.w_msa.proj.bias',
+        'stages.0.downsample.reduction.weight',
+        'patch_embed.norm.bias',
+    ],
+)
 def test_a_missing_tensor_is_named(missing, stock, tmp_path):
     state = stock.state_dict()
     del state[missing]
     path = tmp_path / 'part.pth'
     torch.save(state, path)
-    with pytest.raises(CheckpointError, match='1 missing in the file') as error:
+    with pytest.raises(
+        CheckpointError, match='1 missing in the file'
+    ) as error:
         initialised(str(path))
     assert missing in str(error.value)
 
@@ -159,15 +173,18 @@ def test_another_window_resizes_the_position_tables(stock, tmp_path):
             f'backbone.{k}': v
             for k, v in stock.state_dict().items()
             if not k.endswith('relative_position_index')
-        }, slim)
+        },
+        slim,
+    )
     reference = build_stock(
         window_size=12,
-        init_cfg=ConfigDict(type='Pretrained', checkpoint=str(slim)))
+        init_cfg=ConfigDict(type='Pretrained', checkpoint=str(slim)),
+    )
     reference.init_weights()
     reference.eval()
     ours = initialised(save('bare', stock, tmp_path), window_size=12)
     image = torch.randn(IMAGE)
-    for output, expected in zip(ours(image), reference(image)):
+    for output, expected in zip(ours(image), reference(image), strict=True):
         torch.testing.assert_close(output, expected, rtol=0, atol=0)
 
 
@@ -179,7 +196,9 @@ def test_load_from_takes_a_whole_stock_detector(stock, tmp_path):
     load_checkpoint(model, path)
     image = torch.randn(IMAGE)
     model.train()
-    for output, expected in zip(model.backbone(image), stock(image)):
+    for output, expected in zip(
+        model.backbone(image), stock(image), strict=True
+    ):
         torch.testing.assert_close(output, expected, rtol=0, atol=0)
     for key, value in model.backbone.side_path.state_dict().items():
         assert torch.equal(value, before[key])
@@ -212,11 +231,11 @@ def test_own_checkpoints_round_trip_and_must_be_whole(tmp_path):
         assert torch.equal(value, twin.backbone.state_dict()[key]), key
 
     with pytest.raises(
-            CheckpointError,
-            match=r'side_path.stages.0.0.attn.down.p: \(32, 16\) in the file, '
-            r'\(32, 8\) expected(.|\n)*other `side_path` options'):
-        load_checkpoint(
-            Detector(build_e3va(side_path=dict(rank=8))), path)
+        CheckpointError,
+        match=r'side_path.stages.0.0.attn.down.p: \(32, 16\) in the file, '
+        r'\(32, 8\) expected(.|\n)*other `side_path` options',
+    ):
+        load_checkpoint(Detector(build_e3va(side_path=dict(rank=8))), path)
     state = torch.load(path)['state_dict']
     del state['backbone.norm2.weight']
     torch.save(dict(state_dict=state), path)
@@ -230,13 +249,16 @@ def test_side_path_alone_loads_and_leaves_the_trunk(tmp_path):
     trunk = {name for name, _ in ours.trunk_children()}
     part = {
         k: v
-        for k, v in ours.state_dict().items() if k.split('.')[0] not in trunk
+        for k, v in ours.state_dict().items()
+        if k.split('.')[0] not in trunk
     }
     twin = build_e3va(allow_random_trunk=False)
     twin.init_weights()
     twin.load_state_dict(part, strict=False)
-    assert torch.equal(twin.side_path.stages[0][0]['attn'].up.q,
-                       ours.side_path.stages[0][0]['attn'].up.q)
+    assert torch.equal(
+        twin.side_path.stages[0][0]['attn'].up.q,
+        ours.side_path.stages[0][0]['attn'].up.q,
+    )
     assert twin.trunk_source is None
 
 
@@ -244,7 +266,7 @@ def test_a_cut_trunk_takes_the_whole_file(stock, tmp_path):
     path = save('detector', stock, tmp_path)
     ours = initialised(path, out_indices=(0, 1))
     image = torch.randn(IMAGE)
-    for output, expected in zip(ours(image), stock(image)):
+    for output, expected in zip(ours(image), stock(image), strict=True):
         torch.testing.assert_close(output, expected, rtol=0, atol=0)
 
 
@@ -255,9 +277,14 @@ def test_stock_baselines_take_safetensors_too(scope, stock, tmp_path):
         baseline = MODELS.build(
             ConfigDict(
                 dict(
-                    type=f'{scope}.SwinTransformer', embed_dims=32,
-                    depths=(2, 1, 2, 1), num_heads=(1, 2, 4, 8),
-                    init_cfg=dict(type='Pretrained', checkpoint=path))))
+                    type=f'{scope}.SwinTransformer',
+                    embed_dims=32,
+                    depths=(2, 1, 2, 1),
+                    num_heads=(1, 2, 4, 8),
+                    init_cfg=dict(type='Pretrained', checkpoint=path),
+                )
+            )
+        )
     baseline.init_weights()
     for key, value in stock.state_dict().items():
         assert torch.equal(value, baseline.state_dict()[key]), key

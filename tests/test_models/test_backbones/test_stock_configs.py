@@ -1,4 +1,5 @@
 """Every stock Swin config takes an E3VA backbone by one changed line."""
+
 import importlib.util
 import json
 import warnings
@@ -38,7 +39,6 @@ def stock_configs(framework):
 
 
 class Model(nn.Module):
-
     def __init__(self, backbone):
         super().__init__()
         self.backbone = backbone
@@ -51,14 +51,17 @@ def checked_backbone(framework, arguments):
     with DefaultScope.overwrite_default_scope(framework):
         backbone = MODELS.build(
             dict(
-                json.loads(arguments), type='e3va_mm.E3VASwinTransformer',
-                allow_random_trunk=True))
+                json.loads(arguments),
+                type='e3va_mm.E3VASwinTransformer',
+                allow_random_trunk=True,
+            )
+        )
     backbone.init_weights()
     backbone.train()
     for size in SIZES:
         outputs = backbone(
-            torch.randn(1, backbone.patch_embed.projection.in_channels,
-                        *size))
+            torch.randn(1, backbone.patch_embed.projection.in_channels, *size)
+        )
         assert [o.shape[1] for o in outputs] == [
             backbone.num_features[i] for i in backbone.out_indices
         ]
@@ -75,12 +78,19 @@ def checked_backbone(framework, arguments):
 @pytest.mark.parametrize('framework', STOCK)
 def test_every_stock_swin_config(framework):
     configs = [
-        (json.dumps({
-            # The URLs cannot be assumed reachable; loading has its own tests.
-            key: value
-            for key, value in config.model.backbone.to_dict().items()
-            if key not in ('type', 'init_cfg', 'pretrained')
-        }, sort_keys=True), path, config)
+        (
+            json.dumps(
+                {
+                    # The URLs cannot be assumed reachable; loading has its own tests.
+                    key: value
+                    for key, value in config.model.backbone.to_dict().items()
+                    if key not in ('type', 'init_cfg', 'pretrained')
+                },
+                sort_keys=True,
+            ),
+            path,
+            config,
+        )
         for path, config in stock_configs(framework)
     ]
     reached = 0
@@ -98,7 +108,8 @@ def test_every_stock_swin_config(framework):
         }
         assert sorted(rates) == sorted(trainable), path
         base = options['optimizer']['lr']
-        assert all(rates[k] == base for k in trainable
-                   if k.startswith('backbone.')), path
+        assert all(
+            rates[k] == base for k in trainable if k.startswith('backbone.')
+        ), path
         reached += 1
     assert reached == STOCK[framework]

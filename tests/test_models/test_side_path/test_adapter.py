@@ -5,8 +5,9 @@ from torch.nn import functional as F
 from e3va_mm.models import LowRankAdapter
 
 
-@pytest.mark.parametrize('channels, rank, ratio', [(96, 16, 0.5), (32, 4, 1.),
-                                                   (50, 3, 0.25)])
+@pytest.mark.parametrize(
+    'channels, rank, ratio', [(96, 16, 0.5), (32, 4, 1.0), (50, 3, 0.25)]
+)
 def test_parameter_count(channels, rank, ratio):
     m, n, r = channels, int(channels * ratio), rank
     adapter = LowRankAdapter(channels, rank, ratio)
@@ -19,7 +20,7 @@ def test_starts_at_zero_with_a_useful_bottleneck():
     x = torch.randn(4, 100, 128)
     assert not adapter(x).any()
     # Neither vanishing nor exploding for taps of unit scale.
-    assert 0.5 < adapter.down(x).std() < 2.
+    assert 0.5 < adapter.down(x).std() < 2.0
 
 
 def test_equals_the_equation():

@@ -1,4 +1,5 @@
 """The side path over a trunk of numbers: it knows no backbone."""
+
 import pytest
 import torch
 
@@ -6,8 +7,10 @@ from e3va_mm.models import E3VASidePath
 from e3va_mm.models.trunks import StageSpec
 from e3va_mm.registry import MODELS
 
-STAGES = [StageSpec(8, 2, ('left', 'right')), StageSpec(16, 1,
-                                                        ('left', 'right'))]
+STAGES = [
+    StageSpec(8, 2, ('left', 'right')),
+    StageSpec(16, 1, ('left', 'right')),
+]
 
 
 def drawn(**kwargs):
@@ -22,13 +25,19 @@ def test_taps_add_up_in_parallel():
     taps = torch.randn(4, 1, 3, 8)
     highway = side.start(None)
     for (block, tap), value in zip(
-            [(0, 'left'), (0, 'right'), (1, 'left'), (1, 'right')], taps,
-            strict=True):
+        [(0, 'left'), (0, 'right'), (1, 'left'), (1, 'right')],
+        taps,
+        strict=True,
+    ):
         side.add_tap(highway, 0, block, tap, value)
     expected = sum(
-        side.stages[0][block][tap](value) for (block, tap), value in zip(
-            [(0, 'left'), (0, 'right'), (1, 'left'), (1, 'right')], taps,
-            strict=True))
+        side.stages[0][block][tap](value)
+        for (block, tap), value in zip(
+            [(0, 'left'), (0, 'right'), (1, 'left'), (1, 'right')],
+            taps,
+            strict=True,
+        )
+    )
     torch.testing.assert_close(highway.sum(), expected)
     trunk = torch.randn(1, 3, 8)
     torch.testing.assert_close(side.output(highway, trunk), trunk + expected)
@@ -38,7 +47,7 @@ def test_taps_add_up_in_parallel():
 def frozen_merge(tokens, linear=False):
     """A downsampling with a norm: (B, L, 8) -> (B, L, 16)."""
     if not linear:
-        tokens = torch.nn.functional.layer_norm(tokens, (8, ))
+        tokens = torch.nn.functional.layer_norm(tokens, (8,))
     return torch.cat([tokens, 2 * tokens], -1)
 
 
@@ -48,20 +57,22 @@ def test_both_forms_of_inheritance_keep_zero_at_zero():
     base = torch.randn(1, 3, 8)
     for form, expected in [
         ('difference', frozen_merge(trunk + base) - ahead),
-        ('linear', torch.cat([base, 2 * base], -1))
+        ('linear', torch.cat([base, 2 * base], -1)),
     ]:
         side = drawn(downsampling=form)
         zero = side.start(torch.zeros_like(trunk))
         assert not side.inherit(zero, trunk, ahead, frozen_merge).any()
         torch.testing.assert_close(
             side.inherit(side.start(base), trunk, ahead, frozen_merge),
-            expected)
-        assert side.inherit(
-            side.start(None), trunk, ahead, frozen_merge) is None
+            expected,
+        )
+        assert (
+            side.inherit(side.start(None), trunk, ahead, frozen_merge) is None
+        )
 
 
 def test_only_the_taps_asked_for_have_adapters():
-    side = E3VASidePath(STAGES, rank=2, taps=('right', ))
+    side = E3VASidePath(STAGES, rank=2, taps=('right',))
     assert [list(block) for block in side.stages[0]] == [['right']] * 2
 
 
@@ -70,7 +81,6 @@ def test_another_kind_of_side_path_can_be_registered():
 
     @MODELS.register_module(force=True)
     class SilentSidePath(E3VASidePath):
-
         def output(self, highway, trunk):
             return trunk + 0 * highway.sum()
 

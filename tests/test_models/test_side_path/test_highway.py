@@ -1,4 +1,5 @@
 """The fused highway against plain autograd over the same adapters."""
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -34,8 +35,9 @@ def gradients(function, parts, taps, base, weight):
     inputs = [p for part in parts for p in part.parameters()]
     if base is not None:
         inputs.append(base)
-    return torch.autograd.grad((function(parts, taps, base) * weight).sum(),
-                               inputs)
+    return torch.autograd.grad(
+        (function(parts, taps, base) * weight).sum(), inputs
+    )
 
 
 @pytest.fixture
@@ -48,22 +50,24 @@ def data():
 def test_gradcheck_in_fp64():
     parts = adapters()
     taps = torch.randn(TAPS, 1, 5, CHANNELS, dtype=torch.float64)
-    base = torch.randn(1, 5, CHANNELS, dtype=torch.float64,
-                       requires_grad=True)
+    base = torch.randn(1, 5, CHANNELS, dtype=torch.float64, requires_grad=True)
     inputs = [p for part in parts for p in part.parameters()]
     torch.autograd.gradcheck(
-        lambda base, *_: fused(parts, taps, base), (base, *inputs))
+        lambda base, *_: fused(parts, taps, base), (base, *inputs)
+    )
 
 
-@pytest.mark.parametrize('act_cfg', [None, dict(type='ReLU'),
-                                     dict(type='SiLU')])
+@pytest.mark.parametrize(
+    'act_cfg', [None, dict(type='ReLU'), dict(type='SiLU')]
+)
 @pytest.mark.parametrize('with_base', [True, False])
 def test_equals_plain_autograd(data, act_cfg, with_base):
     taps, base, weight = data
     base = base if with_base else None
     parts = adapters(act_cfg=act_cfg)
     torch.testing.assert_close(
-        fused(parts, taps, base), plain(parts, taps, base))
+        fused(parts, taps, base), plain(parts, taps, base)
+    )
     got = gradients(fused, parts, taps, base, weight)
     expected = gradients(plain, parts, taps, base, weight)
     for gradient, target in zip(got, expected, strict=True):
@@ -82,21 +86,28 @@ def test_exact_in_fp32_is_within_1e5_of_fp64(data):
         assert error < 1e-5
 
 
-@pytest.mark.parametrize('codec, cosine', [('bf16', 0.99999),
-                                           ('int8', 0.9999)])
+@pytest.mark.parametrize(
+    'codec, cosine', [('bf16', 0.99999), ('int8', 0.9999)]
+)
 def test_lossy_taps_touch_the_first_factor_alone(data, codec, cosine):
     taps, base, weight = data
     parts = adapters()
     names = [n for part in parts for n, _ in part.named_parameters()]
     expected = gradients(plain, parts, taps, base, weight)
     got = gradients(
-        lambda *args: fused(*args, codec), parts, taps, base, weight)
+        lambda *args: fused(*args, codec), parts, taps, base, weight
+    )
     for name, gradient, target in zip(
-            [*names, 'base'], got, expected, strict=True):
+        [*names, 'base'], got, expected, strict=True
+    ):
         if name == 'down.p':
             assert not torch.equal(gradient, target)
-            assert torch.cosine_similarity(
-                gradient.flatten(), target.flatten(), dim=0) > cosine
+            assert (
+                torch.cosine_similarity(
+                    gradient.flatten(), target.flatten(), dim=0
+                )
+                > cosine
+            )
         else:
             torch.testing.assert_close(gradient, target)
 
@@ -105,14 +116,15 @@ def test_lossy_taps_touch_the_first_factor_alone(data, codec, cosine):
 def test_lossy_taps_do_not_change_the_forward_pass(data, codec):
     taps, base, _ = data
     parts = adapters()
-    assert torch.equal(fused(parts, taps, base, codec),
-                       fused(parts, taps, base))
+    assert torch.equal(
+        fused(parts, taps, base, codec), fused(parts, taps, base)
+    )
 
 
 def test_int8_error_is_bounded_by_the_largest_value_of_a_token():
     tap = torch.randn(100, 32)
     tap[:, 3] *= 100  # an outlier channel
-    tap[7] = 0.
+    tap[7] = 0.0
     codec = TAP_CODECS['int8']
     back = codec.decode(codec.encode(tap), torch.float32)
     bound = tap.abs().amax(-1, keepdim=True) / 254
@@ -120,16 +132,22 @@ def test_int8_error_is_bounded_by_the_largest_value_of_a_token():
     assert not back[7].any()
 
 
-@pytest.mark.parametrize('codec, of_a_tap', [
-    ('exact', 4 * CHANNELS),
-    ('bf16', 2 * CHANNELS + 4 * RANK),
-    ('int8', CHANNELS + 4 + 4 * RANK),
-])
+@pytest.mark.parametrize(
+    'codec, of_a_tap',
+    [
+        ('exact', 4 * CHANNELS),
+        ('bf16', 2 * CHANNELS + 4 * RANK),
+        ('int8', CHANNELS + 4 + 4 * RANK),
+    ],
+)
 def test_bytes_kept_for_backward_are_the_taps(codec, of_a_tap):
     """In fp32, counted by storage, beside the parameters."""
     parts = adapters(torch.float32)
-    own = {p.untyped_storage().data_ptr()
-           for part in parts for p in part.parameters()}
+    own = {
+        p.untyped_storage().data_ptr()
+        for part in parts
+        for p in part.parameters()
+    }
     taps = torch.randn(TAPS, 2, TOKENS, CHANNELS)
     kept = {}
 
@@ -141,8 +159,10 @@ def test_bytes_kept_for_backward_are_the_taps(codec, of_a_tap):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         total = fused(parts, taps, None, codec)
     assert total.requires_grad
-    assert sum(size for pointer, size in kept.items()
-               if pointer not in own) == TAPS * 2 * TOKENS * of_a_tap
+    assert (
+        sum(size for pointer, size in kept.items() if pointer not in own)
+        == TAPS * 2 * TOKENS * of_a_tap
+    )
 
 
 def test_nothing_is_kept_without_gradients(data):
@@ -172,8 +192,11 @@ def test_works_under_non_reentrant_checkpointing(data):
     parts = adapters()
     expected = gradients(fused, parts, taps, base, weight)
     got = gradients(
-        lambda *args: checkpoint(
-            fused, *args, use_reentrant=False),
-        parts, taps, base, weight)
+        lambda *args: checkpoint(fused, *args, use_reentrant=False),
+        parts,
+        taps,
+        base,
+        weight,
+    )
     for gradient, target in zip(got, expected, strict=True):
         torch.testing.assert_close(gradient, target)

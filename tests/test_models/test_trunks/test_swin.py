@@ -1,4 +1,5 @@
 """Reading a stock Swin block by block."""
+
 import pytest
 import torch
 
@@ -26,12 +27,23 @@ def test_taps_are_what_the_blocks_add_to_their_residuals(stock):
     seen = []
     with torch.no_grad():
         tokens, size = trunk.embed(stock, torch.randn(2, 3, 50, 70))
-        end = trunk.run_stage(stock, 0, tokens, size, ('attn', 'ffn'),
-                              lambda *tap: seen.append(tap))
-    assert [tap[:2] for tap in seen] == [(0, 'attn'), (0, 'ffn'), (1, 'attn'),
-                                         (1, 'ffn')]
+        end = trunk.run_stage(
+            stock,
+            0,
+            tokens,
+            size,
+            ('attn', 'ffn'),
+            lambda *tap: seen.append(tap),
+        )
+    assert [tap[:2] for tap in seen] == [
+        (0, 'attn'),
+        (0, 'ffn'),
+        (1, 'attn'),
+        (1, 'ffn'),
+    ]
     torch.testing.assert_close(
-        tokens + sum(value for *_, value in seen), end.tokens)
+        tokens + sum(value for *_, value in seen), end.tokens
+    )
 
 
 def test_hooks_are_gone_after_a_stage_even_if_it_fails(stock):
@@ -42,7 +54,7 @@ def test_hooks_are_gone_after_a_stage_even_if_it_fails(stock):
     trunk = SwinTrunk()
     tokens, size = trunk.embed(stock, torch.randn(1, 3, 32, 32))
     with pytest.raises(RuntimeError, match='on purpose'):
-        trunk.run_stage(stock, 0, tokens, size, ('ffn', ), fail)
+        trunk.run_stage(stock, 0, tokens, size, ('ffn',), fail)
     assert not any(module._forward_hooks for module in stock.modules())
 
 
@@ -52,5 +64,6 @@ def test_downsampling_equals_merging_by_slices(stock, size, linear):
     tokens = torch.randn(2, size[0] * size[1], 32)
     got = SwinTrunk().downsample(stock, 0, tokens, size, linear)
     expected, _ = merge(
-        tokens, size, stock.stages[0].downsample, norm=not linear)
+        tokens, size, stock.stages[0].downsample, norm=not linear
+    )
     torch.testing.assert_close(got, expected)

@@ -1,0 +1,121 @@
+import logging
+import sys
+import time
+import weakref
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.file_proxy import FileProxy
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ...registry import HOOKS
+
+
+@HOOKS.register_module()
+class ProgressBarHook(Hook):
+    """Shows one bar over the whole training, with the time left.
+
+    The bar stands below the log lines of the first rank when standard output,
+    or else standard error, is a terminal. Everywhere else the hook is silent:
+    the lines of mmengine's ``LoggerHook`` hold the same numbers. It counts
+    iterations, from ``runner.iter``, so that a resumed training starts where
+    it stopped, in loops by epoch and by iteration alike.
+
+    Args:
+        interval (float): Least time between two redraws, in seconds.
+            Defaults to 0.5.
+    """
+
+    priority = 'LOW'
+
+    def __init__(self, interval: float = 0.5) -> None:
+        self.interval = interval
+        self._progress: Progress | None = None
+        self._stop = None
+
+    def before_train(self, runner: Runner) -> None:
+        """Draws the bar, if there is a terminal to draw it on."""
+        stream = next(
+            (s for s in (sys.stdout, sys.stderr) if s and s.isatty()), None)
+        if stream is None or not is_main_process():
+            return
+        console = Console(file=stream, soft_wrap=True)
+        # No refresh thread: data workers are forked while the bar is alive,
+        # and would inherit its locks in any state.
+        self._progress = Progress(
+            TextColumn('training'),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn('loss {task.fields[loss]}'),
+            TimeElapsedColumn(),
+            TextColumn('left'),
+            TimeRemainingColumn(),
+            console=console,
+            auto_refresh=False,
+            redirect_stdout=stream is sys.stdout,
+            redirect_stderr=sys.stderr.isatty(),
+            speed_estimate_period=300)
+        self._task = self._progress.add_task(
+            'training',
+            total=runner.max_iters,
+            completed=runner.iter,
+            loss='-')
+        # The logger's handler holds the terminal itself, so redirecting
+        # `sys.stdout` alone would let log lines run through the bar.
+        redirected = []
+        for handler in runner.logger.handlers:
+            if (isinstance(handler, logging.StreamHandler)
+                    and handler.stream is stream):
+                handler.setStream(FileProxy(console, stream))
+                redirected.append(handler)
+        self._progress.start()
+        self._drawn = time.monotonic()
+        # Hooks hear nothing of exceptions: without this one the terminal
+        # would be left without its cursor.
+        self._stop = weakref.finalize(self, _stop, self._progress, redirected,
+                                      stream)
+
+    def after_train_iter(self,
+                         runner: Runner,
+                         batch_idx: int,
+                         data_batch=None,
+                         outputs=None) -> None:
+        """Moves the bar; redraws it when ``interval`` has passed."""
+        if self._progress is None:
+            return
+        done = runner.iter + 1
+        now = time.monotonic()
+        if done < runner.max_iters and now - self._drawn < self.interval:
+            return
+        self._drawn = now
+        scalars = runner.message_hub.log_scalars
+        loss = (f"{scalars['train/loss'].current():.4f}"
+                if 'train/loss' in scalars else '-')
+        self._progress.update(
+            self._task, completed=done, loss=loss, refresh=True)
+
+    def after_train(self, runner: Runner) -> None:
+        """Takes the bar down, its last state stays on the terminal."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Gives the terminal back. Harmless when there is no bar."""
+        if self._stop is not None:
+            self._stop()
+        self._progress = None
+
+
+def _stop(progress: Progress, handlers: list[logging.StreamHandler],
+          stream) -> None:
+    progress.stop()
+    for handler in handlers:
+        handler.setStream(stream)

@@ -1,0 +1,11 @@
+"""Train a detector or segmentor; see --help."""
+import sys
+from pathlib import Path
+
+# Runs from a plain clone too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from e3va_mm.engine.launch import train
+
+if __name__ == '__main__':
+    sys.exit(train())

@@ -74,8 +74,9 @@ def memory_in_subprocess(variant: str) -> dict:
         [sys.executable, *sys.argv, '--memory-of', variant],
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
     )
+    if done.returncode:  # it has said why on stderr
+        sys.exit(done.returncode)
     return json.loads(done.stdout.splitlines()[-1])
 
 

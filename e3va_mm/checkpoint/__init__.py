@@ -1,5 +1,5 @@
+from .loaders import read_checkpoint, register_safe_loaders
 from .matching import LoadReport, match_state
-from .reading import read_checkpoint, register_safe_loaders
 from .swin_keys import describe_swin, to_stock_keys
 
 __all__ = [

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from e3va_mm.errors import CheckpointError
+from ..errors import CheckpointError
 
 _SHOWN = 5
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from e3va_mm.errors import CheckpointError
+from ..errors import CheckpointError
 
 _STOCK = re.compile(r'stages\.\d+\.blocks\.\d+\.attn\.w_msa\.')
 _OFFICIAL = re.compile(

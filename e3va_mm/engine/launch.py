@@ -139,7 +139,8 @@ def _mendable(error: BaseException | None) -> E3VAError | None:
     while error is not None:
         if isinstance(error, E3VAError):
             found = error
-        error = error.__cause__ or error.__context__
+        hidden = error.__suppress_context__  # raised `from None`
+        error = error.__cause__ or (None if hidden else error.__context__)
     return found
 
 

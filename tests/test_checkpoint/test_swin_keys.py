@@ -180,8 +180,7 @@ def test_the_input_is_not_changed():
 def test_absolute_position_embedding_keeps_its_shape(make):
     state = make(absolute=True)
     ours, _ = to_stock_keys(state)
-    assert torch.equal(ours['absolute_pos_embed'],
-                       state['absolute_pos_embed'])
+    assert torch.equal(ours['absolute_pos_embed'], state['absolute_pos_embed'])
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ def test_a_cut_trunk_takes_the_whole_file(stock, tmp_path):
     path = save('detector', stock, tmp_path)
     ours = initialised(path, out_indices=(0, 1))
     image = torch.randn(IMAGE)
-    for output, expected in zip(ours(image), stock(image), strict=True):
+    for output, expected in zip(ours(image), stock(image)[:2], strict=True):
         torch.testing.assert_close(output, expected, rtol=0, atol=0)
 
 

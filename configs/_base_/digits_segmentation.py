@@ -16,7 +16,7 @@ crop_size = (224, 224)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', reduce_zero_label=False),
+    dict(type='LoadAnnotations'),
     dict(
         type='RandomResize',
         scale=crop_size,
@@ -34,7 +34,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=crop_size, keep_ratio=True),
-    dict(type='LoadAnnotations', reduce_zero_label=False),
+    dict(type='LoadAnnotations'),
     dict(type='PackSegInputs')
 ]
 
@@ -47,6 +47,7 @@ train_dataloader = dict(
         type=dataset_type,
         data_root=data_root,
         metainfo=metainfo,
+        reduce_zero_label=False,
         data_prefix=dict(
             img_path='images/training', seg_map_path='annotations/training'),
         pipeline=train_pipeline))
@@ -59,6 +60,7 @@ val_dataloader = dict(
         type=dataset_type,
         data_root=data_root,
         metainfo=metainfo,
+        reduce_zero_label=False,
         data_prefix=dict(
             img_path='images/validation',
             seg_map_path='annotations/validation'),
@@ -72,6 +74,7 @@ test_dataloader = dict(
         type=dataset_type,
         data_root=data_root,
         metainfo=metainfo,
+        reduce_zero_label=False,
         data_prefix=dict(
             img_path='images/test', seg_map_path='annotations/test'),
         pipeline=test_pipeline))

@@ -18,7 +18,6 @@ swin_nano = dict(
     patch_norm=True,
     out_indices=(0, 1, 2, 3),
     with_cp=False,
-    convert_weights=False,
     init_cfg=dict(
         type='Pretrained',
         checkpoint='e3va_mm://swin_nano_digits.safetensors'))

@@ -1,0 +1,273 @@
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from e3va_mm.datasets.digits import digit_partition
+from e3va_mm.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / 'e3va_mm/assets/swin_nano_digits.safetensors'
+TINY = ((0.5, 2, 56, (24, 50)), (1, 3, 64, (24, 60)))
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location(
+        'pretrain_nano', ROOT / 'tools/pretrain_nano.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def new_model(tool):
+    torch.manual_seed(0)
+    return tool.DenseClassifier()
+
+
+def quiet():
+    return Console(file=io.StringIO())
+
+
+def equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_samples_come_from_pretrain_and_some_are_held_out(tool):
+    used, held_out = tool.split_samples()
+    assert not set(used) & set(held_out)
+    assert set(used) | set(held_out) == set(digit_partition()['pretrain'])
+    assert 5 < len(used) / len(held_out) < 5.2
+
+
+def test_batch_covers_the_digit_with_its_class(tool):
+    from sklearn.datasets import load_digits
+    sample = int(tool.split_samples()[0][0])
+    images, cover, digits = tool.make_batch(
+        range(4), [sample], 56, (24, 50), seed=0)
+    assert images.shape == (4, 3, 56, 56) and cover.shape == (4, 11, 56, 56)
+    assert -3 < images.min() < images.max() < 3
+    assert torch.equal(cover.sum(1), torch.ones(4, 56, 56))
+    assert digits.tolist() == [load_digits().target[sample]] * 4
+    share = cover[:, digits[0]].mean((1, 2))
+    assert torch.equal(cover[:, :-1].sum((1, 2, 3)),
+                       cover[:, digits[0]].sum((1, 2)))
+    assert (share > 0.03).all() and (share < 0.9).all()
+
+
+def test_loss_wants_the_covered_share_of_each_cell(tool):
+    cover = torch.zeros(1, 11, 8, 8)
+    cover[:, 4, :, :2] = 1
+    cover[:, 10, :, 2:] = 1
+    targets = torch.full((1, 11, 2, 2), -20.0)
+    targets[:, 10] = 0
+    # The left cells are half a 4 and half background, of weight 0.5.
+    losses = {}
+    for logit in (-1.0, 0.0, 1.0):
+        targets[:, 4, :, 0] = logit
+        losses[logit] = tool.dense_loss([targets], cover).item()
+    log2 = np.log(2)
+    assert losses[0.0] == pytest.approx((0.5 * log2 + 0.25 * log2) / 2,
+                                        abs=1e-6)
+    assert losses[-1.0] > losses[0.0] > losses[1.0] - 0.05
+
+
+def test_learning_rate_is_one_cycle(tool):
+    rates = [tool.learning_rate(i, 100, 1e-3) for i in range(100)]
+    assert np.argmax(rates) in (14, 15)
+    assert max(rates) == pytest.approx(1e-3, rel=2e-3)
+    assert np.all(np.diff(rates[:15]) > 0) and np.all(np.diff(rates[16:]) < 0)
+    assert rates[-1] < 5e-6
+
+
+def test_loss_falls_and_every_parameter_moves(tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, 'PHASES', ((1, 8, 56, (24, 50)),))
+    images, cover, _ = tool.make_batch(
+        range(tool.HELD_OUT, tool.HELD_OUT + 24), tool.split_samples()[1],
+        56, (24, 50), seed=0)
+    model, start = new_model(tool), new_model(tool)
+    tool.train(model, 14, 0, 1e-3, tmp_path / 's.pt', quiet())
+    with torch.no_grad():
+        before = tool.dense_loss(start(images), cover)
+        after = tool.dense_loss(model(images), cover)
+    assert after < 0.8 * before
+    moved = [not torch.equal(a, b) for a, b in
+             zip(model.parameters(), start.parameters(), strict=True)]
+    assert all(moved)
+
+
+def test_resume_is_exact(tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, 'PHASES', TINY)
+    options = dict(steps=6, seed=3, peak=1e-3, console=quiet(), save_every=2)
+    whole = new_model(tool)
+    tool.train(whole, state_path=tmp_path / 'a.pt', **options)
+
+    make_batch, calls = tool.make_batch, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return make_batch(*args)
+
+    monkeypatch.setattr(tool, 'make_batch', interrupted)
+    state = tmp_path / 'b.pt'
+    with pytest.raises(KeyboardInterrupt):
+        tool.train(new_model(tool), state_path=state, **options)
+    assert sorted(os.listdir(tmp_path)) == ['a.pt', 'b.pt']
+    torch.manual_seed(99)
+    continued = tool.DenseClassifier()
+    console = quiet()
+    options['console'] = console
+    losses = tool.train(continued, state_path=state, **options)
+    assert len(losses) == 4
+    assert 'continuing after step 2' in console.file.getvalue()
+    assert equal(whole, continued)
+
+
+def test_state_of_other_settings_is_not_continued(
+        tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, 'PHASES', TINY)
+    state, console = tmp_path / 's.pt', quiet()
+    tool.train(new_model(tool), 2, 0, 1e-3, state, console, save_every=1)
+    losses = tool.train(new_model(tool), 2, 1, 1e-3, state, console)
+    assert len(losses) == 2
+    assert 'starting anew' in console.file.getvalue()
+
+
+def test_accuracy_counts_named_digits(tool, monkeypatch):
+    from sklearn.datasets import load_digits
+    monkeypatch.setattr(tool, 'PHASES', TINY)
+    samples = tool.split_samples()[1][:30]
+
+    class Always(torch.nn.Module):
+        def forward(self, images):
+            logits = torch.zeros(len(images), 11, 2, 2)
+            logits[:, 3] = 1
+            logits[:, 10] = 9  # the background is no digit
+            return [-logits, logits]
+
+    share = np.mean(load_digits().target[samples] == 3)
+    assert 0 < share < 1
+    assert tool.accuracy(Always(), samples, 0) == pytest.approx(share)
+
+
+def test_failed_write_keeps_the_old_file(tool, tmp_path):
+    path = tmp_path / 'weights'
+    path.write_text('old')
+
+    def half(partial):
+        partial.write_text('ne')
+        raise OSError('disk full')
+
+    with pytest.raises(OSError):
+        tool.replace_file(path, half)
+    assert path.read_text() == 'old'
+    assert os.listdir(tmp_path) == ['weights']
+
+
+def check_file(path, tool):
+    assert path.stat().st_size <= 6_000_000
+    weights = load_file(path)
+    trunk = tool.build_trunk()
+    assert set(weights) == {f'backbone.{k}' for k in trunk.state_dict()}
+    assert {f'backbone.norm{i}.weight' for i in range(4)} < set(weights)
+    for key, x in weights.items():
+        if x.is_floating_point():
+            assert x.dtype == torch.float16 and x.isfinite().all(), key
+    trunk.load_state_dict(
+        {k.removeprefix('backbone.'): x for k, x in weights.items()},
+        strict=True)
+    with safe_open(path, 'pt') as file:
+        metadata = file.metadata()
+    assert set(metadata) == {'task', 'seed', 'torch', 'accuracy', 'command'}
+    return trunk, metadata
+
+
+def test_main_writes_a_loadable_file(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool, 'PHASES', TINY)
+    monkeypatch.setattr(
+        tool, 'split_samples', lambda f=tool.split_samples: (
+            f()[0], f()[1][:10]))
+    out = tmp_path / 'new' / 'w.safetensors'
+    tool.main(['--out', str(out), '--steps', '2', '--seed', '5'])
+    assert os.listdir(out.parent) == ['w.safetensors']
+    _, metadata = check_file(out, tool)
+    assert metadata['command'] == (
+        'python tools/pretrain_nano.py --steps 2 --seed 5 --lr 0.001')
+    assert '10 held-out digit samples' in metadata['accuracy']
+    assert 'named correctly (chance: 10 %)' in capsys.readouterr().out
+
+
+def test_bad_options(tool, tmp_path):
+    with pytest.raises(ConfigError, match='--out ending in .safetensors'):
+        tool.main(['--out', str(tmp_path / 'w.pth')])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'tools/pretrain_nano.py'), '--steps=0'],
+        capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith('error: Expected --steps of at least 1')
+
+
+def probe(tool, trunk):
+    """Name held-out digits by the nearest mean feature of the last stage."""
+    trunk.eval()
+    used, held_out = tool.split_samples()
+
+    def features(numbers, samples):
+        images, cover, digits = tool.make_batch(
+            numbers, samples, 112, (36, 72), seed=0)
+        with torch.no_grad():
+            x = trunk(images)[-1]
+        box = torch.nn.functional.adaptive_avg_pool2d(
+            1 - cover[:, -1:], x.shape[-2:])
+        x = (x * box).sum((2, 3)) / box.sum((2, 3))
+        return torch.nn.functional.normalize(x, dim=1), digits
+
+    x, digits = features(range(200), used)
+    means = torch.stack([x[digits == d].mean(0) for d in range(10)])
+    x, digits = features(range(tool.HELD_OUT, tool.HELD_OUT + 100), held_out)
+    return ((x @ means.T).argmax(1) == digits).float().mean().item()
+
+
+def test_shipped_weights_know_digits(tool):
+    trunk, metadata = check_file(SHIPPED, tool)
+    stated = float(metadata['accuracy'].split()[0])
+    assert stated > 0.5
+    torch.manual_seed(0)
+    untrained = tool.build_trunk()
+    untrained.init_weights()
+    assert probe(tool, untrained) < 0.3
+    assert probe(tool, trunk) > stated - 0.2
+
+
+@pytest.mark.parametrize('framework', ['mmdet', 'mmseg'])
+def test_shipped_weights_fit_both_frameworks(tool, framework):
+    pytest.importorskip(framework)
+    backbones = importlib.import_module(f'{framework}.models.backbones')
+    from mmengine.config import Config
+    cfg = Config.fromfile(ROOT / 'configs/_base_/swin_nano.py').swin_nano
+    cfg.pop('init_cfg')
+    trunk = backbones.SwinTransformer(**cfg)
+    weights = load_file(SHIPPED)
+    trunk.load_state_dict(
+        {k.removeprefix('backbone.'): x for k, x in weights.items()})
+    assert sum(p.numel() for p in trunk.parameters()) == 2_680_822

@@ -45,7 +45,7 @@ model = dict(
         rpn=dict(sampler=dict(num=64)),
         rpn_proposal=dict(nms_pre=300, max_per_img=100),
         rcnn=[
-            dict(stage, sampler=dict(stage.sampler, num=64))
+            dict(stage, sampler=dict(stage.sampler, num=32))
             for stage in _base_.model.train_cfg.rcnn
         ]),
     test_cfg=dict(

@@ -8,6 +8,8 @@ from mmengine.config import Config
 
 from e3va_mm.measure import TrainingStep
 from e3va_mm.models import E3VASidePath
+from e3va_mm.models.trunks import SwinTrunk
+from tests.helpers import build_e3va
 from tests.test_configs import CONFIGS
 
 ROOT = Path(__file__).parents[1]
@@ -41,9 +43,21 @@ def test_commands_and_files_exist():
 
 
 def test_options_and_defaults_are_those_of_the_code():
-    signature = inspect.signature(E3VASidePath).parameters
-    rows = re.findall(r'^\| `(\w+)` \| (?:`)?([^`|]+?)(?:`)? \|', README, re.M)
-    assert len(rows) >= 7
-    for name, default in rows:
-        if name in signature and signature[name].default is not None:
-            assert str(signature[name].default) == default.strip("'"), name
+    rows = dict(
+        re.findall(r'^\| `(\w+)` \| `?([^`|]+?)`? \|', README, re.M)
+    )
+    side_path = inspect.signature(E3VASidePath).parameters
+    defaults = {
+        name: parameter.default
+        for name, parameter in side_path.items()
+        if name != 'stages'
+    }
+    defaults['taps'] = SwinTrunk.TAPS  # None stands for all
+    backbone = build_e3va()
+    defaults['train_output_norms'] = backbone.norm0.weight.requires_grad
+    defaults['trunk_drop_path'] = int(backbone._trunk_drop_path)
+    assert rows == {k: repr(v) for k, v in defaults.items()}
+
+
+def test_no_figure_is_left_open():
+    assert not re.search(r'\b(QUICKTIME|NUMBERS|TODO)\b', README)

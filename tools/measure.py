@@ -22,6 +22,7 @@ os.environ.setdefault('PYTHONWARNINGS', 'ignore')
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -131,6 +132,8 @@ def table(rows: dict, title: str) -> Table:
 def main() -> None:
     """Measure memory, then time; print the table and write the JSON."""
     args = parse_args()
+    # One line for each frozen parameter is no news here.
+    MMLogger.get_current_instance().setLevel('ERROR')
     if args.memory_of:
         step = step_of(args, args.memory_of)
         print(

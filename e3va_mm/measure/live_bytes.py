@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 
 class LiveBytes(TorchDispatchMode):
@@ -64,7 +64,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         # Arguments too: a tensor may have come from elsewhere, e.g. numpy.
-        for leaf in tree_leaves((args, kwargs, result)):
+        leaves, _ = tree_flatten((args, kwargs, result))
+        for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
                 self._see(leaf)
         return result

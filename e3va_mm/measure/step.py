@@ -5,10 +5,10 @@ from collections.abc import Mapping
 
 import torch
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
+from mmengine.utils import to_2tuple
 
 from ..errors import ConfigError
 from ..utils import count_parameters, mark_trainable
@@ -43,10 +43,11 @@ class TrainingStep:
     ) -> None:
         config = variant_config(config, variant)
         init_default_scope(config.default_scope)
-        # One line for each frozen parameter is no news here.
-        MMLogger.get_current_instance().setLevel('ERROR')
         torch.manual_seed(seed)
         self.model = MODELS.build(config.model)
+        self.model.init_weights()
+        # Again: backbones draw unequal numbers, pictures must be the same.
+        torch.manual_seed(seed)
         self.model.train()
         if variant == 'frozen':
             mark_trainable(self.model.backbone, [])
@@ -129,21 +130,18 @@ def _bytes(tensors) -> int:
 def _image_size(config: Config) -> tuple[int, int]:
     """(height, width) that the training pipeline ends with."""
     dataset = config.train_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
+    while 'pipeline' not in dataset:
+        inner = dataset.get('datasets') or [dataset.dataset]
+        dataset = inner[0]
     size = None
     for transform in dataset.pipeline:
         if isinstance(transform, Mapping):
             # mmcv states scales as (width, height), crops as (height, width).
             if 'scale' in transform:
-                size = tuple(transform['scale'])[::-1]
+                size = to_2tuple(transform['scale'])[::-1]
             elif 'crop_size' in transform:
-                size = tuple(transform['crop_size'])
-    if (
-        size is None
-        or len(size) != 2
-        or not all(isinstance(side, int) for side in size)
-    ):
+                size = to_2tuple(transform['crop_size'])
+    if size is None or not all(isinstance(side, int) for side in size):
         raise ConfigError(
             'Expected one picture size in the training pipeline (`scale` or '
             f'`crop_size`), but found {size}. Give it with --size.'

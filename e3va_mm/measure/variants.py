@@ -18,8 +18,8 @@ VARIANTS = {
 def variant_config(config: Config, variant: str) -> Config:
     """The config of a variant, without any weights to download.
 
-    Figures of a step do not depend on the weights, so all ``init_cfg`` of the
-    backbone is dropped.
+    The bytes and the arithmetic of a backbone do not depend on its weights, so
+    its ``init_cfg`` is dropped.
 
     Args:
         config (Config): A config with an E3VA Swin backbone.

@@ -76,9 +76,29 @@ def test_pictures_have_the_size_of_the_pipeline():
         TrainingStep(config, 'frozen')
 
 
-def test_the_same_seed_gives_the_same_input():
-    a, b = (
-        TrainingStep(Config.fromfile(DIGITS), 'frozen', size=(32, 32), batch=1)
-        for _ in range(2)
+def test_variants_get_the_same_pictures():
+    ours, full = (
+        TrainingStep(Config.fromfile(DIGITS), v, size=(32, 32), batch=1)
+        for v in ('e3va', 'full')
     )
-    assert torch.equal(a.data['inputs'][0], b.data['inputs'][0])
+    assert torch.equal(ours.data['inputs'][0], full.data['inputs'][0])
+    boxes = [
+        step.data['data_samples'][0].gt_instances.bboxes.tensor
+        for step in (ours, full)
+    ]
+    assert torch.equal(*boxes)
+
+
+def test_sizes_are_found_in_wrapped_data_sets_and_in_one_number():
+    config = Config.fromfile(DIGITS)
+    inner = config.train_dataloader.dataset
+    for transform in inner.pipeline:
+        if 'scale' in transform:
+            transform['scale'] = 96
+    config.train_dataloader.dataset = dict(
+        type='RepeatDataset',
+        times=2,
+        dataset=dict(type='ConcatDataset', datasets=[inner]),
+    )
+    step = TrainingStep(config, 'frozen', batch=1)
+    assert step.data['inputs'][0].shape == (3, 96, 96)

@@ -1,4 +1,4 @@
-"""One changed line under the frameworks' own train.py, nothing else of ours."""
+"""One changed line under the frameworks' own train.py, nothing else."""
 
 import importlib.util
 import os

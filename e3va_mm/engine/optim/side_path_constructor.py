@@ -1,6 +1,7 @@
 """Optimizer groups for models whose backbone has a side path."""
 
 import copy
+import re
 from types import SimpleNamespace
 
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -8,6 +9,9 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_REGISTRY
 from torch import nn
 
 from ...registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+# A key that can mean nothing else: `side_path...` or an output norm.
+NAMES_A_SIDE_PATH = re.compile(r'side_path|^(backbone\.)?norm\d')
 
 
 # Registered once more under mmengine's default name: a stock config names no
@@ -25,9 +29,9 @@ class SidePathOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     * Side paths and their output norms train at the base learning rate. Most
       stock Swin configs scale the rate of all that has ``backbone`` in its
       name, which is meant for pre-trained weights; here those are frozen. To
-      scale a side path, name it:
-      ``custom_keys={'side_path': dict(lr_mult=...)}``. Weight decay follows
-      the keys as usual.
+      scale a side path or an output norm, name it:
+      ``custom_keys={'side_path': dict(lr_mult=...)}``, ``'backbone.norm0'``.
+      Weight decay follows the keys as usual.
 
     Takes the arguments of ``DefaultOptimWrapperConstructor``.
     """
@@ -74,7 +78,7 @@ def _side_path_rules(paramwise_cfg: dict) -> dict:
     rules = copy.deepcopy(paramwise_cfg)
     rules.pop('bias_lr_mult', None)
     for key, options in rules.get('custom_keys', {}).items():
-        if 'side_path' not in key:
+        if not NAMES_A_SIDE_PATH.search(key):
             options.pop('lr_mult', None)
             options.pop('lr', None)
     return rules

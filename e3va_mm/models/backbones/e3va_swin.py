@@ -71,7 +71,7 @@ class E3VASwinTransformer(SidePathBackbone):
         patch_norm: bool = True,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.1,
+        drop_path_rate: float = 0.0,
         use_abs_pos_embed: bool = False,
         act_cfg: Mapping = dict(type='GELU'),
         norm_cfg: Mapping = dict(type='LN'),

@@ -33,7 +33,7 @@ class SidePathBackbone(BaseModule):
         stock (nn.Module): The stock backbone, cut after its last output.
         out_indices (Sequence[int]): Stages that have an output and a norm.
         side_path (Mapping, optional): Config of the side path: ``type``
-            (default ``E3VASidePath``) and its arguments; also
+            (default ``'e3va_mm.E3VASidePath'``) and its arguments; also
             ``train_output_norms`` (bool, default True) and
             ``trunk_drop_path`` (float, default 0; honoured by the subclass
             that builds ``stock``).
@@ -56,11 +56,13 @@ class SidePathBackbone(BaseModule):
         allow_random_trunk: bool = False,
         init_cfg: Mapping | None = None,
     ) -> None:
-        if init_cfg is not None and 'checkpoint' not in init_cfg:
+        if init_cfg is not None and not (
+            isinstance(init_cfg, Mapping) and 'checkpoint' in init_cfg
+        ):
             raise ConfigError(
                 '`backbone.init_cfg` of a frozen trunk should be '
                 "dict(type='Pretrained', checkpoint=PATH_OR_URL), but got "
-                f'{dict(init_cfg)}.'
+                f'{init_cfg}.'
             )
         super().__init__(init_cfg=init_cfg)
         self._adopt(stock)
@@ -140,11 +142,14 @@ class SidePathBackbone(BaseModule):
                 logger='current',
             )
         else:
-            self._reading = self.init_cfg['checkpoint']
-            checkpoint = read_checkpoint(self._reading)
+            source = self.init_cfg['checkpoint']
+            checkpoint = read_checkpoint(source)
             try:
                 state, form = self.trunk.to_stock_state(checkpoint)
-                self._reading += f' ({form})'
+            except CheckpointError as error:
+                raise CheckpointError(f'{source}: {error}') from None
+            self._reading = f'{source} ({form})'
+            try:
                 self.load_state_dict(state, strict=False)
             finally:
                 self._reading = None
@@ -157,7 +162,9 @@ class SidePathBackbone(BaseModule):
 
         Both torch's and mmengine's loaders come through here. The latter only
         logs what does not fit; a frozen trunk with a part missing would train
-        to nothing, so that is an error here, before anything is copied.
+        to nothing, so that is an error here, before anything is copied. What
+        a file holds in no part at all (a stock model has no side path) keeps
+        its value; the loaders' own ``strict`` does not see it.
         """
         found = {
             key[len(prefix) :]: value
@@ -175,12 +182,21 @@ class SidePathBackbone(BaseModule):
     ) -> dict[str, Tensor]:
         """The state to load, complete, or an error.
 
-        A file may hold the trunk, the side path or both, each in full. What
-        it does not hold keeps its value.
+        A file may hold the trunk, the side path with the output norms, or
+        both, each in full; beside a trunk the norms alone are fine too.
         """
         source = self._reading or 'the checkpoint'
         own = self.state_dict()
-        if not any(key in own for key in found):
+        children = {name for name, _ in self.output_norms()} | {'side_path'}
+        trained = {
+            key: value
+            for key, value in own.items()
+            if key.split('.')[0] in children
+        }
+        trunk = {k: v for k, v in own.items() if k not in trained}
+        has_trunk = any(key in trunk for key in found)
+        has_side_path = any(key.startswith('side_path.') for key in found)
+        if not has_trunk and not has_side_path:
             keys = ', '.join(list(found)[:5]) or 'none'
             raise CheckpointError(
                 f'Expected the weights of a backbone under {prefix!r} in '
@@ -189,38 +205,27 @@ class SidePathBackbone(BaseModule):
                 '`model.backbone.init_cfg.checkpoint`, a whole detector or '
                 'segmentor into `load_from`.'
             )
-        norms = {name for name, _ in self.output_norms()}
-        parts = dict(trunk={}, norms={}, side_path={})
-        for key, value in own.items():
-            child = key.split('.')[0]
-            part = (
-                'side_path'
-                if child == 'side_path'
-                else 'norms'
-                if child in norms
-                else 'trunk'
-            )
-            parts[part][key] = value
 
         expected = {}
         notes = []
-        has_trunk = any(key in parts['trunk'] for key in found)
         if has_trunk:
-            notes += self.trunk.adapt_state(parts['trunk'], found)
-            expected.update(parts['trunk'])
-        if any(key.startswith('side_path.') for key in found):
-            # A file of ours: side path and norms come together.
-            expected.update(parts['side_path'] | parts['norms'])
+            notes += self.trunk.adapt_state(trunk, found)
+            expected |= trunk
+        if has_side_path:
+            # A file of ours: side path and output norms come together.
+            expected |= trained
         else:
-            expected.update(
-                {k: v for k, v in parts['norms'].items() if k in found}
-            )
-            kept = [k for k in parts['norms'] if k not in found]
+            norms = {
+                key: value
+                for key, value in trained.items()
+                if not key.startswith('side_path.')
+            }
+            expected |= {k: v for k, v in norms.items() if k in found}
+            kept = ', '.join(key for key in norms if key not in found)
             notes.append('side path: not in the file, keeps its values')
             if kept:
                 notes.append(
-                    'output norms: not in the file, keep their '
-                    f'values: {", ".join(kept)}'
+                    f'output norms: not in the file, keep their values: {kept}'
                 )
 
         report = match_state(
@@ -229,7 +234,7 @@ class SidePathBackbone(BaseModule):
             expected_leftovers=self.trunk.leftovers(self),
             what=f'backbone under {prefix!r}' if prefix else 'backbone',
             source=source,
-            hint=lambda: self.trunk.explain_mismatch(parts['trunk'], found),
+            hint=lambda: self.trunk.explain_mismatch(trunk, found),
             notes=notes,
         )
         print_log(str(report), logger='current')
@@ -270,7 +275,11 @@ class SidePathBackbone(BaseModule):
                     output.transpose(1, 2).unflatten(2, end.size).contiguous()
                 )
             if stage < self.out_indices[-1]:
-                inherited = self._inherit(stage, highway, end)
+                inherited = self.side_path.inherit(
+                    highway,
+                    end.tokens,
+                    self.trunk.downsampling(self, stage, end.size),
+                )
                 tokens, size = end.next_tokens, end.next_size
         return outputs
 
@@ -288,15 +297,3 @@ class SidePathBackbone(BaseModule):
             return self.trunk.run_stage(
                 self, stage, tokens, size, self.side_path.taps, on_tap
             )
-
-    def _inherit(
-        self, stage: int, highway: object, end: StageOutput
-    ) -> Tensor | None:
-        """Carry the highway through the trunk's frozen downsampling."""
-
-        def downsample(tokens: Tensor, linear: bool = False) -> Tensor:
-            return self.trunk.downsample(self, stage, tokens, end.size, linear)
-
-        return self.side_path.inherit(
-            highway, end.tokens, end.next_tokens, downsample
-        )

@@ -9,8 +9,8 @@ authors.
 import math
 
 import torch
-from mmcv.cnn import build_activation_layer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...errors import ConfigError
 
@@ -54,7 +54,7 @@ class LowRankLinear(nn.Module):
 
 
 class LowRankAdapter(nn.Module):
-    """``A(x) = act(x P1 Q1 + b1) P2 Q2 + b2``, zero before the first step.
+    """``A(x) = GELU(x P1 Q1 + b1) P2 Q2 + b2``, zero before the first step.
 
     Symbols: the paper's ``m`` is ``channels``, its bottleneck ``n`` is
     ``channels * bottleneck_ratio``.
@@ -63,8 +63,6 @@ class LowRankAdapter(nn.Module):
         channels (int): Channels ``m`` of the tap.
         rank (int): Inner rank ``r`` of both projections. Defaults to 16.
         bottleneck_ratio (float): ``n / m``. Defaults to 0.5.
-        act_cfg (dict): Activation in the bottleneck. Defaults to
-            ``dict(type='GELU')``.
 
     Raises:
         ConfigError: If the bottleneck would be empty or ``rank`` is not in
@@ -76,7 +74,6 @@ class LowRankAdapter(nn.Module):
         channels: int,
         rank: int = 16,
         bottleneck_ratio: float = 0.5,
-        act_cfg: dict | None = None,
     ) -> None:
         super().__init__()
         bottleneck = int(channels * bottleneck_ratio)
@@ -93,10 +90,9 @@ class LowRankAdapter(nn.Module):
                 f'{rank}. Lower it or raise `side_path.bottleneck_ratio`.'
             )
         self.down = LowRankLinear(channels, bottleneck, rank)
-        self.act = build_activation_layer(act_cfg or dict(type='GELU'))
         self.up = LowRankLinear(bottleneck, channels, rank)
         nn.init.zeros_(self.up.q)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels) -> (..., channels)."""
-        return self.up(self.act(self.down(x)))
+        return self.up(F.gelu(self.down(x)))

@@ -5,18 +5,17 @@ downsampling between stages; it knows no backbone. Another kind of side path is
 another registered class with the members of :class:`E3VASidePath`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...registry import MODELS
-from ..trunks import StageSpec
+from ..trunks import Downsampling, StageSpec
 from .adapter import LowRankAdapter
 from .highway import Highway
 from .kept_taps import TAP_CODECS
-
-Downsample = Callable[..., Tensor]
 
 
 @MODELS.register_module()
@@ -48,8 +47,6 @@ class E3VASidePath(nn.Module):
         save_taps (str): How a tap is kept for backward: ``'exact'``,
             ``'bf16'``, or ``'int8'`` with one scale a token. The forward pass
             is the same. Defaults to ``'exact'``.
-        act_cfg (dict, optional): Activation of the adapters. Defaults to
-            ``dict(type='GELU')``.
 
     Raises:
         ConfigError: If ``taps``, ``downsampling`` or ``save_taps`` names what
@@ -66,7 +63,6 @@ class E3VASidePath(nn.Module):
         taps: Sequence[str] | None = None,
         downsampling: str = 'difference',
         save_taps: str = 'exact',
-        act_cfg: dict | None = None,
     ) -> None:
         super().__init__()
         offered = stages[0].taps
@@ -93,7 +89,7 @@ class E3VASidePath(nn.Module):
                 nn.ModuleDict(
                     {
                         tap: LowRankAdapter(
-                            spec.channels, rank, bottleneck_ratio, act_cfg
+                            spec.channels, rank, bottleneck_ratio
                         )
                         for tap in self.taps
                     }
@@ -135,21 +131,14 @@ class E3VASidePath(nn.Module):
         return trunk if total is None else trunk + total
 
     def inherit(
-        self,
-        highway: Highway,
-        trunk: Tensor,
-        trunk_next: Tensor,
-        downsample: Downsample,
+        self, highway: Highway, trunk: Tensor, downsampling: Downsampling
     ) -> Tensor | None:
         """Carry the highway to the next stage.
 
         Args:
             highway (Highway): The state at the end of the stage.
             trunk (Tensor): (B, L, C), the trunk at the end of the stage.
-            trunk_next (Tensor): (B, L', C'), the trunk after its
-                downsampling.
-            downsample (Callable): The trunk's frozen downsampling, (B, L, C)
-                -> (B, L', C'); with ``linear=True`` without its norm.
+            downsampling (Downsampling): The trunk's own, frozen.
 
         Returns:
             Tensor, optional: (B, L', C'), what the next stage starts with.
@@ -157,6 +146,13 @@ class E3VASidePath(nn.Module):
         total = highway.sum()
         if total is None:
             return None
+        gather, project = downsampling
         if self.downsampling == 'linear':
-            return downsample(total, linear=True)
-        return downsample(trunk + total) - trunk_next
+            return project(gather(total, norm=False))
+        # In single precision at least: a highway that is small beside the
+        # trunk would be lost in the rounding of the sum and the difference.
+        wide = torch.promote_types(trunk.dtype, torch.float32)
+        trunk = trunk.to(wide)
+        with torch.no_grad():
+            before = gather(trunk)
+        return project(gather(trunk + total) - before)

@@ -4,23 +4,23 @@ The adapters of a stage are parallel, so its highway is one product of their
 inner vectors with their stacked last factors,
 
     h = h_0 + [u_1 ... u_K] [Q2_1; ...; Q2_K] + sum_k b2_k,
-    u_k = act(x_k P1_k Q1_k + b1_k) P2_k,
+    u_k = GELU(x_k P1_k Q1_k + b1_k) P2_k,
 
 and all of them share the one gradient that reaches ``h``. Kept for backward
 are the taps ``x_k`` alone; bottlenecks are computed again, one at a time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from .adapter import LowRankAdapter
 from .kept_taps import TapCodec
 
 PARAMETERS = 6  # of an adapter: P1, Q1, b1, P2, Q2, b2
-Activation = Callable[[Tensor], Tensor]
 
 
 def adapter_parameters(adapter: LowRankAdapter) -> tuple[Tensor, ...]:
@@ -55,7 +55,7 @@ class Highway:
         with torch.no_grad(), _autocast_off(tap):
             p1, q1, b1, p2, *_ = (p.to(dtype) for p in parameters)
             projected = flat.to(dtype) @ p1
-            bottleneck = adapter.act(torch.addmm(b1, projected, q1))
+            bottleneck = F.gelu(torch.addmm(b1, projected, q1))
             self._inner.append(bottleneck @ p2)
         if torch.is_grad_enabled():
             self._kept.extend(self.codec.encode(flat))
@@ -80,7 +80,6 @@ class Highway:
             with _autocast_off(inner):
                 flat = _StageHighway.apply(
                     self.codec,
-                    self._adapters[0].act,
                     len(self._adapters),
                     base,
                     inner,
@@ -100,15 +99,13 @@ class _StageHighway(torch.autograd.Function):
     def forward(
         ctx,
         codec: TapCodec,
-        act: Activation,
         adapters: int,
         base: Tensor | None,
         inner: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
         kept = len(tensors) - PARAMETERS * adapters
-        ctx.codec, ctx.act = codec, act
-        ctx.adapters, ctx.kept = adapters, kept
+        ctx.codec, ctx.adapters, ctx.kept = codec, adapters, kept
         ctx.save_for_backward(*tensors)
         parameters = _grouped(tensors[kept:], PARAMETERS)
         bias = torch.stack([p[5] for p in parameters]).sum(0)
@@ -141,14 +138,11 @@ class _StageHighway(torch.autograd.Function):
             else:
                 tap = ctx.codec.decode(kept, grad.dtype)
                 projected = tap @ p1
-            with torch.enable_grad():
-                before = torch.addmm(b1, projected, q1).requires_grad_()
-                bottleneck = ctx.act(before)
-            torch.mm(bottleneck.detach(), p2, out=inner[:, part])
-            grad_p2 = bottleneck.detach().t() @ grad_u
-            (grad_before,) = torch.autograd.grad(
-                bottleneck, before, grad_u @ p2.t()
-            )
+            before = torch.addmm(b1, projected, q1)
+            bottleneck = F.gelu(before)
+            torch.mm(bottleneck, p2, out=inner[:, part])
+            grad_p2 = bottleneck.t() @ grad_u
+            grad_before = torch.ops.aten.gelu_backward(grad_u @ p2.t(), before)
             del bottleneck, before
             grad_q1 = projected.t() @ grad_before
             grad_b1 = grad_before.sum(0)
@@ -157,9 +151,8 @@ class _StageHighway(torch.autograd.Function):
         grad_last = inner.t() @ grad
         for k, group in enumerate(grads):
             group[4] = grad_last[k * rank : (k + 1) * rank]
-        grad_base = grad if ctx.needs_input_grad[3] else None
+        grad_base = grad if ctx.needs_input_grad[2] else None
         return (
-            None,
             None,
             None,
             grad_base,

@@ -1,4 +1,4 @@
-from .base import StageOutput, StageSpec, Trunk
+from .base import Downsampling, StageOutput, StageSpec, Trunk
 from .swin import SwinTrunk
 
-__all__ = ['StageOutput', 'StageSpec', 'SwinTrunk', 'Trunk']
+__all__ = ['Downsampling', 'StageOutput', 'StageSpec', 'SwinTrunk', 'Trunk']

@@ -28,6 +28,18 @@ class StageOutput(NamedTuple):
     next_size: Size | None
 
 
+class Downsampling(NamedTuple):
+    """A frozen downsampling in two steps.
+
+    Differences must be taken between the steps, before ``project`` rounds to
+    the compute type: ``project`` is linear, without a bias.
+    """
+
+    # (B, L, C) -> what `project` takes; `norm=False` leaves the norm out.
+    gather: Callable[..., Tensor]
+    project: Callable[[Tensor], Tensor]  # -> (B, L', C')
+
+
 class Trunk(ABC):
     """Reads one family of stock backbones; knows no side path.
 
@@ -56,15 +68,10 @@ class Trunk(ABC):
         """Run a stage and hand out each tap as soon as it is there."""
 
     @abstractmethod
-    def downsample(
-        self,
-        holder: nn.Module,
-        stage: int,
-        tokens: Tensor,
-        size: Size,
-        linear: bool = False,
-    ) -> Tensor:
-        """The downsampling after a stage; ``linear`` leaves its norm out."""
+    def downsampling(
+        self, holder: nn.Module, stage: int, size: Size
+    ) -> Downsampling:
+        """The downsampling after a stage whose grid is ``size``."""
 
     @abstractmethod
     def init_random(self, holder: nn.Module) -> None:

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from ...checkpoint.swin_keys import describe_swin, to_stock_keys
 from ...errors import ConfigError
-from .base import OnTap, Size, StageOutput, StageSpec, Trunk
+from .base import (
+    Downsampling,
+    OnTap,
+    Size,
+    StageOutput,
+    StageSpec,
+    Trunk,
+)
 
 TABLE = 'relative_position_bias_table'
 INDEX = 'relative_position_index'
@@ -76,22 +83,22 @@ class SwinTrunk(Trunk):
             return StageOutput(tokens, size, None, None)
         return StageOutput(tokens, size, next_tokens, next_size)
 
-    def downsample(
-        self,
-        holder: nn.Module,
-        stage: int,
-        tokens: Tensor,
-        size: Size,
-        linear: bool = False,
-    ) -> Tensor:
+    def downsampling(
+        self, holder: nn.Module, stage: int, size: Size
+    ) -> Downsampling:
         """See :class:`Trunk`."""
         merging = holder.stages[stage].downsample
-        if not linear:
-            return merging(tokens, size)[0]
-        grid = tokens.transpose(1, 2).unflatten(2, size)  # (B, C, H, W)
-        if merging.adap_padding:
-            grid = merging.adap_padding(grid)
-        return merging.reduction(merging.sampler(grid).transpose(1, 2))
+
+        def gather(tokens: Tensor, norm: bool = True) -> Tensor:
+            grid = tokens.transpose(1, 2).unflatten(2, size)  # (B, C, H, W)
+            if merging.adap_padding:
+                grid = merging.adap_padding(grid)
+            gathered = merging.sampler(grid).transpose(1, 2)  # (B, L', 4 * C)
+            if norm and merging.norm is not None:
+                gathered = merging.norm(gathered)
+            return gathered
+
+        return Downsampling(gather, merging.reduction)
 
     def init_random(self, holder: nn.Module) -> None:
         """See :class:`Trunk`."""

@@ -88,6 +88,18 @@ def test_a_key_that_names_the_side_path_scales_it():
     assert groups['backbone.norm0.weight']['lr'] == 1.0
 
 
+def test_a_key_that_names_an_output_norm_scales_it():
+    model = Model(build_e3va())
+    keys = {
+        'backbone': dict(lr_mult=0.1),
+        'backbone.norm': dict(lr_mult=0.1),
+        'backbone.norm0': dict(lr_mult=3.0),
+    }
+    groups = groups_of(model, paramwise_cfg=dict(custom_keys=keys))
+    assert groups['backbone.norm0.weight']['lr'] == 3.0
+    assert groups['backbone.norm1.weight']['lr'] == 1.0
+
+
 @pytest.mark.parametrize('paramwise_cfg', [None, PARAMWISE[0]])
 def test_other_models_keep_the_default_groups(paramwise_cfg):
     model = Model(build_stock())

@@ -1,15 +1,18 @@
 """Promises of the backbone, each after ``init_weights()``."""
 
 import copy
+import gc
 
 import pytest
 import torch
 from mmengine.optim import build_optim_wrapper
 
 from e3va_mm.errors import ConfigError
+from e3va_mm.measure import LiveBytes
 from e3va_mm.utils import count_parameters, mark_trainable
 from tests.helpers import (
     SWIN,
+    TINY,
     build_e3va,
     build_stock,
     e3va_and_stock,
@@ -99,8 +102,28 @@ def test_trunk_keeps_nothing_for_backward():
 
     mark_trainable(ours, [])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        ours(torch.randn(IMAGE))
+        # A picture that asks for a gradient would show any graph there is.
+        ours(torch.randn(IMAGE).requires_grad_())
     assert not kept
+
+
+def test_bytes_kept_for_backward_by_arithmetic():
+    """Taps, inputs of the output norms and their statistics; no more."""
+    ours, _ = e3va_and_stock(side_path=dict(downsampling='linear'))
+    ours.train()
+    image = torch.randn(1, 3, 112, 112)
+    tokens, channels = [784, 196, 49, 16], [32, 64, 128, 256]
+    taps = sum(
+        4 * n * c * 2 * depth
+        for n, c, depth in zip(tokens, channels, TINY['depths'], strict=True)
+    )
+    norms = sum(4 * n * (c + 2) for n, c in zip(tokens, channels, strict=True))
+    with LiveBytes([image, *ours.parameters(), *ours.buffers()]) as count:
+        before = count.live
+        # A loss that keeps nothing, and the outputs gone.
+        loss = sum(output.sum() for output in ours(image))
+        gc.collect()
+        assert count.live - before == taps + norms + loss.nbytes
 
 
 def test_graph_reaches_the_declared_parameters_and_no_others():
@@ -180,6 +203,67 @@ def test_declared_parameters_and_no_others_learn():
         if not torch.equal(parameter, before[name])
     }
     assert moved == declared(ours)
+
+
+@pytest.mark.parametrize('save_taps', ['bf16', 'int8'])
+def test_lossy_taps_learn_in_nearly_the_same_direction(save_taps):
+    image = torch.randn(IMAGE)
+    gradients = []
+    for mode in ('exact', save_taps):
+        ours, _ = e3va_and_stock(side_path=dict(save_taps=mode))
+        randomised(ours.side_path, 1)
+        sum(o.square().mean() for o in ours(image)).backward()
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in ours.side_path.parameters()])
+        )
+    assert not torch.equal(*gradients)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_highway_of_small_values_is_inherited_well_under_autocast(dtype):
+    """The difference is taken before rounding: no cancellation."""
+    ours, _ = e3va_and_stock()
+    for name, parameter in ours.side_path.named_parameters():
+        if name.endswith('up.q'):
+            torch.nn.init.normal_(parameter, std=1e-3)
+    image = torch.randn(IMAGE)
+    inherited = {}
+
+    def watched(label):
+        def inherit(*args):
+            value = type(ours.side_path).inherit(ours.side_path, *args)
+            inherited.setdefault(label, []).append(value.float())
+            return value
+
+        return inherit
+
+    with torch.no_grad():
+        ours.side_path.inherit = watched('fp32')
+        ours(image)
+        with torch.autocast('cpu', dtype=dtype):
+            ours.side_path.inherit = watched('low')
+            ours(image)
+    assert len(inherited['low']) == 3
+    for low, full in zip(inherited['low'], inherited['fp32'], strict=True):
+        assert full.abs().max() > 0
+        assert (low - full).norm() < 0.05 * full.norm()
+
+
+@pytest.mark.parametrize('scope', ['mmdet', 'mmseg', 'mmengine'])
+@pytest.mark.parametrize('installed', ['mmdet', 'mmseg'])
+def test_one_framework_is_enough(scope, installed, monkeypatch):
+    monkeypatch.setattr(
+        'importlib.util.find_spec', lambda name: name == installed or None
+    )
+    ours = build_e3va(scope=scope)
+    assert type(ours.patch_embed).__module__.startswith(installed)
+
+
+def test_without_a_framework_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(ConfigError, match='pip install onedl-mmdetection'):
+        build_e3va()
 
 
 def test_freezing_holds_from_the_constructor_on():
@@ -336,6 +420,7 @@ def test_bf16_autocast_trains():
         (dict(taps=('mlp',)), r"at least one of \('attn', 'ffn'\), but got"),
         (dict(taps=()), 'at least one of'),
         (dict(downsampling='mean'), "'difference', 'linear'.*got 'mean'"),
+        (dict(save_taps='fp4'), "'exact', 'bf16', 'int8'.*got 'fp4'"),
         (dict(trunk_drop_path=1.0), r'should be in \[0, 1\), but got 1.0'),
     ],
 )

@@ -81,7 +81,7 @@ def test_every_stock_swin_config(framework):
         (
             json.dumps(
                 {
-                    # The URLs cannot be assumed reachable; loading has its own tests.
+                    # Weights may be out of reach; loading has its tests.
                     key: value
                     for key, value in config.model.backbone.to_dict().items()
                     if key not in ('type', 'init_cfg', 'pretrained')

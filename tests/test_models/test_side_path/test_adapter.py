@@ -33,8 +33,3 @@ def test_equals_the_equation():
     expected = F.gelu(x @ weight_1 + down.bias) @ weight_2 + up.bias
     torch.testing.assert_close(adapter(x), expected)
     assert torch.linalg.matrix_rank(weight_1) == 5
-
-
-def test_activation_is_an_option():
-    adapter = LowRankAdapter(24, rank=5, act_cfg=dict(type='ReLU'))
-    assert isinstance(adapter.act, torch.nn.ReLU)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from e3va_mm.models import E3VASidePath
-from e3va_mm.models.trunks import StageSpec
+from e3va_mm.models.trunks import Downsampling, StageSpec
 from e3va_mm.registry import MODELS
 
 STAGES = [
@@ -44,31 +44,29 @@ def test_taps_add_up_in_parallel():
     assert side.output(side.start(None), trunk) is trunk
 
 
-def frozen_merge(tokens, linear=False):
-    """A downsampling with a norm: (B, L, 8) -> (B, L, 16)."""
-    if not linear:
-        tokens = torch.nn.functional.layer_norm(tokens, (8,))
-    return torch.cat([tokens, 2 * tokens], -1)
+def gather(tokens, norm=True):
+    return torch.nn.functional.layer_norm(tokens, (8,)) if norm else tokens
+
+
+def project(gathered):
+    """(B, L, 8) -> (B, L, 16)."""
+    return torch.cat([gathered, 2 * gathered], -1)
 
 
 def test_both_forms_of_inheritance_keep_zero_at_zero():
-    trunk = torch.randn(1, 3, 8)
-    ahead = frozen_merge(trunk)
-    base = torch.randn(1, 3, 8)
+    trunk, base = torch.randn(2, 1, 3, 8)
+    downsampling = Downsampling(gather, project)
     for form, expected in [
-        ('difference', frozen_merge(trunk + base) - ahead),
-        ('linear', torch.cat([base, 2 * base], -1)),
+        ('difference', project(gather(trunk + base)) - project(gather(trunk))),
+        ('linear', project(base)),
     ]:
         side = drawn(downsampling=form)
         zero = side.start(torch.zeros_like(trunk))
-        assert not side.inherit(zero, trunk, ahead, frozen_merge).any()
+        assert not side.inherit(zero, trunk, downsampling).any()
         torch.testing.assert_close(
-            side.inherit(side.start(base), trunk, ahead, frozen_merge),
-            expected,
+            side.inherit(side.start(base), trunk, downsampling), expected
         )
-        assert (
-            side.inherit(side.start(None), trunk, ahead, frozen_merge) is None
-        )
+        assert side.inherit(side.start(None), trunk, downsampling) is None
 
 
 def test_only_the_taps_asked_for_have_adapters():

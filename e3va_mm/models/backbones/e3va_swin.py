@@ -25,8 +25,8 @@ class E3VASwinTransformer(SidePathBackbone):
 
     Args:
         side_path (Mapping, optional): What trains: ``type`` and arguments of
-            the side path (:class:`~e3va_mm.models.E3VASidePath`: ``rank``,
-            ``bottleneck_ratio``, ``taps``, ``downsampling``), and
+            the side path (those of :class:`~e3va_mm.models.E3VASidePath`,
+            such as ``rank`` and ``save_taps``), and
 
             * ``train_output_norms`` (bool): Train ``norm0``...; default True.
             * ``trunk_drop_path`` (float): Stochastic depth in the trunk while

@@ -77,9 +77,16 @@ class SidePathBackbone(BaseModule):
         self._train_output_norms = side_path.pop('train_output_norms', True)
         self._trunk_drop_path = side_path.pop('trunk_drop_path', 0.0)
         side_path.setdefault('type', 'e3va_mm.E3VASidePath')
-        self.side_path = MODELS.build(
-            dict(side_path, stages=trunk.stages(self))
-        )
+        try:
+            self.side_path = MODELS.build(
+                dict(side_path, stages=trunk.stages(self))
+            )
+        except TypeError as error:
+            if 'unexpected keyword argument' not in str(error):
+                raise
+            raise ConfigError(
+                f'`side_path` of the backbone: {error}.'
+            ) from error
         mark_trainable(self, (part for _, part in self.trainable_children()))
         self.train()
 

@@ -421,6 +421,7 @@ def test_bf16_autocast_trains():
         (dict(taps=()), 'at least one of'),
         (dict(downsampling='mean'), "'difference', 'linear'.*got 'mean'"),
         (dict(save_taps='fp4'), "'exact', 'bf16', 'int8'.*got 'fp4'"),
+        (dict(ranks=8), "`side_path` of.*unexpected keyword argument 'ranks'"),
         (dict(trunk_drop_path=1.0), r'should be in \[0, 1\), but got 1.0'),
     ],
 )

@@ -1,7 +1,10 @@
 """What the README says is there, and its experiment works."""
 
 import inspect
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from mmengine.config import Config
@@ -11,6 +14,7 @@ from e3va_mm.models import E3VASidePath
 from e3va_mm.models.trunks import SwinTrunk
 from tests.helpers import build_e3va
 from tests.test_configs import CONFIGS
+from tests.test_engine.test_hooks.tiny import make_coco
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -21,7 +25,7 @@ def blocks(language):
 
 
 def test_the_new_experiment_is_short_and_trains(tmp_path):
-    (block,) = blocks('python')
+    block, _ = blocks('python')
     assert len(block.strip().splitlines()) <= 5
     path = tmp_path / 'my_experiment.py'
     path.write_text(block.replace("'./", f"'{CONFIGS}/"))
@@ -31,6 +35,37 @@ def test_the_new_experiment_is_short_and_trains(tmp_path):
     assert step.model.backbone.side_path.codec.lossy
     assert step.optim_wrapper.get_lr()['base_lr'] == [5e-4]
     step.run()
+
+
+def test_own_data_train_by_the_config_that_is_shown(tmp_path):
+    make_coco(tmp_path, 'train', classes=('cat', 'dog'))
+    make_coco(tmp_path, 'val', classes=('cat', 'dog'))
+    for split in ('train', 'val'):  # boxes alone; the heads want masks
+        path = tmp_path / f'{split}.json'
+        content = json.loads(path.read_text())
+        for annotation in content['annotations']:
+            x, y, w, h = annotation['bbox']
+            annotation['segmentation'] = [
+                [x, y, x + w, y, x + w, y + h, x, y + h]
+            ]
+        path.write_text(json.dumps(content))
+    _, block = blocks('python')
+    config = tmp_path / 'mine.py'
+    config.write_text(
+        block.replace("'./", f"'{CONFIGS}/").replace(
+            'path/to/my_data/', f'{tmp_path}/'
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / 'tools' / 'train.py', config]
+        + ['--work-dir', tmp_path / 'work', '--cfg-options']
+        + ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1'],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'coco/segm_mAP' in done.stdout + done.stderr
 
 
 def test_commands_and_files_exist():
@@ -43,9 +78,7 @@ def test_commands_and_files_exist():
 
 
 def test_options_and_defaults_are_those_of_the_code():
-    rows = dict(
-        re.findall(r'^\| `(\w+)` \| `?([^`|]+?)`? \|', README, re.M)
-    )
+    rows = dict(re.findall(r'^\| `(\w+)` \| `?([^`|]+?)`? \|', README, re.M))
     side_path = inspect.signature(E3VASidePath).parameters
     defaults = {
         name: parameter.default

@@ -215,6 +215,7 @@ class SidePathBackbone(BaseModule):
 
         expected = {}
         notes = []
+        as_found = dict(found)
         if has_trunk:
             notes += self.trunk.adapt_state(trunk, found)
             expected |= trunk
@@ -241,7 +242,7 @@ class SidePathBackbone(BaseModule):
             expected_leftovers=self.trunk.leftovers(self),
             what=f'backbone under {prefix!r}' if prefix else 'backbone',
             source=source,
-            hint=lambda: self.trunk.explain_mismatch(trunk, found),
+            hint=lambda: self.trunk.explain_mismatch(trunk, as_found),
             notes=notes,
         )
         print_log(str(report), logger='current')

@@ -123,6 +123,16 @@ def test_the_load_report_says_how_much_matched(stock, tmp_path, monkeypatch):
     assert 'output norms: not in the file, keep their values: norm0' in report
 
 
+def test_a_shallower_swin_is_refused_with_the_cause(stock, tmp_path):
+    path = save('bare', stock, tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        initialised(path, depths=(2, 1, 4, 1))
+    text = str(error.value)
+    assert '26 missing in the file' in text
+    file, config = text.split('the config asks for')
+    assert 'depths=(2, 1, 2, 1)' in file and 'depths=(2, 1, 4, 1)' in config
+
+
 def test_a_deeper_swin_is_refused_with_the_cause(tmp_path):
     deeper = build_stock(depths=(2, 1, 4, 1))
     path = save('bare', deeper, tmp_path)

@@ -116,6 +116,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _exit_code(run: Callable, args: argparse.Namespace) -> int:
     """Run a tool; print an error that the user can mend."""
+    code = 0
     try:
         run(args)
     except KeyboardInterrupt:
@@ -126,8 +127,11 @@ def _exit_code(run: Callable, args: argparse.Namespace) -> int:
         if error is None:
             raise
         print(f'error: {error}', file=sys.stderr)
-        return 1
-    return 0
+        code = 1
+    if torch.distributed.is_initialized():
+        # Left to the end of the process, its threads can abort it.
+        torch.distributed.destroy_process_group()
+    return code
 
 
 def _mendable(error: BaseException | None) -> E3VAError | None:

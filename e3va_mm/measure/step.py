@@ -71,11 +71,7 @@ class TrainingStep:
             float: Seconds of forward, backward and update together.
         """
         start = time.perf_counter()
-        data = self.model.data_preprocessor(self.data, True)
-        with self.optim_wrapper.optim_context(self.model):
-            losses = self.model(**data, mode='loss')
-        loss, _ = self.model.parse_losses(losses)
-        self.optim_wrapper.update_params(loss)
+        self.model.train_step(self.data, self.optim_wrapper)
         return time.perf_counter() - start
 
     def memory(self) -> dict[str, int]:

@@ -112,10 +112,14 @@ class SidePathBackbone(BaseModule):
 
     def trunk_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Names and modules of the children that never change."""
-        owned = {'side_path'} | {name for name, _ in self.output_norms()}
+        owned = self._side_path_names()
         for name, child in self.named_children():
             if name not in owned:
                 yield name, child
+
+    def _side_path_names(self) -> set[str]:
+        """Names of the children that are no part of the trunk."""
+        return {'side_path', *(name for name, _ in self.output_norms())}
 
     def train(self, mode: bool = True) -> 'SidePathBackbone':
         """Set the mode of the side path; the trunk stays in eval mode.
@@ -194,11 +198,11 @@ class SidePathBackbone(BaseModule):
         """
         source = self._reading or 'the checkpoint'
         own = self.state_dict()
-        children = {name for name, _ in self.output_norms()} | {'side_path'}
+        owned = self._side_path_names()
         trained = {
             key: value
             for key, value in own.items()
-            if key.split('.')[0] in children
+            if key.split('.')[0] in owned
         }
         trunk = {k: v for k, v in own.items() if k not in trained}
         has_trunk = any(key in trunk for key in found)

@@ -3,11 +3,12 @@
 from .. import checkpoint  # noqa: F401
 from ..engine import optim  # noqa: F401
 from .backbones import E3VASwinTransformer, SidePathBackbone
-from .side_path import E3VASidePath, LowRankAdapter
+from .side_path import E3VASidePath, LowRankAdapter, NoSidePath
 
 __all__ = [
     'E3VASidePath',
     'E3VASwinTransformer',
     'LowRankAdapter',
+    'NoSidePath',
     'SidePathBackbone',
 ]

@@ -10,6 +10,7 @@ from mmengine.registry import DefaultScope
 from ...errors import ConfigError
 from ...registry import MODELS
 from ..trunks import SwinTrunk
+from .presets import resolve_side_path
 from .side_path_backbone import SidePathBackbone
 
 
@@ -28,9 +29,13 @@ class E3VASwinTransformer(SidePathBackbone):
             the side path (those of :class:`~e3va_mm.models.E3VASidePath`,
             such as ``rank`` and ``save_taps``), and
 
+            * ``preset`` (str): ``'exact'``, which changes no number of the
+              method, or ``'lean'``, which keeps taps in 8 bits and computes
+              and stores the trunk in bfloat16; default ``'exact'``.
             * ``train_output_norms`` (bool): Train ``norm0``...; default True.
-            * ``trunk_drop_path`` (float): Stochastic depth in the trunk while
-              training; default 0.
+            * ``trunk_compute``, ``trunk_weights``, ``trunk_chunk``,
+              ``trunk_compile``, ``trunk_drop_path``: How the trunk computes,
+              see :class:`~e3va_mm.models.trunks.TrunkOptions`.
         allow_random_trunk (bool): Allow training with a trunk that has not
             received weights. Defaults to False.
         out_indices (Sequence[int]): Any subset of the stages. Nothing is
@@ -109,13 +114,7 @@ class E3VASwinTransformer(SidePathBackbone):
             )
             init_cfg = dict(type='Pretrained', checkpoint=pretrained)
         out_indices = _checked_out_indices(out_indices, len(depths))
-        side_path = dict(side_path or {})
-        drop_path = side_path.get('trunk_drop_path', 0.0)
-        if not 0 <= drop_path < 1:
-            raise ConfigError(
-                '`side_path.trunk_drop_path` should be in '
-                f'[0, 1), but got {drop_path}.'
-            )
+        side_path, options = resolve_side_path(side_path)
 
         if not isinstance(pretrain_img_size, int):
             pretrain_img_size = tuple(pretrain_img_size)
@@ -135,7 +134,7 @@ class E3VASwinTransformer(SidePathBackbone):
                 qkv_bias=qkv_bias,
                 qk_scale=qk_scale,
                 patch_norm=patch_norm,
-                drop_path_rate=drop_path,
+                drop_path_rate=options.drop_path,
                 use_abs_pos_embed=use_abs_pos_embed,
                 act_cfg=act_cfg,
                 norm_cfg=norm_cfg,
@@ -146,7 +145,7 @@ class E3VASwinTransformer(SidePathBackbone):
         stock.stages[last].downsample = None
 
         super().__init__(
-            SwinTrunk(),
+            SwinTrunk(options),
             stock,
             out_indices,
             side_path=side_path,

@@ -1,19 +1,24 @@
 """A frozen trunk with a side path: what every backbone of ours shares."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from mmcv.cnn.bricks import DropPath
+from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ...checkpoint import match_state, read_checkpoint
+from ...checkpoint import SourceWeights, match_state, read_checkpoint
 from ...errors import CheckpointError, ConfigError
 from ...registry import MODELS
 from ...utils import mark_trainable
+from ..side_path.replay import OnStageTap, Replay, RunTrunk
+from ..side_path.stage_sum import normalise
 from ..trunks import StageOutput, Trunk
 from ..trunks.base import Size
+from ..trunks.options import autocast_dtype
+from ..trunks.stored_weights import coarse_keys, store, unstore
 
 
 class SidePathBackbone(BaseModule):
@@ -34,9 +39,7 @@ class SidePathBackbone(BaseModule):
         out_indices (Sequence[int]): Stages that have an output and a norm.
         side_path (Mapping, optional): Config of the side path: ``type``
             (default ``'e3va_mm.E3VASidePath'``) and its arguments; also
-            ``train_output_norms`` (bool, default True) and
-            ``trunk_drop_path`` (float, default 0; honoured by the subclass
-            that builds ``stock``).
+            ``train_output_norms`` (bool, default True).
         allow_random_trunk (bool): Allow training with a trunk that has not
             received weights. Defaults to False.
         init_cfg (Mapping, optional): ``dict(type='Pretrained',
@@ -67,15 +70,18 @@ class SidePathBackbone(BaseModule):
         super().__init__(init_cfg=init_cfg)
         self._adopt(stock)
         self.trunk = trunk
+        trunk.prepare(self)
         self.out_indices = tuple(out_indices)
         self.allow_random_trunk = allow_random_trunk
         # Where the trunk's weights came from; None while they are random.
         self.trunk_source: str | None = None
         self._reading: str | None = None
+        self._stored = False
+        self._source_weights: SourceWeights | None = None
+        self._register_state_dict_hook(_put_source_weights)
 
         side_path = dict(side_path or {})
         self._train_output_norms = side_path.pop('train_output_norms', True)
-        self._trunk_drop_path = side_path.pop('trunk_drop_path', 0.0)
         side_path.setdefault('type', 'e3va_mm.E3VASidePath')
         try:
             self.side_path = MODELS.build(
@@ -130,7 +136,7 @@ class SidePathBackbone(BaseModule):
         super().train(mode)
         for _, child in self.trunk_children():
             child.eval()
-            if self._trunk_drop_path:
+            if self.trunk.options.drop_path:
                 for module in child.modules():
                     if isinstance(module, DropPath):
                         module.train(mode)
@@ -146,6 +152,7 @@ class SidePathBackbone(BaseModule):
         if self._is_init:
             return
         if self.init_cfg is None:
+            self._unstore_trunk()
             self.trunk.init_random(self)
             print_log(
                 f'The trunk of {type(self).__name__} is random: no '
@@ -186,6 +193,7 @@ class SidePathBackbone(BaseModule):
         for key in found:
             del state_dict[prefix + key]
         state_dict.update({prefix + key: v for key, v in fitted.items()})
+        self._unstore_trunk()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _fit_state(
@@ -254,6 +262,31 @@ class SidePathBackbone(BaseModule):
             self.trunk_source = source
         return {**own, **{key: found[key] for key in expected}}
 
+    def _unstore_trunk(self) -> None:
+        """Make room for new weights as they come."""
+        if self._stored:
+            unstore(self.trunk.body(self)[1], self.trunk.options.weights)
+            self._source_weights = None
+            self._stored = False
+
+    def _store_trunk(self) -> None:
+        """Store the trunk as asked for; keep its weights as they came.
+
+        At the first forward pass: before it, frameworks still initialise,
+        wrap and load, and take offence at parameters that change their kind.
+        """
+        kind = self.trunk.options.weights
+        name, body = self.trunk.body(self)
+        keys = list(coarse_keys(body, kind))
+        # Only the main process writes checkpoints; 8 bits need the source to
+        # be loaded beside, too.
+        if keys and (is_main_process() or kind == 'int8'):
+            self._source_weights = SourceWeights(
+                {f'{name}.{key}': body.get_parameter(key) for key in keys}
+            )
+        store(body, kind)
+        self._stored = True
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, H_i, W_i) for each output.
 
@@ -273,27 +306,59 @@ class SidePathBackbone(BaseModule):
                 "type='Pretrained', checkpoint=...)`, or allow it with "
                 '`model.backbone.allow_random_trunk=True`.'
             )
+        if not self._stored:
+            self._store_trunk()
+        replay = Replay(x, self._trunk_runner(x))
         inherited = None
         outputs = []
         with torch.no_grad():
             tokens, size = self.trunk.embed(self, x)
         for stage in range(self.out_indices[-1] + 1):
-            highway = self.side_path.start(inherited)
+            highway = self.side_path.start(stage, inherited, replay)
             end = self._run_stage(stage, tokens, size, highway)
+            total = self.side_path.output(highway, end.tokens)
+            kept = None
             if stage in self.out_indices:
-                output = self.side_path.output(highway, end.tokens)
-                output = getattr(self, f'norm{stage}')(output)
-                outputs.append(
-                    output.transpose(1, 2).unflatten(2, end.size).contiguous()
-                )
+                norm = getattr(self, f'norm{stage}')
+                output, kept = normalise(norm, total, end.size)
+                outputs.append(output)
             if stage < self.out_indices[-1]:
                 inherited = self.side_path.inherit(
                     highway,
+                    total,
                     end.tokens,
                     self.trunk.downsampling(self, stage, end.size),
+                    kept,
                 )
                 tokens, size = end.next_tokens, end.next_size
+        replay.image = None  # nodes of the graph keep it, if they need it
         return outputs
+
+    def _trunk_runner(self, image: Tensor) -> RunTrunk:
+        """What runs the trunk again, under the autocast of now."""
+        device, dtype = image.device.type, autocast_dtype(image)
+
+        @torch.no_grad()
+        def run(
+            image: Tensor,
+            last: int,
+            wanted: Collection[int],
+            on_tap: OnStageTap,
+        ) -> None:
+            with torch.autocast(device, dtype, enabled=dtype is not None):
+                tokens, size = self.trunk.embed(self, image)
+                for stage in range(last + 1):
+                    end = self.trunk.run_stage(
+                        self,
+                        stage,
+                        tokens,
+                        size,
+                        self.side_path.taps if stage in wanted else (),
+                        lambda block, tap, value, of=stage: on_tap(of, value),
+                    )
+                    tokens, size = end.next_tokens, end.next_size
+
+        return run
 
     def _run_stage(
         self, stage: int, tokens: Tensor, size: Size, highway: object
@@ -309,3 +374,11 @@ class SidePathBackbone(BaseModule):
             return self.trunk.run_stage(
                 self, stage, tokens, size, self.side_path.taps, on_tap
             )
+
+
+def _put_source_weights(
+    module: SidePathBackbone, state: dict, prefix: str, metadata: dict
+) -> None:
+    """Checkpoints hold the weights that came, not how they are stored."""
+    source = module._source_weights or {}
+    state.update({prefix + key: source[key] for key in source})

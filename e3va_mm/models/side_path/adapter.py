@@ -32,6 +32,10 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, rank: int) -> None:
         super().__init__()
+        # Not read from the factors: FSDP flattens them.
+        self.sizes = dict(
+            in_channels=in_channels, out_channels=out_channels, rank=rank
+        )
         # Both factors keep the scale of what they are given.
         self.p = nn.Parameter(
             torch.randn(in_channels, rank) / math.sqrt(in_channels)
@@ -47,10 +51,7 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, as ``nn.Linear`` shows them."""
-        return (
-            f'in_channels={self.p.shape[0]}, '
-            f'out_channels={self.q.shape[1]}, rank={self.p.shape[1]}'
-        )
+        return ', '.join(f'{name}={size}' for name, size in self.sizes.items())
 
 
 class LowRankAdapter(nn.Module):

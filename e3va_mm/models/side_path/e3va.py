@@ -7,7 +7,6 @@ another registered class with the members of :class:`E3VASidePath`.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
@@ -16,6 +15,13 @@ from ..trunks import Downsampling, StageSpec
 from .adapter import LowRankAdapter
 from .highway import Highway
 from .kept_taps import TAP_CODECS
+from .replay import Replay
+from .stage_sum import (
+    KeptSum,
+    downsample_difference,
+    downsample_linear,
+    keep,
+)
 
 
 @MODELS.register_module()
@@ -44,9 +50,12 @@ class E3VASidePath(nn.Module):
             to all that the trunk offers.
         downsampling (str): ``'difference'`` or ``'linear'``. Defaults to
             ``'difference'``.
-        save_taps (str): How a tap is kept for backward: ``'exact'``,
-            ``'bf16'``, or ``'int8'`` with one scale a token. The forward pass
-            is the same. Defaults to ``'exact'``.
+        save_taps (str | Sequence[str]): How a tap is kept for backward:
+            ``'exact'``, ``'bf16'``, ``'int8'`` with one scale a token,
+            ``'int4'`` with one for 32 channels, or ``'recompute'``: not at
+            all, the trunk runs again. One for all stages or one for each, the
+            last for all that follow. The forward pass is the same. Defaults
+            to ``'exact'``.
 
     Raises:
         ConfigError: If ``taps``, ``downsampling`` or ``save_taps`` names what
@@ -62,7 +71,7 @@ class E3VASidePath(nn.Module):
         bottleneck_ratio: float = 0.5,
         taps: Sequence[str] | None = None,
         downsampling: str = 'difference',
-        save_taps: str = 'exact',
+        save_taps: str | Sequence[str] = 'exact',
     ) -> None:
         super().__init__()
         offered = stages[0].taps
@@ -77,13 +86,17 @@ class E3VASidePath(nn.Module):
                 '`side_path.downsampling` should be one of '
                 f'{self.DOWNSAMPLINGS}, but got {downsampling!r}.'
             )
-        if save_taps not in TAP_CODECS:
+        several = isinstance(save_taps, (list, tuple))
+        modes = [*save_taps] if several else [save_taps]
+        if not modes or any(mode not in tuple(TAP_CODECS) for mode in modes):
             raise ConfigError(
                 '`side_path.save_taps` should be one of '
-                f'{tuple(TAP_CODECS)}, but got {save_taps!r}.'
+                f'{tuple(TAP_CODECS)}, or one for each stage, but got '
+                f'{save_taps!r}.'
             )
+        modes += modes[-1:] * (len(stages) - len(modes))
         self.downsampling = downsampling
-        self.codec = TAP_CODECS[save_taps]
+        self.codecs = [TAP_CODECS[mode] for mode in modes]
         self.stages = nn.ModuleList(
             nn.ModuleList(
                 nn.ModuleDict(
@@ -99,17 +112,25 @@ class E3VASidePath(nn.Module):
             for spec in stages
         )
 
-    def start(self, inherited: Tensor | None) -> Highway:
+    def start(
+        self,
+        stage: int,
+        inherited: Tensor | None,
+        replay: Replay | None = None,
+    ) -> Highway:
         """Begin a stage.
 
         Args:
+            stage (int): Index of the stage.
             inherited (Tensor, optional): (B, L, C) from :meth:`inherit`, or
                 None for zero.
+            replay (Replay, optional): What brings the taps again; read with
+                ``save_taps='recompute'``.
 
         Returns:
             Highway: The state of the stage, for the other methods.
         """
-        return Highway(inherited, self.codec)
+        return Highway(inherited, self.codecs[stage], replay, stage)
 
     def add_tap(
         self, highway: Highway, stage: int, block: int, tap: str, value: Tensor
@@ -131,28 +152,30 @@ class E3VASidePath(nn.Module):
         return trunk if total is None else trunk + total
 
     def inherit(
-        self, highway: Highway, trunk: Tensor, downsampling: Downsampling
+        self,
+        highway: Highway,
+        total: Tensor,
+        trunk: Tensor,
+        downsampling: Downsampling,
+        kept: KeptSum | None = None,
     ) -> Tensor | None:
         """Carry the highway to the next stage.
 
         Args:
             highway (Highway): The state at the end of the stage.
+            total (Tensor): (B, L, C), what :meth:`output` gave.
             trunk (Tensor): (B, L, C), the trunk at the end of the stage.
             downsampling (Downsampling): The trunk's own, frozen.
+            kept (KeptSum, optional): What is kept of ``total`` already, for
+                the output norm.
 
         Returns:
             Tensor, optional: (B, L', C'), what the next stage starts with.
         """
-        total = highway.sum()
-        if total is None:
+        state = highway.sum()
+        if state is None:
             return None
-        gather, project = downsampling
         if self.downsampling == 'linear':
-            return project(gather(total, norm=False))
-        # In single precision at least: a highway that is small beside the
-        # trunk would be lost in the rounding of the sum and the difference.
-        wide = torch.promote_types(trunk.dtype, torch.float32)
-        trunk = trunk.to(wide)
-        with torch.no_grad():
-            before = gather(trunk)
-        return project(gather(trunk + total) - before)
+            return downsample_linear(state, downsampling)
+        kept = kept or keep(total, highway.codec)
+        return downsample_difference(total, trunk, kept, downsampling)

@@ -7,18 +7,21 @@ inner vectors with their stacked last factors,
     u_k = GELU(x_k P1_k Q1_k + b1_k) P2_k,
 
 and all of them share the one gradient that reaches ``h``. Kept for backward
-are the taps ``x_k`` alone; bottlenecks are computed again, one at a time.
+are the taps ``x_k`` alone, or not even they; bottlenecks are computed again,
+some tokens at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..trunks.options import autocast_dtype, autocast_off
 from .adapter import LowRankAdapter
-from .kept_taps import TapCodec
+from .kept_taps import CHUNK, TapCodec
+from .replay import Replay
 
 PARAMETERS = 6  # of an adapter: P1, Q1, b1, P2, Q2, b2
 
@@ -35,12 +38,23 @@ class Highway:
     Args:
         base (Tensor, optional): (B, L, C), the highway inherited from the
             stage before, or None for zero.
-        codec (TapCodec): How taps are kept for backward.
+        codec (TapCodec, optional): How taps are kept for backward; None to
+            have them from ``replay``.
+        replay (Replay, optional): Brings the taps again.
+        stage (int): Index of the stage, for ``replay``. Defaults to 0.
     """
 
-    def __init__(self, base: Tensor | None, codec: TapCodec) -> None:
+    def __init__(
+        self,
+        base: Tensor | None,
+        codec: TapCodec | None,
+        replay: Replay | None = None,
+        stage: int = 0,
+    ) -> None:
         self.base = base
         self.codec = codec
+        self.replay = replay
+        self.stage = stage
         self._adapters: list[LowRankAdapter] = []
         self._inner: list[Tensor] = []  # u_k, (N, r)
         self._kept: list[Tensor] = []
@@ -49,17 +63,25 @@ class Highway:
 
     def add(self, adapter: LowRankAdapter, tap: Tensor) -> None:
         """Take in a tap (B, L, C); it is kept only if gradients are on."""
-        dtype = _compute_dtype(tap, adapter)
         parameters = adapter_parameters(adapter)
+        dtype = autocast_dtype(tap) or parameters[0].dtype
         flat = tap.detach().flatten(0, -2)
-        with torch.no_grad(), _autocast_off(tap):
+        with torch.no_grad(), autocast_off(tap):
             p1, q1, b1, p2, *_ = (p.to(dtype) for p in parameters)
-            projected = flat.to(dtype) @ p1
-            bottleneck = F.gelu(torch.addmm(b1, projected, q1))
-            self._inner.append(bottleneck @ p2)
-        if torch.is_grad_enabled():
+            projected, inner = (
+                flat.new_empty(len(flat), p1.shape[1], dtype=dtype)
+                for _ in range(2)
+            )
+            for rows in _chunks(len(flat)):
+                torch.mm(flat[rows].to(dtype), p1, out=projected[rows])
+                bottleneck = F.gelu(torch.addmm(b1, projected[rows], q1))
+                torch.mm(bottleneck, p2, out=inner[rows])
+        self._inner.append(inner)
+        if torch.is_grad_enabled() and self.codec is not None:
             self._kept.extend(self.codec.encode(flat))
             if self.codec.lossy:
+                if projected.element_size() > 2:
+                    projected = projected.to(torch.bfloat16)
                 self._kept.append(projected)
         self._adapters.append(adapter)
         self._shape = tap.shape
@@ -72,14 +94,19 @@ class Highway:
             base = self.base
             if base is not None:
                 base = base.flatten(0, -2).to(dtype)
+            if torch.is_grad_enabled() and self.codec is None:
+                self.replay.want(self.stage)
+                self._kept = [self.replay.image]
             parameters = [
                 p.to(dtype)
                 for adapter in self._adapters
                 for p in adapter_parameters(adapter)
             ]
-            with _autocast_off(inner):
+            with autocast_off(inner):
                 flat = _StageHighway.apply(
                     self.codec,
+                    self.replay,
+                    self.stage,
                     len(self._adapters),
                     base,
                     inner,
@@ -88,7 +115,7 @@ class Highway:
                 )
             self._sum = flat.view(self._shape)
             # What backward needs is kept by its node now.
-            self._inner, self._kept = [], []
+            self._inner, self._kept, self.replay = [], [], None
         return self.base if self._sum is None else self._sum
 
 
@@ -98,7 +125,9 @@ class _StageHighway(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        codec: TapCodec,
+        codec: TapCodec | None,
+        replay: Replay | None,
+        stage: int,
         adapters: int,
         base: Tensor | None,
         inner: Tensor,
@@ -106,6 +135,7 @@ class _StageHighway(torch.autograd.Function):
     ) -> Tensor:
         kept = len(tensors) - PARAMETERS * adapters
         ctx.codec, ctx.adapters, ctx.kept = codec, adapters, kept
+        ctx.replay, ctx.stage = replay, stage
         ctx.save_for_backward(*tensors)
         parameters = _grouped(tensors[kept:], PARAMETERS)
         bias = torch.stack([p[5] for p in parameters]).sum(0)
@@ -118,68 +148,110 @@ class _StageHighway(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         tensors = ctx.saved_tensors
-        taps = _grouped(tensors[: ctx.kept], ctx.kept // ctx.adapters)
-        parameters = _grouped(tensors[ctx.kept :], PARAMETERS)
-        rank = parameters[0][4].shape[0]
-        grad = grad.contiguous()
-        # One product for the gradients of all u_k, one for those of all Q2_k.
-        grad_inner = grad @ torch.cat([p[4] for p in parameters]).t()
-        grad_bias = grad.sum(0)
-        inner = torch.empty_like(grad_inner)
-        grads = []
-        for k, (kept, (p1, q1, b1, p2, _, _)) in enumerate(
-            zip(taps, parameters, strict=True)
-        ):
-            part = slice(k * rank, (k + 1) * rank)
-            grad_u = grad_inner[:, part]
-            if ctx.codec.lossy:
-                *kept, projected = kept
-                tap = ctx.codec.decode(tuple(kept), grad.dtype)
-            else:
-                tap = ctx.codec.decode(kept, grad.dtype)
-                projected = tap @ p1
+        kept, parameters = tensors[: ctx.kept], tensors[ctx.kept :]
+        backward = _StageBackward(
+            grad.contiguous(), _grouped(parameters, PARAMETERS), ctx.codec
+        )
+        if ctx.codec:
+            for group in _grouped(kept, ctx.kept // ctx.adapters):
+                backward.adapter(group)
+        else:
+            taps = ctx.replay.take(ctx.stage, kept[0])[::-1]
+            while taps:  # each goes before the next is worked on
+                backward.adapter([taps.pop().flatten(0, -2)])
+        grad_base = grad if ctx.needs_input_grad[4] else None
+        return (
+            *(None, None, None, None, grad_base, None),
+            *[None] * ctx.kept,
+            *backward.finish(),
+        )
+
+
+class _StageBackward:
+    """Gradients of the adapters of a stage, one tap after the other.
+
+    Args:
+        grad (Tensor): (N, C), the gradient that all of them share.
+        parameters (Sequence): Those of each adapter.
+        codec (TapCodec, optional): How taps were kept, None for as they came.
+    """
+
+    def __init__(
+        self,
+        grad: Tensor,
+        parameters: Sequence[Sequence[Tensor]],
+        codec: TapCodec | None,
+    ) -> None:
+        self.grad = grad
+        self.parameters = parameters
+        self.codec = codec
+        # One product for the gradients of all u_k.
+        self.grad_inner = grad @ torch.cat([p[4] for p in parameters]).t()
+        self.inner = torch.empty_like(self.grad_inner)
+        self.done: list[list[Tensor]] = []
+
+    def adapter(self, kept: Sequence[Tensor]) -> None:
+        """Take in what was kept of the next tap."""
+        parameters = self.parameters[len(self.done)]
+        p1, q1, b1, p2, *_ = parameters
+        part = slice(
+            len(self.done) * p1.shape[1], (len(self.done) + 1) * p1.shape[1]
+        )
+        # Sums over tokens, in single precision at least.
+        sums = [
+            torch.zeros_like(
+                p, dtype=torch.promote_types(p.dtype, torch.float32)
+            )
+            for p in (p1, q1, b1, p2)
+        ]
+        for rows in _chunks(len(self.grad)):
+            grad_u = self.grad_inner[rows, part]
+            tap, projected = self._tap([t[rows] for t in kept], p1)
             before = torch.addmm(b1, projected, q1)
             bottleneck = F.gelu(before)
-            torch.mm(bottleneck, p2, out=inner[:, part])
-            grad_p2 = bottleneck.t() @ grad_u
+            torch.mm(bottleneck, p2, out=self.inner[rows, part])
             grad_before = torch.ops.aten.gelu_backward(grad_u @ p2.t(), before)
-            del bottleneck, before
-            grad_q1 = projected.t() @ grad_before
-            grad_b1 = grad_before.sum(0)
-            grad_p1 = tap.t() @ (grad_before @ q1.t())
-            grads.append([grad_p1, grad_q1, grad_b1, grad_p2, None, grad_bias])
-        grad_last = inner.t() @ grad
-        for k, group in enumerate(grads):
-            group[4] = grad_last[k * rank : (k + 1) * rank]
-        grad_base = grad if ctx.needs_input_grad[2] else None
-        return (
-            None,
-            None,
-            grad_base,
-            None,
-            *[None] * ctx.kept,
-            *(g for group in grads for g in group),
-        )
+            for total, term in zip(
+                sums,
+                (
+                    tap.t() @ (grad_before @ q1.t()),
+                    projected.t() @ grad_before,
+                    grad_before.sum(0),
+                    bottleneck.t() @ grad_u,
+                ),
+                strict=True,
+            ):
+                total += term
+        self.done.append(sums)
+
+    def _tap(
+        self, kept: Sequence[Tensor], p1: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A tap (n, C) and its projection (n, r), of some tokens."""
+        dtype = self.grad.dtype
+        if self.codec and self.codec.lossy:
+            *kept, projected = kept
+            return self.codec.decode(kept, dtype), projected.to(dtype)
+        tap = kept[0].to(dtype)
+        return tap, tap @ p1
+
+    def finish(self) -> Iterator[Tensor]:
+        """Gradients of all parameters, adapter by adapter."""
+        # One product for those of all Q2_k.
+        grad_last = self.inner.t() @ self.grad
+        grad_bias = self.grad.sum(0)
+        dtype = self.grad.dtype
+        for sums, last in zip(
+            self.done, grad_last.chunk(len(self.done)), strict=True
+        ):
+            yield from (total.to(dtype) for total in sums)
+            yield from (last, grad_bias)
+
+
+def _chunks(tokens: int) -> Iterator[slice]:
+    for first in range(0, tokens, CHUNK):
+        yield slice(first, min(first + CHUNK, tokens))
 
 
 def _grouped(items: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _compute_dtype(tap: Tensor, adapter: LowRankAdapter) -> torch.dtype:
-    """Autocast's type where it is on, else that of the parameters."""
-    device = tap.device.type
-    if hasattr(torch, 'get_autocast_dtype'):  # torch >= 2.4
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-    elif device == 'cpu':
-        if torch.is_autocast_cpu_enabled():
-            return torch.get_autocast_cpu_dtype()
-    elif torch.is_autocast_enabled():
-        return torch.get_autocast_gpu_dtype()
-    return adapter.down.p.dtype
-
-
-def _autocast_off(tensor: Tensor) -> torch.autocast:
-    # Inside, every tensor has one type already, in backward too.
-    return torch.autocast(tensor.device.type, enabled=False)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .options import TrunkOptions
+
 # Called with (block index, tap name, tap of shape (B, L, C)).
 OnTap = Callable[[int, str, Tensor], None]
 Size = tuple[int, int]
@@ -29,15 +31,15 @@ class StageOutput(NamedTuple):
 
 
 class Downsampling(NamedTuple):
-    """A frozen downsampling in two steps.
+    """A frozen downsampling in two steps: gather and norm, then a product.
 
-    Differences must be taken between the steps, before ``project`` rounds to
-    the compute type: ``project`` is linear, without a bias.
+    Differences must be taken between the steps, before the product rounds to
+    the type of the weight.
     """
 
-    # (B, L, C) -> what `project` takes; `norm=False` leaves the norm out.
+    # (B, L, C) -> (B, L', G); `norm=False` leaves the norm out.
     gather: Callable[..., Tensor]
-    project: Callable[[Tensor], Tensor]  # -> (B, L', C')
+    weight: Callable[[], Tensor]  # () -> (C', G), in the compute type
 
 
 class Trunk(ABC):
@@ -45,7 +47,20 @@ class Trunk(ABC):
 
     It owns no module: the stock modules are children of ``holder``, the
     backbone that has adopted them under their stock names.
+
+    Attributes:
+        options (TrunkOptions): How the frozen modules compute.
     """
+
+    options: TrunkOptions
+
+    @abstractmethod
+    def prepare(self, holder: nn.Module) -> None:
+        """Let the adopted modules compute as the options say."""
+
+    @abstractmethod
+    def body(self, holder: nn.Module) -> tuple[str, nn.Module]:
+        """Name and module of the part whose linear layers count."""
 
     @abstractmethod
     def stages(self, holder: nn.Module) -> Sequence[StageSpec]:

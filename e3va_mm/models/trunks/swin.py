@@ -17,6 +17,8 @@ from .base import (
     StageSpec,
     Trunk,
 )
+from .options import TrunkOptions, autocast_off
+from .swin_engine import FeedForward, PatchMerging, WindowAttention, install
 
 TABLE = 'relative_position_bias_table'
 INDEX = 'relative_position_index'
@@ -27,11 +29,29 @@ class SwinTrunk(Trunk):
 
     Taps are the branch outputs before the residual addition: ``'attn'`` of
     (S)W-MSA and ``'ffn'`` of the MLP, (B, L, C) each. They are read with
-    forward hooks while the stock block runs, so the arithmetic is the stock
-    code's own.
+    forward hooks while the stock block runs.
+
+    Args:
+        options (TrunkOptions, optional): How the frozen modules compute.
     """
 
     TAPS = ('attn', 'ffn')
+
+    def __init__(self, options: TrunkOptions | None = None) -> None:
+        self.options = options or TrunkOptions()
+
+    def prepare(self, holder: nn.Module) -> None:
+        """See :class:`Trunk`."""
+        for stage in holder.stages:
+            for block in stage.blocks:
+                install(block.attn, WindowAttention, self.options)
+                install(block.ffn.layers, FeedForward, self.options)
+            if stage.downsample is not None:
+                install(stage.downsample, PatchMerging, self.options)
+
+    def body(self, holder: nn.Module) -> tuple[str, nn.Module]:
+        """See :class:`Trunk`."""
+        return 'stages', holder.stages
 
     def stages(self, holder: nn.Module) -> list[StageSpec]:
         """See :class:`Trunk`."""
@@ -51,7 +71,9 @@ class SwinTrunk(Trunk):
             ConfigError: If the trunk has absolute position embeddings and the
                 picture is not of the size they were made for.
         """
-        tokens, size = holder.patch_embed(image)
+        # The residual stream starts, and stays, in single precision.
+        with autocast_off(image):
+            tokens, size = holder.patch_embed(image)
         if holder.use_abs_pos_embed:
             positions = holder.absolute_pos_embed
             if tokens.shape[1] != positions.shape[1]:
@@ -87,18 +109,11 @@ class SwinTrunk(Trunk):
         self, holder: nn.Module, stage: int, size: Size
     ) -> Downsampling:
         """See :class:`Trunk`."""
-        merging = holder.stages[stage].downsample
-
-        def gather(tokens: Tensor, norm: bool = True) -> Tensor:
-            grid = tokens.transpose(1, 2).unflatten(2, size)  # (B, C, H, W)
-            if merging.adap_padding:
-                grid = merging.adap_padding(grid)
-            gathered = merging.sampler(grid).transpose(1, 2)  # (B, L', 4 * C)
-            if norm and merging.norm is not None:
-                gathered = merging.norm(gathered)
-            return gathered
-
-        return Downsampling(gather, merging.reduction)
+        merging = holder.stages[stage].downsample.forward
+        return Downsampling(
+            lambda tokens, norm=True: merging.gather(tokens, size, norm),
+            merging.weight,
+        )
 
     def init_random(self, holder: nn.Module) -> None:
         """See :class:`Trunk`."""

@@ -1,4 +1,7 @@
-"""DDP without ``find_unused_parameters``: freezing is complete and early."""
+"""DDP without ``find_unused_parameters``, and FSDP.
+
+Freezing is complete and early.
+"""
 
 import socket
 
@@ -6,19 +9,34 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
+from torch.torch_version import TorchVersion
 
-from tests.helpers import build_e3va
+from e3va_mm.models.side_path.kept_taps import TAP_CODECS
+from tests.helpers import build_e3va, randomised
 
 WORLD = 2
+MODES = list(TAP_CODECS)
 
 
-def work(rank, port, out_indices, folder):
+def free_port():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
+
+
+def begin(rank, port):
     torch.set_num_threads(1)
     dist.init_process_group(
         'gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=WORLD
     )
     torch.manual_seed(0)
+
+
+def work(rank, port, out_indices, folder):
+    begin(rank, port)
     backbone = build_e3va(out_indices=out_indices)
     backbone.init_weights()
     model = DistributedDataParallel(backbone)
@@ -42,12 +60,101 @@ def work(rank, port, out_indices, folder):
 
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (1, 2)])
 def test_ranks_train_together(out_indices, tmp_path):
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, out_indices, str(tmp_path)), nprocs=WORLD)
+    mp.spawn(work, (free_port(), out_indices, str(tmp_path)), nprocs=WORLD)
     first, second = (torch.load(tmp_path / f'{r}.pt') for r in range(WORLD))
     assert first
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     assert first['stages.1.0.attn.up.q'].any()
+
+
+def drawn_backbone(mode):
+    backbone = build_e3va(side_path=dict(save_taps=mode), depths=(1, 1, 2, 1))
+    backbone.init_weights()
+    randomised(backbone.side_path, 1)
+    return backbone.train()
+
+
+def image_of(rank):
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(1, 3, 51, 75, generator=generator)
+
+
+def loss_of(outputs):
+    """Weighs every value of every map."""
+    loss = 0.0
+    for output in outputs:
+        generator = torch.Generator().manual_seed(3)
+        noise = torch.randn(output.shape, generator=generator)
+        loss = loss + (output * noise).mean()
+    return loss
+
+
+def taken(model):
+    return {
+        name.replace('_fsdp_wrapped_module.', ''): parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def through_ddp(backbone, rank):
+    model = DistributedDataParallel(backbone)
+    for _ in range(2):  # buckets are arranged anew after the first
+        model.zero_grad()
+        loss_of(model(image_of(rank))).backward()
+    return taken(backbone)
+
+
+def through_fsdp(backbone, rank):
+    """Blocks are units of their own; all that trains is in the root."""
+    trained = [n for n, p in backbone.named_parameters() if p.requires_grad]
+    block = type(backbone.stages[0].blocks[0])
+    model = FullyShardedDataParallel(
+        backbone,
+        auto_wrap_policy=ModuleWrapPolicy({block}),
+        use_orig_params=True,
+        device_id=torch.device('cpu'),
+    )
+    assert len(FullyShardedDataParallel.fsdp_modules(model)) == 1 + 5
+    for _ in range(2):
+        model.zero_grad()
+        loss_of(model(image_of(rank))).backward()
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        gradients = taken(model)
+    # The root is one tensor, so what is frozen in it has a gradient: zero.
+    assert not any(gradients[n].any() for n in set(gradients) - set(trained))
+    return {name: gradients[name] for name in trained}
+
+
+WRAPPERS = dict(ddp=through_ddp, fsdp=through_fsdp)
+
+
+def compare(rank, port, wrapper, folder):
+    begin(rank, port)
+    found = {}
+    for mode in MODES:
+        backbone = drawn_backbone(mode)
+        loss = sum(loss_of(backbone(image_of(r))) for r in range(WORLD))
+        (loss / WORLD).backward()
+        expected = taken(backbone)
+        backbone.zero_grad()
+        found[mode] = WRAPPERS[wrapper](backbone, rank), expected
+    if rank == WORLD - 1:
+        torch.save(found, f'{folder}/gradients.pt')
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('wrapper', WRAPPERS)
+def test_gradients_are_the_mean_of_the_ranks(wrapper, tmp_path):
+    """Whatever is kept for backward; each rank has a picture of its own."""
+    if wrapper == 'fsdp' and TorchVersion(torch.__version__) < (2, 6):
+        pytest.skip('gloo scatters no sums in this version of torch')
+    mp.spawn(compare, (free_port(), wrapper, str(tmp_path)), nprocs=WORLD)
+    found = torch.load(tmp_path / 'gradients.pt')
+    assert list(found) == MODES
+    for mode, (got, expected) in found.items():
+        assert got.keys() == expected.keys()
+        for name, target in expected.items():
+            error = (got[name] - target).norm() / target.norm()
+            assert error < 1e-6, (mode, name, error)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from e3va_mm.errors import ConfigError
 from e3va_mm.models import E3VASidePath
+from e3va_mm.models.side_path.kept_taps import TAP_CODECS
 from e3va_mm.models.trunks import Downsampling, StageSpec
 from e3va_mm.registry import MODELS
 
@@ -23,7 +25,7 @@ def drawn(**kwargs):
 def test_taps_add_up_in_parallel():
     side = drawn()
     taps = torch.randn(4, 1, 3, 8)
-    highway = side.start(None)
+    highway = side.start(0, None)
     for (block, tap), value in zip(
         [(0, 'left'), (0, 'right'), (1, 'left'), (1, 'right')],
         taps,
@@ -41,32 +43,37 @@ def test_taps_add_up_in_parallel():
     torch.testing.assert_close(highway.sum(), expected)
     trunk = torch.randn(1, 3, 8)
     torch.testing.assert_close(side.output(highway, trunk), trunk + expected)
-    assert side.output(side.start(None), trunk) is trunk
+    assert side.output(side.start(0, None), trunk) is trunk
 
 
 def gather(tokens, norm=True):
     return torch.nn.functional.layer_norm(tokens, (8,)) if norm else tokens
 
 
+WEIGHT = torch.randn(16, 8)
+
+
 def project(gathered):
     """(B, L, 8) -> (B, L, 16)."""
-    return torch.cat([gathered, 2 * gathered], -1)
+    return gathered @ WEIGHT.T
 
 
 def test_both_forms_of_inheritance_keep_zero_at_zero():
     trunk, base = torch.randn(2, 1, 3, 8)
-    downsampling = Downsampling(gather, project)
+    downsampling = Downsampling(gather, lambda: WEIGHT)
     for form, expected in [
         ('difference', project(gather(trunk + base)) - project(gather(trunk))),
         ('linear', project(base)),
     ]:
         side = drawn(downsampling=form)
-        zero = side.start(torch.zeros_like(trunk))
-        assert not side.inherit(zero, trunk, downsampling).any()
+        zero = side.start(0, torch.zeros_like(trunk))
+        assert not side.inherit(zero, trunk, trunk, downsampling).any()
+        begun = side.start(0, base)
         torch.testing.assert_close(
-            side.inherit(side.start(base), trunk, downsampling), expected
+            side.inherit(begun, trunk + base, trunk, downsampling), expected
         )
-        assert side.inherit(side.start(None), trunk, downsampling) is None
+        nothing = side.start(0, None)
+        assert side.inherit(nothing, trunk, trunk, downsampling) is None
 
 
 def test_only_the_taps_asked_for_have_adapters():
@@ -91,3 +98,72 @@ def test_another_kind_of_side_path_can_be_registered():
 @pytest.mark.parametrize('taps', [['left'], ('left', 'right')])
 def test_taps_are_named_by_lists_too(taps):
     assert E3VASidePath(STAGES, rank=2, taps=taps).taps == tuple(taps)
+
+
+def bytes_kept(function):
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = function()
+    assert result.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    'form, save_taps, of_a_token',
+    [
+        ('difference', 'exact', 4 * 8),
+        ('difference', 'recompute', 4 * 8),
+        ('difference', 'bf16', 2 * 8),
+        ('difference', 'int8', 8 + 4),
+        ('linear', 'exact', 0),
+    ],
+)
+def test_inheritance_keeps_the_sum_as_taps_are_kept(
+    form, save_taps, of_a_token
+):
+    """Where no output norm has kept it, and where it is needed at all."""
+    side = drawn(downsampling=form, save_taps=save_taps)
+    trunk, base = torch.randn(2, 1, 30, 8)
+    total = (trunk + base).requires_grad_()
+    kept = bytes_kept(
+        lambda: side.inherit(
+            side.start(0, total),
+            total,
+            trunk,
+            Downsampling(gather, lambda: WEIGHT),
+        )
+    )
+    assert kept == 30 * of_a_token
+
+
+@pytest.mark.parametrize(
+    'save_taps, expected',
+    [
+        ('int8', ['int8', 'int8']),
+        (['int8', 'exact'], ['int8', 'exact']),
+        (('bf16',), ['bf16', 'bf16']),
+        (['recompute', 'int8', 'int4', 'bf16'], ['recompute', 'int8']),
+    ],
+)
+def test_each_stage_can_keep_its_taps_in_its_own_way(save_taps, expected):
+    side = E3VASidePath(STAGES, rank=2, save_taps=save_taps)
+    for stage, mode in enumerate(expected):
+        assert side.start(stage, None).codec is TAP_CODECS[mode]
+
+
+@pytest.mark.parametrize(
+    'save_taps', ['fp4', [], ['exact', 'fp4'], None, [['exact']]]
+)
+def test_unknown_ways_to_keep_taps_are_refused(save_taps):
+    with pytest.raises(
+        ConfigError,
+        match=r"`side_path.save_taps` should be one of \('exact', 'bf16'.*"
+        'or one for each stage, but got',
+    ):
+        E3VASidePath(STAGES, rank=2, save_taps=save_taps)

@@ -62,8 +62,10 @@ def test_hooks_are_gone_after_a_stage_even_if_it_fails(stock):
 @pytest.mark.parametrize('linear', [False, True])
 def test_downsampling_equals_merging_by_slices(stock, size, linear):
     tokens = torch.randn(2, size[0] * size[1], 32)
-    gather, project = SwinTrunk().downsampling(stock, 0, size)
-    got = project(gather(tokens, norm=not linear))
+    trunk = SwinTrunk()
+    trunk.prepare(stock)
+    gather, weight = trunk.downsampling(stock, 0, size)
+    got = gather(tokens, norm=not linear) @ weight().T
     expected, _ = merge(
         tokens, size, stock.stages[0].downsample, norm=not linear
     )

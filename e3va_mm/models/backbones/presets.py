@@ -1,0 +1,56 @@
+"""What ``side_path.preset`` stands for."""
+
+from collections.abc import Mapping
+
+from ...errors import ConfigError
+from ..trunks import TrunkOptions
+from ..trunks.stored_weights import torchao
+
+PRESETS: Mapping[str, Mapping] = {
+    # No number of the method changes.
+    'exact': dict(),
+    # Taps kept in 8 bits, the trunk computed and stored in 16.
+    'lean': dict(save_taps='int8', trunk_compute='bf16', trunk_weights='bf16'),
+}
+
+
+def resolve_side_path(
+    side_path: Mapping | None,
+) -> tuple[dict, TrunkOptions]:
+    """Fill in the preset and part side path from trunk.
+
+    Args:
+        side_path (Mapping, optional): As in a config. Its own options come
+            before those of its ``preset``, by default ``'exact'``.
+
+    Returns:
+        tuple[dict, TrunkOptions]: The config without ``preset`` and
+        ``trunk_*``, and these.
+
+    Raises:
+        ConfigError: If the preset or an option of the trunk is unknown or out
+            of range, or needs a library that is not there.
+    """
+    if not isinstance(side_path, (Mapping, type(None))):
+        raise ConfigError(
+            '`backbone.side_path` should be a dict, such as '
+            f"dict(preset='lean'), but got {side_path!r}."
+        )
+    side_path = dict(side_path or {})
+    preset = side_path.pop('preset', 'exact')
+    if preset not in tuple(PRESETS):  # a list, too, is none of them
+        raise ConfigError(
+            f'`side_path.preset` should be one of {tuple(PRESETS)}, but got '
+            f'{preset!r}.'
+        )
+    side_path = {**PRESETS[preset], **side_path}
+    options = TrunkOptions.take_from(side_path)
+    if options.weights == 'int8':
+        torchao()  # not to fail at the first forward pass only
+    if options.drop_path and 'recompute' in side_path.get('save_taps', ''):
+        raise ConfigError(
+            "`side_path.save_taps='recompute'` runs the trunk twice and needs "
+            'it deterministic, but `side_path.trunk_drop_path` is '
+            f'{options.drop_path}. Keep taps, or leave out the drop path.'
+        )
+    return side_path, options

@@ -1,0 +1,214 @@
+"""The sum of trunk and highway at a stage's end, and who reads it.
+
+Output norm and inherited downsampling both need ``s = x + h`` in backward.
+Neither keeps it: it comes back from the norm's own output, which the neck
+keeps anyway, and the downsampling is computed again from it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..trunks import Downsampling
+from ..trunks.options import autocast_dtype, autocast_off
+from .kept_taps import ExactTaps, TapCodec
+
+# By the type of the output: the largest |bias| / |weight| and the smallest
+# |weight| of a norm whose input comes back well from its output.
+INVERTIBLE = {
+    torch.float64: (2.0**20, 1e-100),
+    torch.float32: (2.0**8, 1e-20),
+    torch.bfloat16: (2.0**3, 1e-20),
+    torch.float16: (2.0**3, 1e-2),
+}
+
+
+class KeptSum(NamedTuple):
+    """What is kept of a stage's sum, and the way back to it."""
+
+    tensors: tuple[Tensor, ...]
+    restore: Callable[[Sequence[Tensor]], Tensor]  # -> (B, L, C)
+
+
+def keep(total: Tensor, codec: TapCodec | None = None) -> KeptSum:
+    """Keep a sum (B, L, C) by itself, as it is without a codec."""
+    codec = codec or ExactTaps()
+    shape, dtype = total.shape, total.dtype
+
+    def restore(kept: Sequence[Tensor]) -> Tensor:
+        return codec.decode(kept, dtype).view(shape)
+
+    return KeptSum(codec.encode(total.detach().flatten(0, -2)), restore)
+
+
+def normalise(
+    norm: nn.Module, total: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, KeptSum]:
+    """The output of a stage.
+
+    Args:
+        norm (nn.Module): The stock output norm.
+        total (Tensor): (B, L, C), trunk and highway.
+        size (tuple[int, int]): (H, W), H * W = L.
+
+    Returns:
+        tuple[Tensor, KeptSum]: The map (B, C, H, W), in autocast's type where
+        that is on, and what is kept of ``total``.
+    """
+    dtype = autocast_dtype(total) or total.dtype
+    if not torch.is_grad_enabled() or not _invertible(norm, dtype):
+        with autocast_off(total):
+            return _to_map(norm(total), size, dtype), keep(total)
+    with autocast_off(total):
+        output, mean, rstd = _Norm.apply(
+            total, norm.weight, norm.bias, norm.eps, size, dtype
+        )
+
+    def restore(kept: Sequence[Tensor]) -> Tensor:
+        output, mean, rstd, weight, bias = kept
+        normed = _normed(output, weight, bias, rstd.dtype)
+        return normed.div_(rstd).add_(mean)
+
+    kept = (output, mean, rstd, norm.weight, norm.bias)
+    return output, KeptSum(tuple(t.detach() for t in kept), restore)
+
+
+def downsample_difference(
+    total: Tensor, trunk: Tensor, kept: KeptSum, downsampling: Downsampling
+) -> Tensor:
+    """``PM(total) - PM(trunk)``: (B, L, C) twice -> (B, L', C')."""
+    return _Difference.apply(
+        total, trunk, downsampling, kept.restore, *kept.tensors
+    )
+
+
+def downsample_linear(highway: Tensor, downsampling: Downsampling) -> Tensor:
+    """``PM`` of the highway without its norm: (B, L, C) -> (B, L', C')."""
+    return _Product.apply(
+        downsampling.gather(highway, norm=False), downsampling
+    )
+
+
+class _Norm(torch.autograd.Function):
+    """Layer norm to a map, backward from the map."""
+
+    @staticmethod
+    def forward(ctx, total, weight, bias, eps, size, dtype):
+        tokens, mean, rstd = torch.native_layer_norm(
+            total, total.shape[-1:], weight, bias, eps
+        )
+        output = _to_map(tokens, size, dtype)
+        ctx.save_for_backward(output, rstd, weight, bias)
+        ctx.mark_non_differentiable(mean, rstd)
+        return output, mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        output, rstd, weight, bias = ctx.saved_tensors
+        normed = _normed(output, weight, bias, rstd.dtype)
+        # With mean zero and deviation one, this is the backward of a norm
+        # whose input is `normed`; the true deviation is left.
+        grad_total, grad_weight, grad_bias = (
+            torch.ops.aten.native_layer_norm_backward(
+                _to_tokens(grad, normed.dtype),
+                normed,
+                normed.shape[-1:],
+                torch.zeros_like(rstd),
+                torch.ones_like(rstd),
+                weight,
+                bias,
+                ctx.needs_input_grad[:3],
+            )
+        )
+        if grad_total is not None:
+            grad_total.mul_(rstd)
+        return grad_total, grad_weight, grad_bias, None, None, None
+
+
+class _Difference(torch.autograd.Function):
+    """The inherited downsampling; it keeps nothing but ``kept``."""
+
+    @staticmethod
+    def forward(ctx, total, trunk, downsampling, restore, *kept):
+        ctx.downsampling, ctx.restore = downsampling, restore
+        ctx.save_for_backward(*kept)
+        gather, weight = downsampling.gather, downsampling.weight()
+        with autocast_off(total):
+            # In single precision at least: a highway that is small beside
+            # the trunk would be lost in the rounding of the difference.
+            wide = torch.promote_types(total.dtype, torch.float32)
+            gathered = gather(total.to(wide)) - gather(trunk.to(wide))
+            return F.linear(gathered.to(weight.dtype), weight).to(wide)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        kept = ctx.saved_tensors  # once: a checkpoint gives them once
+        total = ctx.restore(kept).requires_grad_()
+        with autocast_off(grad):
+            grad = _before_product(grad, ctx.downsampling)
+            with torch.enable_grad():
+                gathered = ctx.downsampling.gather(total)
+            (grad,) = torch.autograd.grad(gathered, total, grad)
+        return grad, None, None, None, *[None] * len(kept)
+
+
+class _Product(torch.autograd.Function):
+    """The product of the downsampling; it keeps nothing."""
+
+    @staticmethod
+    def forward(ctx, gathered, downsampling):
+        ctx.downsampling, ctx.dtype = downsampling, gathered.dtype
+        weight = downsampling.weight()
+        with autocast_off(gathered):
+            return F.linear(gathered.to(weight.dtype), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        with autocast_off(grad):
+            grad = _before_product(grad, ctx.downsampling)
+        return grad.to(ctx.dtype), None
+
+
+def _before_product(grad: Tensor, downsampling: Downsampling) -> Tensor:
+    """Gradients after the product (..., C') -> before it (..., G)."""
+    # Made again: a weight in another order is a copy, not to be kept.
+    weight = downsampling.weight()
+    return (grad.to(weight.dtype) @ weight).to(grad.dtype)
+
+
+def _invertible(norm: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the input of a norm comes back from an output in ``dtype``."""
+    if not (isinstance(norm, nn.LayerNorm) and norm.elementwise_affine):
+        return False
+    if dtype not in INVERTIBLE or norm.bias is None:
+        return False
+    ratio, least = INVERTIBLE[dtype]
+    weight, bias = norm.weight.detach().abs(), norm.bias.detach().abs()
+    return bool(((weight > least) & (bias <= ratio * weight)).all())
+
+
+def _normed(
+    output: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(B, C, H, W) -> (B, L, C) before weight and bias, in ``dtype``."""
+    return _to_tokens(output, dtype).sub_(bias).div_(weight)
+
+
+def _to_map(
+    tokens: Tensor, size: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """(B, L, C) -> (B, C, H, W)."""
+    return tokens.transpose(1, 2).unflatten(2, size).contiguous().to(dtype)
+
+
+def _to_tokens(maps: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, C, H, W) -> (B, L, C), a copy."""
+    tokens = maps.flatten(2).transpose(1, 2)
+    return tokens.to(dtype, memory_format=torch.contiguous_format, copy=True)

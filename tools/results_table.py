@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from e3va_mm.errors import DataError, E3VAError
 
 MIB = 2**20
+# What the config measured as it is stands for in the quickstart.
+NAMES = {'as-is': 'e3va'}
 ACCURACIES = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
 MEASURED = ('trainable', 'of the backbone', 'peak MiB', 's/step')
 
@@ -45,6 +47,29 @@ def newest_accuracies(work_dir):
     return {ACCURACIES[k]: found[k] for k in ACCURACIES if k in found}
 
 
+def measured_rows(work_dir):
+    """Read what was measured.
+
+    Args:
+        work_dir (Path): Holds measured.json of tools/measure.py.
+
+    Returns:
+        dict[str, dict]: Variant to its figures.
+
+    Raises:
+        DataError: If there is no such file, or a measurement was interrupted.
+    """
+    path = work_dir / 'measured.json'
+    rows = json.loads(path.read_text())['variants'] if path.exists() else {}
+    if not rows or not all(
+            'memory_bytes' in r and 'seconds' in r for r in rows.values()):
+        raise DataError(
+            f'{path} should hold memory and time of every variant, but does '
+            'not. Measure first: python tools/measure.py CONFIG --compare '
+            f'full,frozen --json {path}')
+    return rows
+
+
 def markdown(accuracies, variants):
     """Lay out the table.
 
@@ -61,7 +86,7 @@ def markdown(accuracies, variants):
         values = [f'{v:.3f}' if i == 0 else '-' for v in accuracies.values()]
         parameters = measured['parameters']
         rows.append([
-            name, *values,
+            NAMES.get(name, name), *values,
             f'{parameters["trainable"]:,}',
             f'{parameters["trainable_backbone"]:,}',
             f'{measured["memory_bytes"]["peak"] / MIB:,.1f}',
@@ -78,10 +103,10 @@ def main(argv=None):
     work_dir = parser.parse_args(argv).work_dir
     try:
         accuracies = newest_accuracies(work_dir)
+        variants = measured_rows(work_dir)
     except E3VAError as error:
         sys.exit(f'error: {error}')
-    measured = json.loads((work_dir / 'measured.json').read_text())
-    print(markdown(accuracies, measured['variants']))
+    print(markdown(accuracies, variants))
     print('\nAP on the test split; full and frozen were measured for some '
           'steps, not trained.')
 

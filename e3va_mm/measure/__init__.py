@@ -1,5 +1,15 @@
-from .live_bytes import LiveBytes
+from .kept import fold_paths, kept_by_module, kept_for_backward
+from .live_bytes import CATEGORIES, LiveBytes
 from .step import TrainingStep
 from .variants import VARIANTS, variant_config
 
-__all__ = ['LiveBytes', 'TrainingStep', 'VARIANTS', 'variant_config']
+__all__ = [
+    'CATEGORIES',
+    'LiveBytes',
+    'TrainingStep',
+    'VARIANTS',
+    'fold_paths',
+    'kept_by_module',
+    'kept_for_backward',
+    'variant_config',
+]

@@ -1,116 +1,185 @@
 """One real training step of a config on generated input."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
+from itertools import cycle
 
 import torch
 from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
+from mmengine.logging import MessageHub
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import InstanceData, PixelData
-from mmengine.utils import to_2tuple
+from mmengine.runner import set_random_seed
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ConfigError
-from ..utils import count_parameters, mark_trainable
+from ..utils import count_parameters
+from .cpu_amp import CPUAmpOptimWrapper
+from .inputs import batch_size, generate_batch, image_size, set_image_size
+from .kept import ModulePath, fold_paths
 from .live_bytes import LiveBytes
-from .variants import variant_config
+from .variants import framework, prepare_variant, variant_config
+
+CHECKPOINT_HOOK = 'ActivationCheckpointHook'
 
 
 class TrainingStep:
     """Builds a variant of a config and runs its training step.
 
+    That is ``train_step`` of the model: data preprocessor, forward, losses,
+    backward, clipping, update. What the config accumulates over several
+    iterations is dropped: each step updates. An ``ActivationCheckpointHook``
+    among its ``custom_hooks`` is heeded.
+
     Args:
         config (Config): A detection or segmentation config.
-        variant (str): See ``VARIANTS``.
+        variant (str): See ``VARIANTS``. Defaults to ``'as-is'``.
         size (tuple[int, int], optional): Height and width of the pictures in
             pixels. Defaults to that of the training pipeline.
         batch (int, optional): Pictures a step. Defaults to the config's.
         objects (int): Objects in a picture, for detection. Defaults to 5.
-        seed (int): Seed of weights and input. Defaults to 0.
+        seed (int): Seed of weights, input and each step. Defaults to 0.
+        device (str): ``'cpu'``, ``'cuda'``, ``'cuda:1'``... Defaults to
+            ``'cpu'``.
+        amp (bool): Train in mixed precision, also if the config does not:
+            float16 on CUDA, bfloat16 on CPU. Defaults to False.
+        learn (bool): Whether the weights change. Without, the update is done
+            at a learning rate of zero: heads that draw samples have the same
+            work in every step. Defaults to True.
+
+    Attributes:
+        model (nn.Module): The detector or segmentor, in training mode.
+        data (dict): The batch, on CPU as a data loader gives it.
+        optim_wrapper (OptimWrapper): The config's.
 
     Raises:
-        ConfigError: If the variant is unknown or the pipeline has no size.
+        ConfigError: If the variant is unknown or not to be had of the
+            backbone, or the config has no size, batch or known model.
     """
 
     def __init__(
         self,
         config: Config,
-        variant: str,
+        variant: str = 'as-is',
         size: tuple[int, int] | None = None,
         batch: int | None = None,
         objects: int = 5,
         seed: int = 0,
+        device: str = 'cpu',
+        amp: bool = False,
+        learn: bool = True,
     ) -> None:
         config = variant_config(config, variant)
-        init_default_scope(config.default_scope)
-        torch.manual_seed(seed)
-        self.model = MODELS.build(config.model)
-        self.model.init_weights()
-        # Again: backbones draw unequal numbers, pictures must be the same.
-        torch.manual_seed(seed)
-        self.model.train()
-        if variant == 'frozen':
-            mark_trainable(self.model.backbone, [])
-            self.model.backbone.eval()
+        if size is None:
+            size = image_size(config)
+        else:
+            set_image_size(config, size)
+        batch = batch or batch_size(config)
+        self.seed, self.device = seed, torch.device(device)
+        # What some heads ask the runner for.
+        MessageHub.get_current_instance().update_info_dict(
+            dict(iter=0, epoch=0)
+        )
+        init_default_scope(config.get('default_scope') or framework(config))
+
+        with _SameDraws(seed):
+            model = MODELS.build(config.model)
+            model.init_weights()
+        # As a runner does where processes do not train together.
+        model = revert_sync_batchnorm(model).to(self.device)
+        model.train()
+        prepare_variant(model, variant)
+        _checkpoint_activations(model, config)
+        self.model = model
         self.optim_wrapper = build_optim_wrapper(
-            self.model, config.optim_wrapper.to_dict()
+            model, _optim_config(config, self.device, amp)
         )
-        batch = batch or config.train_dataloader.batch_size
-        size = size or _image_size(config)
-        make = (
-            _detection_data
-            if config.default_scope == 'mmdet'
-            else _segmentation_data
-        )
-        self.data = make(batch, size, objects, _num_classes(self.model))
+        if not learn:
+            _set_rates(self.optim_wrapper, [0.0])
+        set_random_seed(seed)
+        self.data = generate_batch(config, model, batch, size, objects)
 
     def run(self) -> float:
         """Run the step once.
 
+        Heads draw samples: the seed is set before each step, so that steps
+        are alike.
+
         Returns:
             float: Seconds of forward, backward and update together.
+
+        Raises:
+            ConfigError: If batch norm would see a single value.
         """
+        set_random_seed(self.seed)
+        self._synchronize()
         start = time.perf_counter()
-        self.model.train_step(self.data, self.optim_wrapper)
+        try:
+            self.model.train_step(self.data, self.optim_wrapper)
+        except ValueError as error:
+            if 'more than 1 value per channel' not in str(error):
+                raise
+            raise ConfigError(
+                'Batch norm needs several values of a channel, but this model '
+                'pools a picture to one and the batch is '
+                f'{len(self.data["inputs"])}. Take at least 2 pictures '
+                '(--batch 2).'
+            ) from error
+        self._synchronize()
         return time.perf_counter() - start
 
-    def memory(self) -> dict[str, int]:
+    def memory(self) -> dict:
         """Account the memory of a step after the first.
 
         The first step makes the optimizer state. Gradients are dropped before
-        the accounted step, as ``zero_grad`` does at its end.
+        the accounted step, as a step does itself. No weight changes.
 
         Returns:
-            dict[str, int]: Bytes: ``weights`` (parameters and buffers),
-            ``optimizer`` state, ``gradients``, and the accounted ``peak``,
-            the most that was alive at any moment, these included.
+            dict: Bytes. The accounted ``peak``, the most that was alive at
+            any moment, is the sum of ``weights`` (buffers too),
+            ``gradients``, ``optimizer`` state, ``kept`` for backward (the
+            batch too) and ``temporaries`` at that moment. ``kept_modules`` is
+            all that was kept when backward began, by module path, two names
+            deep. On CUDA ``allocated`` and ``reserved`` are what torch's
+            allocator held at most in this process, in a step of its own.
         """
+        rates = [g['lr'] for g in self.optim_wrapper.param_groups]
+        _set_rates(self.optim_wrapper, [0.0])
         self.run()
         self.optim_wrapper.zero_grad()
-        weights = [*self.model.parameters(), *self.model.buffers()]
-        state = [
-            value
-            for entry in self.optim_wrapper.optimizer.state.values()
-            for value in entry.values()
-            if torch.is_tensor(value)
-        ]
-        with LiveBytes([*weights, *state]) as count:
+        allocator = self._allocator_figures()
+        with (
+            ModulePath(self.model) as path,
+            LiveBytes(self.model, self.optim_wrapper, path) as count,
+        ):
             self.run()
+        _set_rates(self.optim_wrapper, rates)
         return dict(
-            weights=_bytes(weights),
-            optimizer=_bytes(state),
-            gradients=_bytes(
-                p for p in self.model.parameters() if p.requires_grad
-            ),
+            count.at_peak,
             peak=count.peak,
+            kept_modules=fold_paths(count.kept_at_backward, 2),
+            **allocator,
         )
 
     def parameters(self) -> dict[str, int]:
-        """Numbers of parameters: all and trainable, model and backbone."""
+        """Numbers of parameters: all and trainable, model and backbone.
+
+        The backbone is the outermost module of that name, counted without a
+        side path: a share is one of the stock backbone. Without a backbone
+        its figures are zero.
+        """
         total, trainable = count_parameters(self.model)
-        in_backbone, trainable_in_backbone = count_parameters(
-            self.model.backbone
-        )
+        backbones = [
+            module
+            for name, module in self.model.named_modules()
+            if name.split('.')[-1] == 'backbone'
+        ]
+        backbone = backbones[0] if backbones else nn.Module()
+        in_backbone, trainable_in_backbone = count_parameters(backbone)
+        side_path = getattr(backbone, 'side_path', nn.Module())
+        in_backbone -= count_parameters(side_path)[0]
         return dict(
             total=total,
             trainable=trainable,
@@ -118,93 +187,74 @@ class TrainingStep:
             trainable_backbone=trainable_in_backbone,
         )
 
+    def _allocator_figures(self) -> dict[str, int]:
+        """Those of torch's allocator, of one step; none but on CUDA."""
+        if self.device.type != 'cuda':
+            return {}
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.run()
+        self.optim_wrapper.zero_grad()
+        return dict(
+            allocated=torch.cuda.max_memory_allocated(self.device),
+            reserved=torch.cuda.max_memory_reserved(self.device),
+        )
 
-def _bytes(tensors) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    def _synchronize(self) -> None:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
 
 
-def _image_size(config: Config) -> tuple[int, int]:
-    """(height, width) that the training pipeline ends with."""
-    dataset = config.train_dataloader.dataset
-    while 'pipeline' not in dataset:
-        inner = dataset.get('datasets') or [dataset.dataset]
-        dataset = inner[0]
-    size = None
-    for transform in dataset.pipeline:
-        if isinstance(transform, Mapping):
-            # mmcv states scales as (width, height), crops as (height, width).
-            if 'scale' in transform:
-                size = to_2tuple(transform['scale'])[::-1]
-            elif 'crop_size' in transform:
-                size = to_2tuple(transform['crop_size'])
-    if size is None or not all(isinstance(side, int) for side in size):
+class _SameDraws(TorchDispatchMode):
+    """Lets what is drawn depend on its shape and on nothing drawn before.
+
+    So all variants of a model begin with the same weights in what they share.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            torch.manual_seed(self.seed)
+        return func(*args, **(kwargs or {}))
+
+
+def _set_rates(optim_wrapper: OptimWrapper, rates: Iterable[float]) -> None:
+    """Set the learning rates of all groups, one for each or one for all."""
+    for group, rate in zip(
+        optim_wrapper.param_groups, cycle(rates), strict=False
+    ):
+        group['lr'] = rate
+
+
+def _optim_config(config: Config, device: torch.device, amp: bool) -> dict:
+    """The config's ``optim_wrapper``, with one update a step."""
+    if 'optim_wrapper' not in config:
         raise ConfigError(
-            'Expected one picture size in the training pipeline (`scale` or '
-            f'`crop_size`), but found {size}. Give it with --size.'
+            f'{config.filename}: expected a training config with '
+            '`optim_wrapper`, but it has none.'
         )
-    return size
+    wrapper = config.optim_wrapper.to_dict()
+    wrapper.pop('accumulative_counts', None)
+    kind = wrapper.get('type', 'OptimWrapper')
+    is_amp = 'AmpOptimWrapper' in str(kind)
+    if (amp or is_amp) and device.type == 'cpu':
+        for key in ('loss_scale', 'dtype', 'use_fsdp'):
+            wrapper.pop(key, None)
+        wrapper['type'] = CPUAmpOptimWrapper
+    elif amp and not is_amp:
+        wrapper.update(type='AmpOptimWrapper', dtype='float16')
+    return wrapper
 
 
-def _num_classes(model: torch.nn.Module) -> int:
-    """Classes of the heads; class-agnostic heads count one."""
-    return max(getattr(module, 'num_classes', 1) for module in model.modules())
+def _checkpoint_activations(model: nn.Module, config: Config) -> None:
+    """Do before the first step what the config's hook does."""
+    for hook in config.get('custom_hooks') or ():
+        kind = hook.get('type', '')
+        name = kind.__name__ if isinstance(kind, type) else kind
+        if name.split('.')[-1] == CHECKPOINT_HOOK:
+            from ..engine.checkpointing import checkpoint_modules
 
-
-def _images(batch: int, size: tuple[int, int]) -> list[torch.Tensor]:
-    return [
-        torch.randint(0, 256, (3, *size), dtype=torch.uint8)
-        for _ in range(batch)
-    ]
-
-
-def _meta(size: tuple[int, int]) -> dict:
-    return dict(
-        img_shape=size, ori_shape=size, pad_shape=size, scale_factor=(1.0, 1.0)
-    )
-
-
-def _detection_data(
-    batch: int, size: tuple[int, int], objects: int, num_classes: int
-) -> dict:
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.bbox import HorizontalBoxes
-    from mmdet.structures.mask import BitmapMasks
-
-    height, width = size
-    samples = []
-    for _ in range(batch):
-        low = torch.rand(objects, 2) * 0.6
-        high = low + 0.1 + torch.rand(objects, 2) * 0.3
-        scale = torch.tensor([width, height, width, height])
-        boxes = torch.cat([low, high], 1) * scale
-        masks = torch.zeros(objects, height, width, dtype=torch.uint8)
-        for mask, (x1, y1, x2, y2) in zip(
-            masks, boxes.int().tolist(), strict=True
-        ):
-            mask[y1:y2, x1:x2] = 1
-        sample = DetDataSample(metainfo=_meta(size))
-        sample.gt_instances = InstanceData(
-            bboxes=HorizontalBoxes(boxes),
-            labels=torch.randint(num_classes, (objects,)),
-            masks=BitmapMasks(masks.numpy(), height, width),
-        )
-        sample.ignored_instances = InstanceData(
-            bboxes=torch.zeros(0, 4), labels=torch.zeros(0).long()
-        )
-        samples.append(sample)
-    return dict(inputs=_images(batch, size), data_samples=samples)
-
-
-def _segmentation_data(
-    batch: int, size: tuple[int, int], objects: int, num_classes: int
-) -> dict:
-    from mmseg.structures import SegDataSample
-
-    samples = []
-    for _ in range(batch):
-        sample = SegDataSample(metainfo=_meta(size))
-        sample.gt_sem_seg = PixelData(
-            data=torch.randint(num_classes, (1, *size))
-        )
-        samples.append(sample)
-    return dict(inputs=_images(batch, size), data_samples=samples)
+            checkpoint_modules(model, hook['modules'])

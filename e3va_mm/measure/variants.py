@@ -1,53 +1,161 @@
 """The variants of one config that are measured beside each other."""
 
 import copy
+from collections.abc import Mapping
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
+from torch import nn
 
 from ..errors import ConfigError
+from ..utils import mark_trainable
+from .lora import add_lora
 
-# Arguments of our backbones that the stock class does not know.
-OURS = ('side_path', 'allow_random_trunk')
 VARIANTS = {
-    'e3va': 'as the config has it',
+    'as-is': 'as the config has it',
     'full': 'the stock backbone, fine-tuned as a whole',
     'frozen': 'the stock backbone, frozen and in eval mode',
+    'frozen-same': 'the trunk alone, frozen, with the trunk options of as-is',
+    'frozen-lean': 'the trunk alone, frozen, with the trunk options of lean',
+    'exact': 'with a side path, preset exact',
+    'lean': 'with a side path, preset lean',
+    'lora': 'the stock backbone, frozen, with LoRA of rank 64 on q and v',
 }
+# These work with any backbone.
+GENERIC = ('as-is', 'full', 'frozen')
+
+OURS = 'e3va_mm.E3VASwinTransformer'
+STOCK = ('mmdet.SwinTransformer', 'mmseg.SwinTransformer')
+# Arguments of our backbones that the stock class does not know.
+OWN_ARGUMENTS = ('side_path', 'allow_random_trunk')
+# Where weights come from.
+WEIGHTS = ('init_cfg', 'pretrained')
 
 
 def variant_config(config: Config, variant: str) -> Config:
     """The config of a variant, without any weights to download.
 
-    The bytes and the arithmetic of a backbone do not depend on its weights, so
-    its ``init_cfg`` is dropped.
+    The bytes and the arithmetic of a model do not depend on its weights, so
+    every ``init_cfg`` is dropped. What is to be frozen, and LoRA, are no
+    matter of a config: see :func:`prepare_variant`.
 
     Args:
-        config (Config): A config with an E3VA Swin backbone.
+        config (Config): A detection or segmentation config.
         variant (str): A key of ``VARIANTS``.
 
     Returns:
         Config: A changed copy.
 
     Raises:
-        ConfigError: If the variant or the backbone is of no known kind.
+        ConfigError: If the variant is unknown, or the backbone is of no kind
+            that it can be made of.
     """
     if variant not in VARIANTS:
         raise ConfigError(
             f'Variants are {", ".join(VARIANTS)}, but got {variant!r}.'
         )
     config = copy.deepcopy(config)
-    backbone = config.model.backbone
-    if backbone.type != 'e3va_mm.E3VASwinTransformer':
+    if 'model' not in config:
         raise ConfigError(
-            'Expected model.backbone.type to be '
-            f"'e3va_mm.E3VASwinTransformer', but got {backbone.type!r}."
+            f'{config.filename}: expected a config with a model, but it has '
+            f'the keys {", ".join(config)}.'
         )
-    backbone.init_cfg = None
-    backbone.allow_random_trunk = True
-    if variant != 'e3va':
-        backbone.type = f'{config.default_scope}.SwinTransformer'
-        for key in OURS:
-            backbone.pop(key, None)
-        if config.default_scope != 'mmdet':
-            backbone.pop('convert_weights', None)
+    _drop_weights(config.model)
+    if variant == 'as-is':
+        return config
+    backbone = config.model.get('backbone')
+    if backbone is None:
+        raise ConfigError(
+            f'The variant {variant} needs a model with a `backbone`, but '
+            f'{config.model.type} has the keys {", ".join(config.model)}. '
+            'Measure it as-is.'
+        )
+    kind = _type_name(config, backbone)
+    if kind not in (OURS, *STOCK) and variant not in GENERIC:
+        raise ConfigError(
+            f'The variant {variant} needs model.backbone.type to be '
+            f'{OURS!r} or a stock SwinTransformer, but got {kind!r}. Other '
+            f'backbones have the variants {", ".join(GENERIC)}.'
+        )
+    if variant in ('full', 'frozen', 'lora'):
+        _make_stock(config, backbone, kind)
+    else:
+        backbone.type = OURS
+        backbone.allow_random_trunk = True
+        backbone.side_path = _side_path(variant, backbone.get('side_path'))
     return config
+
+
+def prepare_variant(model: nn.Module, variant: str) -> None:
+    """Freeze a built model's backbone, or add LoRA, as a variant has it.
+
+    Args:
+        model (nn.Module): Of :func:`variant_config`, in training mode.
+        variant (str): A key of ``VARIANTS``.
+    """
+    if variant == 'frozen':
+        mark_trainable(model.backbone, [])
+        model.backbone.eval()
+    elif variant == 'lora':
+        add_lora(model.backbone)
+
+
+def framework(config: Config) -> str:
+    """The scope of a config's model; new-style configs have a class there."""
+    name = _class_name(config.model.get('type', ''))
+    return name.split('.')[0] if '.' in name else config.get('default_scope')
+
+
+def _drop_weights(node) -> None:
+    """Remove what would load weights, at any depth, and do without."""
+    if isinstance(node, Mapping):
+        for key in WEIGHTS:
+            node.pop(key, None)
+        if _class_name(node.get('type', '')) == OURS:
+            node['allow_random_trunk'] = True
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        for value in node:
+            _drop_weights(value)
+
+
+def _type_name(config: Config, backbone: Mapping) -> str:
+    """Scope and name of a class, given as a string or as the class."""
+    name = _class_name(backbone.get('type', ''))
+    return name if '.' in name else f'{framework(config)}.{name}'
+
+
+def _class_name(kind: str | type) -> str:
+    """A registered name as it stands; that of a class with its scope."""
+    if isinstance(kind, type):
+        return f'{kind.__module__.split(".")[0]}.{kind.__name__}'
+    return str(kind)
+
+
+def _make_stock(config: Config, backbone: ConfigDict, kind: str) -> None:
+    """Turn a backbone into the stock one, of which everything trains."""
+    if kind == OURS:
+        backbone.type = f'{framework(config)}.SwinTransformer'
+        for key in OWN_ARGUMENTS:
+            backbone.pop(key, None)
+        if framework(config) != 'mmdet':
+            backbone.pop('convert_weights', None)
+    if 'frozen_stages' in backbone:
+        backbone.frozen_stages = -1
+
+
+def _side_path(variant: str, given: Mapping | None) -> dict:
+    """The side path of a variant, from that of the config."""
+    given = dict(given or {})
+    trunk = {
+        key: value
+        for key, value in given.items()
+        if key == 'preset' or key.startswith('trunk_')
+    }
+    if variant == 'frozen-lean':
+        trunk = dict(preset='lean')
+    if variant.startswith('frozen'):
+        nothing = dict(type='e3va_mm.NoSidePath', train_output_norms=False)
+        return {**nothing, **trunk}
+    # The preset decides on all that it may set.
+    own = {k: v for k, v in given.items() if k not in {*trunk, 'save_taps'}}
+    return dict(own, preset=variant)

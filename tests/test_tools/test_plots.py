@@ -210,25 +210,45 @@ def test_drawing_needs_the_checkpoint_to_exist(tmp_path):
         tool('draw_detections').main([str(config), str(tmp_path / 'none')])
 
 
-def test_the_table_joins_accuracy_and_measurements(tmp_path, capsys):
+@pytest.fixture
+def evaluated(tmp_path):
+    """A work directory after two evaluations, without a measurement."""
     for name, value in (('20260101_000000', 0.1), ('20260102_000000', 0.456)):
         folder = tmp_path / 'test' / name
         folder.mkdir(parents=True)
         figures = {'coco/bbox_mAP': value, 'coco/segm_mAP': 0.4, 'time': 1}
         (folder / f'{name}.json').write_text(json.dumps(figures))
-    row = {
-        'parameters': {'trainable': 12345, 'trainable_backbone': 678},
-        'memory_bytes': {'peak': 3 * 2**20},
-        'seconds': [0.1, 0.9, 0.2],
-    }
-    (tmp_path / 'measured.json').write_text(
-        json.dumps({'variants': {'e3va': row, 'full': row}})
+    return tmp_path
+
+
+MEASURED = {
+    'parameters': {'trainable': 12345, 'trainable_backbone': 678},
+    'memory_bytes': {'peak': 3 * 2**20},
+    'seconds': [0.1, 0.9, 0.2],
+}
+
+
+def test_the_table_joins_accuracy_and_measurements(evaluated, capsys):
+    (evaluated / 'measured.json').write_text(
+        json.dumps({'variants': {'as-is': MEASURED, 'full': MEASURED}})
     )
-    tool('results_table').main([str(tmp_path)])
+    tool('results_table').main([str(evaluated)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith('|  | box AP | mask AP | trainable |')
     assert lines[2] == '| e3va | 0.456 | 0.400 | 12,345 | 678 | 3.0 | 0.200 |'
     assert lines[3] == '| full | - | - | 12,345 | 678 | 3.0 | 0.200 |'
+
+
+@pytest.mark.parametrize('missing', ['file', 'seconds', 'memory_bytes'])
+def test_the_table_needs_a_whole_measurement(evaluated, missing):
+    if missing != 'file':
+        rows = {'as-is': MEASURED, 'full': dict(MEASURED)}
+        del rows['full'][missing]
+        (evaluated / 'measured.json').write_text(
+            json.dumps({'variants': rows})
+        )
+    with pytest.raises(SystemExit, match='Measure first: python tools/meas'):
+        tool('results_table').main([str(evaluated)])
 
 
 def test_the_table_needs_an_evaluation(tmp_path):

@@ -129,6 +129,9 @@ def _exit_code(run: Callable, args: argparse.Namespace) -> int:
         print(f'error: {error}', file=sys.stderr)
         code = 1
     if torch.distributed.is_initialized():
+        if code == 0:
+            # Together: one that leaves while another works can abort.
+            torch.distributed.barrier()
         # Left to the end of the process, its threads can abort it.
         torch.distributed.destroy_process_group()
     return code

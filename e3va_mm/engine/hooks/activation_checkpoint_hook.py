@@ -1,0 +1,82 @@
+import logging
+from collections.abc import Sequence
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import nn
+
+from ...registry import HOOKS
+from ..checkpointing import checkpoint_modules
+
+
+@HOOKS.register_module()
+class ActivationCheckpointHook(Hook):
+    """Trades time for memory in neck and heads.
+
+    The chosen modules keep their inputs alone and compute the rest once more
+    in the backward pass, see ``e3va_mm.engine.checkpointing``. A backbone with
+    a side path keeps little and is better left out: its frozen trunk would run
+    twice.
+
+    mmengine's ``activation_checkpointing`` is no replacement: it loses the
+    gradients of a neck, whose input is a tuple.
+
+    Args:
+        modules (Sequence[str]): Paths of the modules in the model, ``*``
+            standing for any one part: ``['neck', 'roi_head.mask_head.*']``.
+
+    Raises:
+        ConfigError: If a path matches nothing, or a choice cannot work.
+
+    Examples:
+        >>> custom_hooks = _base_.custom_hooks + [
+        ...     dict(
+        ...         type='e3va_mm.ActivationCheckpointHook',
+        ...         modules=['neck', 'bbox_head'])
+        ... ]
+    """
+
+    # Before hooks that count or copy what they find in the model.
+    priority = 'HIGH'
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        self.modules = modules
+
+    def before_train(self, runner: Runner) -> None:
+        """Wraps the modules; nothing is compiled before the first step."""
+        model = _unwrapped(runner.model)
+        self._names = checkpoint_modules(model, self.modules)
+        self._first = True
+        runner.logger.info(
+            'Activation checkpointing: '
+            f'{", ".join(self._names) or "no modules"}'
+        )
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
+        """Names the modules, after the first step, that were not called."""
+        if not self._first:
+            return
+        self._first = False
+        model = _unwrapped(runner.model)
+        unused = [
+            name
+            for name in self._names
+            if not model.get_submodule(name).checkpoint_has_run
+        ]
+        if unused:
+            runner.logger.log(
+                logging.WARNING,
+                f'Activation checkpointing has no effect on '
+                f'{", ".join(unused)}: the first step has not called the '
+                'forward. Choose parts inside, such as '
+                f"'{unused[0]}.*'.",
+            )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while is_model_wrapper(model):
+        model = model.module
+    return model

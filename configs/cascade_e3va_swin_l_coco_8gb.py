@@ -1,0 +1,24 @@
+"""E3VA, Cascade Mask R-CNN, Swin-L, COCO 1x, on one card of 8 GB.
+
+Paper: https://arxiv.org/abs/2306.09729 (on an 11 GB card, its Swin-L).
+Run: python tools/train.py configs/cascade_e3va_swin_l_coco_8gb.py
+Differs from cascade_e3va_swin_l_coco.py in: taps of 8 bits, a trunk of 16,
+mixed precision, 2 of the 16 pictures of an update at a time,
+the RoI heads recomputed in the backward pass.
+Trains 1,792,512 values in the backbone (0.92 %), neck and heads as usual.
+Expected: not yet measured.
+"""
+_base_ = ['./cascade_e3va_swin_l_coco.py', './_base_/lean_amp.py']
+batch_size, steps = 2, 8
+model = dict(backbone=dict(side_path=_base_.lean))
+train_dataloader = dict(batch_size=batch_size)
+optim_wrapper = dict(accumulative_counts=steps, **_base_.amp)
+# The warm-up counts steps, of which each update now has several.
+warm_up, decay = _base_.param_scheduler
+param_scheduler = [dict(warm_up, end=warm_up.end * steps), decay]
+auto_scale_lr = dict(base_batch_size=batch_size)
+custom_hooks = _base_.custom_hooks + [
+    dict(
+        type='e3va_mm.ActivationCheckpointHook',
+        modules=['roi_head.bbox_head.*', 'roi_head.mask_head.*']),
+]

@@ -1,0 +1,59 @@
+"""E3VA, RetinaNet, Swin-nano, digits in photographs.
+
+The detector and hooks of retinanet_e3va_swin_l_voc.py, slimmer: minutes on
+two CPU cores.
+Data: python tools/make_digits.py
+Run: python tools/train.py configs/retinanet_e3va_swin_nano_digits.py
+Expected: not yet measured.
+"""
+_base_ = [
+    'mmdet::_base_/models/retinanet_r50_fpn.py',
+    'mmdet::_base_/default_runtime.py',
+    './_base_/digits_detection.py',
+    './_base_/swin_nano.py',
+    './_base_/e3va_runtime.py',
+]
+width = 64
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='e3va_mm.E3VASwinTransformer',
+        **dict(_base_.swin_nano, out_indices=(1, 2, 3))),
+    neck=dict(
+        in_channels=[64, 128, 256], out_channels=width, start_level=0),
+    bbox_head=dict(
+        num_classes=10,
+        in_channels=width,
+        feat_channels=width,
+        stacked_convs=2,
+        # Digits are 17 to 66 pixels high and wide.
+        anchor_generator=dict(octave_base_scale=3)),
+    test_cfg=dict(max_per_img=20))
+
+epochs = 12
+train_cfg = dict(
+    type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=epochs)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+val_evaluator = dict(metric='bbox')
+test_evaluator = dict(metric='bbox')
+optim_wrapper = dict(
+    type='OptimWrapper',
+    constructor='e3va_mm.SidePathOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.),
+    clip_grad=dict(max_norm=10.))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
+    dict(
+        type='CosineAnnealingLR',
+        by_epoch=True,
+        T_max=epochs,
+        eta_min_ratio=0.01,
+        convert_to_iter_based=True)
+]
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(max_keep_ckpts=2, save_best='coco/bbox_mAP'))
+auto_scale_lr = dict(enable=False, base_batch_size=4)
+randomness = dict(seed=0)

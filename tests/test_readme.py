@@ -9,9 +9,12 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from e3va_mm.engine.checkpointing import checkpoint_modules
 from e3va_mm.measure import TrainingStep
 from e3va_mm.models import E3VASidePath
-from e3va_mm.models.trunks import SwinTrunk
+from e3va_mm.models.backbones.presets import resolve_side_path
+from e3va_mm.models.trunks import SwinTrunk, TrunkOptions
+from e3va_mm.registry import HOOKS
 from tests.helpers import build_e3va
 from tests.test_configs import CONFIGS
 from tests.test_engine.test_hooks.tiny import make_coco
@@ -25,14 +28,14 @@ def blocks(language):
 
 
 def test_the_new_experiment_is_short_and_trains(tmp_path):
-    block, _ = blocks('python')
+    block, *_ = blocks('python')
     assert len(block.strip().splitlines()) <= 5
     path = tmp_path / 'my_experiment.py'
     path.write_text(block.replace("'./", f"'{CONFIGS}/"))
-    step = TrainingStep(Config.fromfile(path), 'e3va', size=(64, 64), batch=1)
+    step = TrainingStep(Config.fromfile(path), 'as-is', size=(64, 64), batch=1)
     adapter = step.model.backbone.side_path.stages[0][0]['attn']
     assert adapter.down.p.shape == (32, 8)
-    assert step.model.backbone.side_path.codec.lossy
+    assert all(codec.lossy for codec in step.model.backbone.side_path.codecs)
     assert step.optim_wrapper.get_lr()['base_lr'] == [5e-4]
     step.run()
 
@@ -49,7 +52,7 @@ def test_own_data_train_by_the_config_that_is_shown(tmp_path):
                 [x, y, x + w, y, x + w, y + h, x, y + h]
             ]
         path.write_text(json.dumps(content))
-    _, block = blocks('python')
+    _, block, _ = blocks('python')
     config = tmp_path / 'mine.py'
     config.write_text(
         block.replace("'./", f"'{CONFIGS}/").replace(
@@ -66,6 +69,28 @@ def test_own_data_train_by_the_config_that_is_shown(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'coco/segm_mAP' in done.stdout + done.stderr
+
+
+def test_the_lines_for_less_memory_fit_the_detector(tmp_path):
+    *_, block = blocks('python')
+    path = tmp_path / 'less.py'
+    path.write_text(block.replace("'./", f"'{CONFIGS}/"))
+    config = Config.fromfile(path)
+    before = Config.fromfile(CONFIGS / 'cascade_e3va_swin_l_coco.py')
+    assert config.custom_hooks[: len(before.custom_hooks)] == (
+        before.custom_hooks
+    )
+    added = config.custom_hooks[len(before.custom_hooks) :]
+    hooks = [HOOKS.build(hook) for hook in added]
+    assert [type(hook).__name__ for hook in hooks] == [
+        'ActivationCheckpointHook',
+        'MeasureHook',
+    ]
+    # The same parts as the slim detector of the digits has.
+    digits = Config.fromfile(CONFIGS / 'cascade_e3va_swin_nano_digits.py')
+    step = TrainingStep(digits, 'lean', size=(64, 64), batch=1)
+    assert len(checkpoint_modules(step.model, added[0].modules)) == 7
+    step.run()
 
 
 def test_commands_and_files_exist():
@@ -88,7 +113,10 @@ def test_options_and_defaults_are_those_of_the_code():
     defaults['taps'] = SwinTrunk.TAPS  # None stands for all
     backbone = build_e3va()
     defaults['train_output_norms'] = backbone.norm0.weight.requires_grad
-    defaults['trunk_drop_path'] = int(backbone._trunk_drop_path)
+    defaults['preset'] = 'exact'
+    assert resolve_side_path(dict(preset='exact')) == resolve_side_path({})
+    for name, default in TrunkOptions._field_defaults.items():
+        defaults[f'trunk_{name}'] = default
     assert rows == {k: repr(v) for k, v in defaults.items()}
 
 

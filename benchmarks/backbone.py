@@ -1,0 +1,206 @@
+"""The backbone alone: bytes kept for backward, and seconds of a step.
+
+    python benchmarks/backbone.py --swin l --size 512 512
+
+Bytes kept are live storages after the forward pass minus before
+it, the outputs gone, under a loss that keeps nothing; relative to full
+fine-tuning of the stock backbone. Seconds are forward and backward, relative
+to the forward pass of the stock backbone, frozen; all in fp32 but for what an
+option says. Variants take turns, so that a machine's changing speed falls on
+all alike.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from e3va_mm.measure import kept_for_backward
+from e3va_mm.registry import MODELS
+from e3va_mm.utils import mark_trainable
+
+SWIN = dict(
+    t=dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    s=dict(embed_dims=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    b=dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    l=dict(embed_dims=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
+)
+SIDE_PATHS = {
+    'exact': dict(preset='exact'),
+    'bf16': dict(save_taps='bf16'),
+    'int8': dict(save_taps='int8'),
+    'int4': dict(save_taps='int4'),
+    'recompute': dict(save_taps='recompute'),
+    'lean': dict(preset='lean'),
+    'frozen-same': dict(
+        type='e3va_mm.NoSidePath', preset='exact', train_output_norms=False
+    ),
+    'frozen-lean': dict(
+        type='e3va_mm.NoSidePath', preset='lean', train_output_norms=False
+    ),
+}
+STOCK = ('frozen', 'full')
+ALL = (*STOCK, *SIDE_PATHS)
+
+
+def build(variant: str, swin: str) -> nn.Module:
+    """A backbone of random weights, ready to train."""
+    torch.manual_seed(0)
+    config = dict(type='mmdet.SwinTransformer', drop_path_rate=0.0)
+    if variant in SIDE_PATHS:
+        config = dict(
+            type='e3va_mm.E3VASwinTransformer',
+            allow_random_trunk=True,
+            side_path=SIDE_PATHS[variant],
+        )
+    backbone = MODELS.build({**config, **SWIN[swin]})
+    backbone.init_weights()
+    backbone.train()
+    if variant == 'frozen':
+        mark_trainable(backbone, [])
+        backbone.eval()
+    with torch.no_grad():  # the first pass stores the weights as asked for
+        backbone(torch.zeros(1, 3, 64, 64))
+    return backbone
+
+
+def step(backbone: nn.Module, image: Tensor) -> None:
+    """Forward, and backward if anything trains."""
+    outputs = backbone(image)
+    if outputs[0].requires_grad:
+        torch.autograd.backward(
+            outputs, [torch.full_like(o, 1e-3) for o in outputs]
+        )
+
+
+def kept_bytes(
+    swin: str, image: Tensor, variants: Sequence[str]
+) -> dict[str, int]:
+    """Bytes kept for backward, by all variants and by 'full'."""
+    return {
+        variant: kept_for_backward(build(variant, swin), image)
+        for variant in progress(sorted({'full', *variants}), 'bytes')
+    }
+
+
+def seconds(
+    swin: str,
+    image: Tensor,
+    variants: Sequence[str],
+    steps: int,
+    warmup: int,
+) -> dict[str, list[float]]:
+    """Seconds of each step of each variant, in turns."""
+    # 'frozen' is what the others are relative to.
+    backbones = {
+        v: build(v, swin) for v in dict.fromkeys(['frozen', *variants])
+    }
+    taken: dict[str, list[float]] = {variant: [] for variant in backbones}
+    for turn in progress(range(warmup + steps), 'seconds'):
+        for variant, backbone in backbones.items():
+            start = time.perf_counter()
+            step(backbone, image)
+            if image.is_cuda:
+                torch.cuda.synchronize()
+            if turn >= warmup:
+                taken[variant].append(time.perf_counter() - start)
+            for parameter in backbone.parameters():
+                parameter.grad = None
+    return taken
+
+
+def progress(items, what: str):
+    """A bar on stderr that goes away."""
+    return track(items, what, console=Console(stderr=True), transient=True)
+
+
+def table(kept: dict, taken: dict, title: str) -> Table:
+    """The figures as people read them."""
+    made = Table(title=title)
+    for column in (
+        'variant',
+        'kept MiB',
+        '/ full',
+        's/step',
+        'min-max',
+        '/ frozen',
+    ):
+        made.add_column(
+            column, justify='left' if column == 'variant' else 'right'
+        )
+    frozen = statistics.median(taken['frozen'])
+    for variant, times in taken.items():
+        share = ['-', '-']
+        if variant in kept:
+            share = [
+                f'{kept[variant] / 2**20:,.1f}',
+                f'{kept[variant] / kept["full"]:.1%}',
+            ]
+        median = statistics.median(times)
+        made.add_row(
+            variant,
+            *share,
+            f'{median:.3f}',
+            f'{min(times):.3f}-{max(times):.3f}',
+            f'{median / frozen:.2f}',
+        )
+    return made
+
+
+def main() -> None:
+    """Measure bytes, then seconds; print the table and write the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('--swin', choices=SWIN, default='l')
+    parser.add_argument(
+        '--variants',
+        nargs='+',
+        choices=ALL,
+        default=ALL,
+        metavar='NAME',
+        help=f'some of {", ".join(ALL)}; default: all',
+    )
+    parser.add_argument('--size', type=int, nargs=2, default=(512, 512))
+    parser.add_argument('--batch', type=int, default=1)
+    parser.add_argument('--steps', type=int, default=7)
+    parser.add_argument('--warmup', type=int, default=2)
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--json', type=Path)
+    args = parser.parse_args()
+    MMLogger.get_current_instance().setLevel('ERROR')
+    torch.set_default_device(args.device)
+    image = torch.randn(args.batch, 3, *args.size)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        kept = kept_bytes(args.swin, image, args.variants)
+        taken = seconds(
+            args.swin, image, args.variants, args.steps, args.warmup
+        )
+    height, width = args.size
+    title = f'Swin-{args.swin.upper()} {args.batch}x{height}x{width}'
+    Console(width=100).print(table(kept, taken, title))
+    print(
+        f'torch {torch.__version__}, {args.device}, '
+        f'{torch.get_num_threads()} threads; median of {args.steps} steps '
+        f'after {args.warmup}'
+    )
+    if args.json:
+        args.json.write_text(json.dumps(dict(kept=kept, seconds=taken)))
+
+
+if __name__ == '__main__':
+    main()

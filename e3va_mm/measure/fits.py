@@ -246,7 +246,7 @@ def _backbone_changes(
         return
     yield Change(
         kept,
-        'kept by the side path: the preset lean keeps taps in 8 bits (and '
+        'kept by the side path: the preset lean keeps taps in 4 bits (and '
         'has the trunk in 16)',
         "model = dict(backbone=dict(side_path=dict(preset='lean')))",
     )

@@ -9,8 +9,13 @@ from ..trunks.stored_weights import torchao
 PRESETS: Mapping[str, Mapping] = {
     # No number of the method changes.
     'exact': dict(),
-    # Taps kept in 8 bits, the trunk computed and stored in 16.
-    'lean': dict(save_taps='int8', trunk_compute='bf16', trunk_weights='bf16'),
+    # The trunk computed and stored in 16 bits, its taps kept in 4. The first
+    # stage has most tokens for its arithmetic: it is cheap to run again.
+    'lean': dict(
+        save_taps=('recompute', 'int4'),
+        trunk_compute='bf16',
+        trunk_weights='bf16',
+    ),
 }
 
 
@@ -43,14 +48,18 @@ def resolve_side_path(
             f'`side_path.preset` should be one of {tuple(PRESETS)}, but got '
             f'{preset!r}.'
         )
+    own_taps = side_path.get('save_taps', ())
     side_path = {**PRESETS[preset], **side_path}
     options = TrunkOptions.take_from(side_path)
     if options.weights == 'int8':
         torchao()  # not to fail at the first forward pass only
-    if options.drop_path and 'recompute' in side_path.get('save_taps', ''):
+    if options.drop_path and 'recompute' in own_taps:
         raise ConfigError(
             "`side_path.save_taps='recompute'` runs the trunk twice and needs "
             'it deterministic, but `side_path.trunk_drop_path` is '
             f'{options.drop_path}. Keep taps, or leave out the drop path.'
         )
+    if options.drop_path and 'recompute' in side_path.get('save_taps', ()):
+        # The preset's; it can do without.
+        side_path['save_taps'] = side_path['save_taps'][-1]
     return side_path, options

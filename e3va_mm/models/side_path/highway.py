@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..trunks.options import autocast_dtype, autocast_off
 from .adapter import LowRankAdapter
-from .kept_taps import CHUNK, TapCodec
+from .kept_taps import CHUNK, ExactTaps, TapCodec
 from .replay import Replay
 
 PARAMETERS = 6  # of an adapter: P1, Q1, b1, P2, Q2, b2
@@ -149,21 +149,23 @@ class _StageHighway(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         tensors = ctx.saved_tensors
         kept, parameters = tensors[: ctx.kept], tensors[ctx.kept :]
-        backward = _StageBackward(
-            grad.contiguous(), _grouped(parameters, PARAMETERS), ctx.codec
-        )
-        if ctx.codec:
-            for group in _grouped(kept, ctx.kept // ctx.adapters):
-                backward.adapter(group)
-        else:
-            taps = ctx.replay.take(ctx.stage, kept[0])[::-1]
-            while taps:  # each goes before the next is worked on
-                backward.adapter([taps.pop().flatten(0, -2)])
+        with autocast_off(grad):  # some call backward under it
+            backward = _StageBackward(
+                grad.contiguous(), _grouped(parameters, PARAMETERS), ctx.codec
+            )
+            if ctx.codec:
+                for group in _grouped(kept, ctx.kept // ctx.adapters):
+                    backward.adapter(group)
+            else:
+                taps = ctx.replay.take(ctx.stage, kept[0])[::-1]
+                while taps:  # each goes before the next is worked on
+                    backward.adapter([taps.pop().flatten(0, -2)])
+            gradients = list(backward.finish())
         grad_base = grad if ctx.needs_input_grad[4] else None
         return (
             *(None, None, None, None, grad_base, None),
             *[None] * ctx.kept,
-            *backward.finish(),
+            *gradients,
         )
 
 
@@ -184,7 +186,7 @@ class _StageBackward:
     ) -> None:
         self.grad = grad
         self.parameters = parameters
-        self.codec = codec
+        self.codec = codec or ExactTaps()
         # One product for the gradients of all u_k.
         self.grad_inner = grad @ torch.cat([p[4] for p in parameters]).t()
         self.inner = torch.empty_like(self.grad_inner)
@@ -206,7 +208,7 @@ class _StageBackward:
         ]
         for rows in _chunks(len(self.grad)):
             grad_u = self.grad_inner[rows, part]
-            tap, projected = self._tap([t[rows] for t in kept], p1)
+            tap, projected = self._part(kept, rows, p1)
             before = torch.addmm(b1, projected, q1)
             bottleneck = F.gelu(before)
             torch.mm(bottleneck, p2, out=self.inner[rows, part])
@@ -214,7 +216,7 @@ class _StageBackward:
             for total, term in zip(
                 sums,
                 (
-                    tap.t() @ (grad_before @ q1.t()),
+                    self.codec.transposed_product(tap, grad_before @ q1.t()),
                     projected.t() @ grad_before,
                     grad_before.sum(0),
                     bottleneck.t() @ grad_u,
@@ -224,16 +226,16 @@ class _StageBackward:
                 total += term
         self.done.append(sums)
 
-    def _tap(
-        self, kept: Sequence[Tensor], p1: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """A tap (n, C) and its projection (n, r), of some tokens."""
-        dtype = self.grad.dtype
-        if self.codec and self.codec.lossy:
+    def _part(
+        self, kept: Sequence[Tensor], rows: slice, p1: Tensor
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """What is kept of some tokens, and their projection (n, r)."""
+        if self.codec.lossy:
             *kept, projected = kept
-            return self.codec.decode(kept, dtype), projected.to(dtype)
-        tap = kept[0].to(dtype)
-        return tap, tap @ p1
+            projected = projected[rows].to(p1.dtype)
+            return self.codec.rows(kept, rows), projected
+        tap = self.codec.decode(self.codec.rows(kept, rows), p1.dtype)
+        return [tap], tap @ p1
 
     def finish(self) -> Iterator[Tensor]:
         """Gradients of all parameters, adapter by adapter."""

@@ -13,14 +13,11 @@ from torch import Tensor
 
 # Tokens worked on at a time: their temporaries fit a processor's cache.
 CHUNK = 4096
+TINY = torch.finfo(torch.float32).tiny
 
 
 class TapCodec(ABC):
-    """Turns a tap (N, C) into the tensors that are kept, and back.
-
-    Token by token: rows of what is kept belong to the tokens, so that a part
-    of a tap can be had from the same part of what is kept.
-    """
+    """Turns a tap (N, C) into the tensors that are kept, and back."""
 
     # A lossy tap keeps its projection (N, rank) too, in 16 bits, so that
     # little more than the gradient of the first factor is approximate.
@@ -28,11 +25,21 @@ class TapCodec(ABC):
 
     @abstractmethod
     def encode(self, tap: Tensor) -> tuple[Tensor, ...]:
-        """(N, C) -> what is kept, (N, ...) each."""
+        """(N, C) -> what is kept, always as many tensors."""
 
     @abstractmethod
     def decode(self, kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """What was kept -> (N, C) in ``dtype``."""
+
+    def rows(self, kept: Sequence[Tensor], rows: slice) -> list[Tensor]:
+        """What was kept of some of the tokens."""
+        return [tensor[rows] for tensor in kept]
+
+    def transposed_product(
+        self, kept: Sequence[Tensor], other: Tensor
+    ) -> Tensor:
+        """Kept (N, C), other (N, r) -> the tap's transpose times other."""
+        return self.decode(kept, other.dtype).t() @ other
 
 
 class ExactTaps(TapCodec):
@@ -62,77 +69,140 @@ class BF16Taps(ExactTaps):
         return super().encode(tap.to(torch.bfloat16))
 
 
-class Int8Taps(TapCodec):
-    """Keeps the tap in 8 bits, with one scale a token.
+class IntegerTaps(TapCodec):
+    """Keeps the tap as integers, after standardising its channels.
 
-    The error of a value is at most 1/254 of the largest in its token: where
-    few channels are far larger than the rest, the rest is kept coarsely.
+    Mean and deviation of every channel are kept apart; what is left of a
+    token has one scale, or one for each group of channels. So channels far
+    larger than the rest, which transformers have, cost the rest nothing.
+
+    A value is ``mean + deviation * scale * level``, with a level from
+    ``-steps`` to ``steps``.
     """
 
-    def encode(self, tap: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C) -> (N, C) in int8 and scales (N, 1) in float32."""
-        values = torch.empty_like(tap, dtype=torch.int8)
-        scale = tap.new_empty((len(tap), 1), dtype=torch.float32)
-        for part, coded, by in _in_parts(tap, values, scale):
-            part = part.float()
-            # On CPU several times as fast as `aminmax`, or as a norm.
-            largest = torch.maximum(part.amax(-1, True), -part.amin(-1, True))
-            # Zeros, and what is less than has a reciprocal.
-            by.copy_(largest.div_(127).clamp_(min=torch.finfo(by.dtype).tiny))
-            coded.copy_(torch.mul(part, by.reciprocal()).round_())
-        return values, scale
+    steps: int
+    # Channels that share a scale, None for all of a token.
+    group: int | None
+    scale_type: torch.dtype
+    # The type of codes, and how many fit a value of it.
+    code_type: torch.dtype
+    codes_in_one = 1
 
-    def decode(self, kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """See :class:`TapCodec`."""
-        values, scale = kept
-        # In single precision: float16 has no room for the small scales.
-        return values.float().mul_(scale).to(dtype)
+    @abstractmethod
+    def pack(self, levels: Tensor, out: Tensor) -> None:
+        """(n, C) within ``steps``, which it may change, into codes."""
 
+    @abstractmethod
+    def unpack(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Codes -> levels (n, C) in ``dtype``, a new tensor."""
 
-class Int4Taps(TapCodec):
-    """Keeps the tap in 4 bits, with one scale for 32 channels of a token.
-
-    The error of a value is at most 1/16 of the largest among its 32: coarser
-    than 8 bits, but a channel far larger than the rest costs only its own
-    neighbours their precision.
-    """
-
-    GROUP = 32
-
-    def encode(self, tap: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C) -> (N, C / 2) in uint8 and scales (N, C / 32) in bfloat16."""
-        tokens, channels = tap.shape
-        group = self._group(channels)
-        codes = tap.new_empty((tokens, channels // 2), dtype=torch.uint8)
-        scale = tap.new_empty(
-            (tokens, channels // group), dtype=torch.bfloat16
+    def encode(self, tap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, C) -> codes, scales (N, groups), mean and deviation (2, C)."""
+        tokens, width = tap.shape
+        channels = _mean_and_deviation(tap)
+        mean, inverse = channels[0], channels[1].reciprocal()
+        group = math.gcd(width, self.group or width)
+        codes, scale = (
+            tap.new_empty((tokens, -(-width // shared)), dtype=dtype)
+            for dtype, shared in (
+                (self.code_type, self.codes_in_one),
+                (self.scale_type, group),
+            )
         )
         for part, coded, by in _in_parts(tap, codes, scale):
-            groups = part.float().unflatten(-1, (-1, group))
+            part = torch.sub(part, mean).mul_(inverse)
+            groups = part.unflatten(-1, (-1, group))
+            # On CPU several times as fast as `aminmax`, or as a norm.
             largest = torch.maximum(groups.amax(-1), -groups.amin(-1))
-            by.copy_(largest.div_(8))
-            # Sixteen levels at -7.5, -6.5, ... 7.5 scales. A group of zeros
-            # has a scale of zero; whatever its codes are, times it they are
-            # zero.
-            divisor = by.float().masked_fill_(by == 0, 1.0)[..., None]
-            levels = groups.div(divisor).floor_().add_(8).clamp_(0, 15)
-            low, high = levels.to(torch.uint8).flatten(-2).chunk(2, -1)
-            coded.copy_(high.bitwise_left_shift(4).bitwise_or_(low))
-        return codes, scale
+            # Zeros, and what is less than has a reciprocal.
+            by.copy_(largest.div_(self.steps).clamp_(min=TINY))
+            groups.mul_(by.float().reciprocal()[..., None])
+            self.pack(part, coded)
+        return codes, scale, channels
 
     def decode(self, kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """See :class:`TapCodec`."""
-        codes, scale = kept
-        half = codes.shape[-1]
-        tap = codes.new_empty((len(codes), 2 * half), dtype=dtype)
-        tap[:, :half] = codes & 15
-        tap[:, half:] = codes >> 4
-        groups = tap.sub_(7.5).unflatten(-1, (-1, self._group(2 * half)))
-        groups.mul_(scale.to(dtype)[..., None])
-        return tap
+        mean, deviation = kept[2]
+        # In single precision: float16 has no room for small values.
+        standard = self._standardised(kept, torch.float32)
+        return standard.mul_(deviation).add_(mean).to(dtype)
 
-    def _group(self, channels: int) -> int:
-        return math.gcd(channels, self.GROUP)
+    def rows(self, kept: Sequence[Tensor], rows: slice) -> list[Tensor]:
+        """See :class:`TapCodec`."""
+        codes, scale, channels = kept
+        return [codes[rows], scale[rows], channels]
+
+    def transposed_product(
+        self, kept: Sequence[Tensor], other: Tensor
+    ) -> Tensor:
+        """See :class:`TapCodec`; channels wait for the smaller product."""
+        other = other.to(torch.promote_types(other.dtype, torch.float32))
+        mean, deviation = kept[2].to(other.dtype)[..., None]
+        product = self._standardised(kept, other.dtype).t() @ other
+        return product.mul_(deviation).addmm_(mean, other.sum(0, True))
+
+    def _standardised(
+        self, kept: Sequence[Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """(n, C), the channels of mean zero and deviation one."""
+        codes, scale, channels = kept
+        levels = self.unpack(codes, dtype)[:, : channels.shape[1]]
+        groups = levels.unflatten(-1, (scale.shape[1], -1))
+        groups.mul_(scale.to(dtype)[..., None])
+        return levels
+
+
+class Int8Taps(IntegerTaps):
+    """Keeps the tap in 8 bits, with one scale a token."""
+
+    steps = 127
+    group = None
+    scale_type = torch.float32
+    code_type = torch.int8
+
+    def pack(self, levels: Tensor, out: Tensor) -> None:
+        """See :class:`IntegerTaps`."""
+        out.copy_(levels.round_())
+
+    def unpack(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """See :class:`IntegerTaps`."""
+        return codes.to(dtype)
+
+
+class Int4Taps(IntegerTaps):
+    """Keeps the tap in 4 bits, with one scale for 64 channels of a token."""
+
+    steps = 8
+    group = 64
+    scale_type = torch.bfloat16
+    code_type = torch.uint8
+    codes_in_one = 2
+
+    def pack(self, levels: Tensor, out: Tensor) -> None:
+        """See :class:`IntegerTaps`."""
+        # Sixteen levels at -7.5, -6.5, ... 7.5.
+        codes = levels.floor_().add_(8).clamp_(0, 15).to(torch.uint8)
+        low, high = codes.split(out.shape[1], 1)
+        out.copy_(low)
+        out[:, : high.shape[1]] |= high << 4
+
+    def unpack(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """See :class:`IntegerTaps`."""
+        levels = torch.cat([codes & 15, codes >> 4], 1).to(dtype)
+        return levels.sub_(7.5)
+
+
+def _mean_and_deviation(tap: Tensor) -> Tensor:
+    """Of each channel: (N, C) -> (2, C) in float32."""
+    total = tap.new_zeros((2, tap.shape[1]), dtype=torch.float32)
+    for part in tap.split(CHUNK):
+        part = part.float()
+        total[0] += part.sum(0)
+        total[1] += part.square().sum(0)
+    mean, square = total / len(tap)
+    # At least what rounding leaves of the difference.
+    variance = torch.maximum(square - mean.square(), 1e-6 * square)
+    return torch.stack([mean, variance.sqrt().clamp_(min=TINY)])
 
 
 def _in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -336,16 +336,18 @@ def test_a_gradient_of_the_gradient_is_refused(mode, used):
 def tap_bytes(mode, tokens, channels):
     """Of one tap in fp32; lossy ones keep the projection in 16 bits."""
     projection = 2 * RANK
-    return (
-        tokens
-        * {
-            'exact': 4 * channels,
-            'bf16': 2 * channels + projection,
-            'int8': channels + 4 + projection,
-            'int4': channels // 2 + 2 * channels // 32 + projection,
-            'recompute': 0,
-        }[mode]
-    )
+    statistics = 2 * 4 * channels  # mean and deviation
+    of_a_token, once = {
+        'exact': (4 * channels, 0),
+        'bf16': (2 * channels + projection, 0),
+        'int8': (channels + 4 + projection, statistics),
+        'int4': (
+            channels // 2 + 2 * math.ceil(channels / 64) + projection,
+            statistics,
+        ),
+        'recompute': (0, 0),
+    }[mode]
+    return tokens * of_a_token + once
 
 
 def norm_bytes(tokens, channels, last=False):
@@ -372,10 +374,15 @@ def test_bytes_kept_for_backward(mode, batch, size):
 
 
 @pytest.mark.parametrize(
-    'mode, of_a_sum',
-    [('exact', 4 * 32), ('bf16', 2 * 32), ('int8', 36), ('recompute', 4 * 32)],
+    'mode, of_a_token, once',
+    [
+        ('exact', 4 * 32, 0),
+        ('bf16', 2 * 32, 0),
+        ('int8', 36, 8 * 32),
+        ('recompute', 4 * 32, 0),
+    ],
 )
-def test_bytes_kept_without_the_first_output(mode, of_a_sum):
+def test_bytes_kept_without_the_first_output(mode, of_a_token, once):
     """The sum that the downsampling needs is kept as taps are."""
     ours, _ = build(mode, out_indices=(1,))
     kept = 0
@@ -383,7 +390,7 @@ def test_bytes_kept_without_the_first_output(mode, of_a_sum):
         tokens = 2 * math.prod(GRIDS[stage])
         depth, channels = TINY['depths'][stage], CHANNELS[stage]
         kept += 2 * depth * tap_bytes(mode, tokens, channels)
-    kept += 2 * math.prod(GRIDS[0]) * of_a_sum
+    kept += 2 * math.prod(GRIDS[0]) * of_a_token + once
     kept += norm_bytes(2 * math.prod(GRIDS[1]), CHANNELS[1], last=True)
     assert kept_for_backward(ours.float(), torch.randn(IMAGE)) == kept
 

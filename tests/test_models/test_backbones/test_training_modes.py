@@ -131,7 +131,7 @@ def test_exact_under_autocast_is_as_good_as_plain_autograd(dtype):
     )
 
 
-# Beside the rounding of autocast: int8 loses as much, int4 more.
+# Beside the rounding of autocast: int8 loses less, int4 more.
 UNDER_AUTOCAST = {'int4': 0.2}
 
 
@@ -222,7 +222,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(mode):
     expected = gradients(ours, images(4))
     for part in images(4).split(2):
         (loss_of(ours(part)) / 2).backward()
-    assert_same(taken(ours), expected, 1e-5)
+    # Channels are standardised over the pictures of a pass.
+    bound = {'int8': 5e-3, 'int4': 5e-2}.get(mode, 1e-5)
+    assert_same(taken(ours), expected, bound)
 
 
 @pytest.mark.parametrize('mode', MODES)

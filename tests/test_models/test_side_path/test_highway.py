@@ -156,18 +156,23 @@ def test_the_mode_does_not_change_the_forward_pass(data, mode):
 
 
 @pytest.mark.parametrize(
-    'mode, of_a_token',
+    'mode, of_a_token, once',
     [
-        ('exact', 4 * CHANNELS),
+        ('exact', 4 * CHANNELS, 0),
         # Projections are kept in 16 bits.
-        ('bf16', 2 * CHANNELS + 2 * RANK),
-        ('int8', CHANNELS + 4 + 2 * RANK),
+        ('bf16', 2 * CHANNELS + 2 * RANK, 0),
+        # Mean and deviation of each channel.
+        ('int8', CHANNELS + 4 + 2 * RANK, 8 * CHANNELS),
         # Groups of 8, the largest power of two that divides 24.
-        ('int4', CHANNELS // 2 + 2 * CHANNELS // 8 + 2 * RANK),
-        ('recompute', 0),
+        (
+            'int4',
+            CHANNELS // 2 + 2 * CHANNELS // 8 + 2 * RANK,
+            8 * CHANNELS,
+        ),
+        ('recompute', 0, 0),
     ],
 )
-def test_bytes_kept_for_backward(mode, of_a_token):
+def test_bytes_kept_for_backward(mode, of_a_token, once):
     """In fp32, counted by storage, beside the parameters and the picture."""
     parts = adapters(torch.float32)
     picture = torch.randn(TAPS, 2, TOKENS, CHANNELS)
@@ -189,7 +194,7 @@ def test_bytes_kept_for_backward(mode, of_a_token):
     assert total.requires_grad
     assert (
         sum(size for pointer, size in kept.items() if pointer not in own)
-        == TAPS * 2 * TOKENS * of_a_token
+        == TAPS * (2 * TOKENS * of_a_token + once)
     )
 
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..trunks import Downsampling
 from ..trunks.options import autocast_dtype, autocast_off
+from ..trunks.products import linear
 from .kept_taps import ExactTaps, TapCodec
 
 # By the type of the output: the largest |bias| / |weight| and the smallest
@@ -143,7 +143,7 @@ class _Difference(torch.autograd.Function):
             # the trunk would be lost in the rounding of the difference.
             wide = torch.promote_types(total.dtype, torch.float32)
             gathered = gather(total.to(wide)) - gather(trunk.to(wide))
-            return F.linear(gathered.to(weight.dtype), weight).to(wide)
+            return linear(gathered.to(weight.dtype), weight).to(wide)
 
     @staticmethod
     @once_differentiable
@@ -166,7 +166,7 @@ class _Product(torch.autograd.Function):
         ctx.downsampling, ctx.dtype = downsampling, gathered.dtype
         weight = downsampling.weight()
         with autocast_off(gathered):
-            return F.linear(gathered.to(weight.dtype), weight)
+            return linear(gathered.to(weight.dtype), weight)
 
     @staticmethod
     @once_differentiable

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .options import TrunkOptions, autocast_off
+from .products import linear
 from .stored_weights import plain
 
 
@@ -48,7 +49,7 @@ class PatchMerging:
             gathered = self.gather(x, size)
             weight = self.weight()
             return (
-                F.linear(gathered.to(weight.dtype), weight).to(x.dtype),
+                linear(gathered.to(weight.dtype), weight).to(x.dtype),
                 size_out,
             )
 
@@ -244,18 +245,18 @@ def attend(
     ``bias`` (h, N, N) is added before the softmax.
     """
     heads = len(bias)
-    qkv = F.linear(windows, qkv_weight, qkv_bias)
+    qkv = linear(windows, qkv_weight, qkv_bias)
     q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=bias[None], scale=scale
     )
-    return F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias)
+    return linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias)
 
 
 def feed_forward(x: Tensor, steps: list) -> Tensor:
     """(n, C) -> (n, C): ``steps`` are (weight, bias) or functions."""
     for step in steps:
-        x = step(x) if callable(step) else F.linear(x, *step)
+        x = step(x) if callable(step) else linear(x, *step)
     return x
 
 

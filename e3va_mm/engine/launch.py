@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import os
 import os.path as osp
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from json import JSONDecodeError
@@ -16,7 +17,14 @@ from json import JSONDecodeError
 import torch.distributed
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
-from mmengine.registry import DATASETS, RUNNERS, DefaultScope
+from mmengine.logging import print_log
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.registry import (
+    DATASETS,
+    MODEL_WRAPPERS,
+    RUNNERS,
+    DefaultScope,
+)
 from mmengine.runner import Runner
 
 # Registers the safe checkpoint loaders, for stock backbones as well.
@@ -229,14 +237,22 @@ def _load_config(args: argparse.Namespace) -> Config:
                 f'{sys.argv[0]} {args.config} --launcher pytorch ...')
         if get_device() == 'cpu':
             _prepare_cpu_processes(cfg)
+    elif cfg.launcher == 'slurm':
+        if 'SLURM_PROCID' not in os.environ:
+            raise ConfigError(
+                '--launcher slurm is for processes started by srun; '
+                'tools/slurm_train.sh and tools/slurm_test.sh start them.')
+        if get_device() == 'cpu':
+            _set_slurm_variables()
+            _prepare_cpu_processes(cfg)
     return cfg
 
 
 def _prepare_cpu_processes(cfg: Config) -> None:
     """Let several processes train without an accelerator.
 
-    mmengine would set a CUDA device for any backend, name device ids that
-    only an accelerator has, and keep SyncBN, which gloo does not know.
+    mmengine would set a CUDA device for any backend, unless the group is
+    there already, and name device ids that only an accelerator has.
     """
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
@@ -245,20 +261,44 @@ def _prepare_cpu_processes(cfg: Config) -> None:
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False))
     wrapper.update(cfg.get('model_wrapper_cfg') or {}, device_ids=None)
+    if wrapper['type'] == 'MMDistributedDataParallel':
+        wrapper['type'] = 'GlooDistributedDataParallel'
     cfg.model_wrapper_cfg = wrapper
-    for part in _dicts(cfg.model):
-        if part.get('type') == 'SyncBN':
-            part['type'] = 'BN'
 
 
-def _dicts(node) -> Iterator[ConfigDict]:
-    """All dicts inside a config value."""
-    if isinstance(node, dict):
-        yield node
-        node = list(node.values())
-    if isinstance(node, list | tuple):
-        for value in node:
-            yield from _dicts(value)
+@MODEL_WRAPPERS.register_module()
+class GlooDistributedDataParallel(MMDistributedDataParallel):
+    """mmengine's wrapper with BN in place of SyncBN, which gloo lacks.
+
+    Args:
+        module (nn.Module): The model.
+        **kwargs: Those of MMDistributedDataParallel.
+    """
+
+    def __init__(self, module, **kwargs):
+        kept = set(module.modules())
+        module = revert_sync_batchnorm(module)
+        converted = len(set(module.modules()) - kept)
+        if converted:
+            print_log(
+                f'SyncBN needs GPUs: {converted} layers run as BN, over the '
+                'pictures of each process alone.', 'current')
+        super().__init__(module, **kwargs)
+
+
+def _set_slurm_variables() -> None:
+    """Tell a process of srun what torchrun would tell it."""
+    env = os.environ
+    if 'MASTER_ADDR' not in env:
+        names = subprocess.check_output(
+            ['scontrol', 'show', 'hostnames', env['SLURM_NODELIST']],
+            text=True)
+        env['MASTER_ADDR'] = names.split()[0]
+    env.setdefault('MASTER_PORT', '29500')
+    env.update(
+        RANK=env['SLURM_PROCID'],
+        WORLD_SIZE=env['SLURM_NTASKS'],
+        LOCAL_RANK=env['SLURM_LOCALID'])
 
 
 def _require(cfg: Config, *keys: str) -> None:

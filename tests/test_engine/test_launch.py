@@ -1,9 +1,7 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
+import socket
 
 import pytest
 import torch
@@ -17,8 +15,6 @@ from tests.test_engine.test_hooks.tiny import (
     make_segmentation,
     segmentation_config,
 )
-
-TRAIN = str(Path(__file__).parents[2] / 'tools' / 'train.py')
 
 
 @pytest.fixture
@@ -133,6 +129,9 @@ def test_launcher_without_its_environment(detection, error, monkeypatch):
     monkeypatch.delenv('RANK', raising=False)
     assert 'torchrun --nproc_per_node=N' in error(launch.train, detection,
                                                   '--launcher', 'pytorch')
+    monkeypatch.delenv('SLURM_PROCID', raising=False)
+    assert 'started by srun; tools/slurm_train.sh' in error(
+        launch.train, detection, '--launcher', 'slurm')
 
 
 # ---- what the options do to the config
@@ -342,21 +341,35 @@ def test_no_explanation_after_the_first_step(detection, monkeypatch):
         launch.train([detection])
 
 
-def test_two_processes_without_an_accelerator(segmentation, tmp_path):
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """The first of one process of a job on two nodes, without GPUs."""
+    scontrol = tmp_path / 'bin' / 'scontrol'
+    scontrol.parent.mkdir()
+    scontrol.write_text(
+        '#!/bin/sh\ntest "$*" = "show hostnames node[1-2]" && '
+        'printf "localhost\\nnode2\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{scontrol.parent}:{os.environ["PATH"]}')
+    with socket.create_server(('', 0)) as free:
+        monkeypatch.setenv('MASTER_PORT', str(free.getsockname()[1]))
+    for name, value in dict(
+            PROCID=0, NTASKS=1, LOCALID=0, NODELIST='node[1-2]').items():
+        monkeypatch.setenv(f'SLURM_{name}', str(value))
+    # Set by the tool, here in the process of the test.
+    for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR'):
+        monkeypatch.setenv(name, '')
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='for CPU machines')
+def test_slurm_without_an_accelerator(slurm, segmentation, tmp_path, capfd):
     """SyncBN becomes BN, gloo stands in for nccl."""
-    process = subprocess.run(
-        [
-            sys.executable, '-m', 'torch.distributed.run', '--standalone',
-            '--nproc_per_node', '2', TRAIN, segmentation, '--launcher',
-            'pytorch'
-        ],
-        env={
-            **os.environ, 'CUDA_VISIBLE_DEVICES': '',
-            'OMP_NUM_THREADS': '1'
-        },
-        capture_output=True,
-        text=True,
-        timeout=120)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.count('Trainable parameters') == 1
+    assert launch.train([segmentation, '--launcher', 'slurm']) == 0
+    assert os.environ['MASTER_ADDR'] == 'localhost'
     assert (tmp_path / 'work' / 'iter_2.pth').is_file()
+    assert not torch.distributed.is_initialized()
+    log, = (tmp_path / 'work').glob('*/*.log')
+    text = ('SyncBN needs GPUs: 22 layers run as BN, over the pictures of '
+            'each process alone.')
+    assert log.read_text().count(text) == 1

@@ -53,9 +53,9 @@ class E3VASidePath(nn.Module):
         save_taps (str | Sequence[str]): How a tap is kept for backward:
             ``'exact'``, ``'bf16'``, standardised as ``'int8'`` with one scale
             a token or as ``'int4'`` with one for 64 channels, or
-            ``'recompute'``: not at all, the trunk runs again. One for all stages or one for each, the
-            last for all that follow. The forward pass is the same. Defaults
-            to ``'exact'``.
+            ``'recompute'``: not at all, the trunk runs again. One for all
+            stages or one for each, the last for all that follow. The forward
+            pass is the same. Defaults to ``'exact'``.
 
     Raises:
         ConfigError: If ``taps``, ``downsampling`` or ``save_taps`` names what

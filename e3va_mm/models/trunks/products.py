@@ -1,4 +1,4 @@
-"""Matrix products in 16 bits, also on a CPU that has no instructions for it."""
+"""Matrix products in 16 bits, also where a CPU has no instructions for it."""
 
 import torch
 import torch.nn.functional as F

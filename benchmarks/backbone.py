@@ -141,22 +141,22 @@ def table(kept: dict, taken: dict, title: str) -> Table:
         made.add_column(
             column, justify='left' if column == 'variant' else 'right'
         )
-    frozen = statistics.median(taken['frozen'])
-    for variant, times in taken.items():
-        share = ['-', '-']
+    for variant in dict.fromkeys([*taken, *kept]):
+        share = speed = []
         if variant in kept:
             share = [
                 f'{kept[variant] / 2**20:,.1f}',
                 f'{kept[variant] / kept["full"]:.1%}',
             ]
-        median = statistics.median(times)
-        made.add_row(
-            variant,
-            *share,
-            f'{median:.3f}',
-            f'{min(times):.3f}-{max(times):.3f}',
-            f'{median / frozen:.2f}',
-        )
+        if variant in taken:
+            times = taken[variant]
+            median = statistics.median(times)
+            speed = [
+                f'{median:.3f}',
+                f'{min(times):.3f}-{max(times):.3f}',
+                f'{median / statistics.median(taken["frozen"]):.2f}',
+            ]
+        made.add_row(variant, *(share or ['-'] * 2), *(speed or ['-'] * 3))
     return made
 
 
@@ -180,6 +180,9 @@ def main() -> None:
     parser.add_argument('--steps', type=int, default=7)
     parser.add_argument('--warmup', type=int, default=2)
     parser.add_argument('--device', default='cpu')
+    parser.add_argument(
+        '--bytes-only', action='store_true', help='run no timed steps'
+    )
     parser.add_argument('--json', type=Path)
     args = parser.parse_args()
     MMLogger.get_current_instance().setLevel('ERROR')
@@ -187,16 +190,18 @@ def main() -> None:
     image = torch.randn(args.batch, 3, *args.size)
     with DefaultScope.overwrite_default_scope('mmdet'):
         kept = kept_bytes(args.swin, image, args.variants)
-        taken = seconds(
-            args.swin, image, args.variants, args.steps, args.warmup
-        )
+        taken = {}
+        if not args.bytes_only:
+            taken = seconds(
+                args.swin, image, args.variants, args.steps, args.warmup
+            )
     height, width = args.size
     title = f'Swin-{args.swin.upper()} {args.batch}x{height}x{width}'
     Console(width=100).print(table(kept, taken, title))
     print(
         f'torch {torch.__version__}, {args.device}, '
-        f'{torch.get_num_threads()} threads; median of {args.steps} steps '
-        f'after {args.warmup}'
+        f'{torch.get_num_threads()} threads'
+        + f'; median of {args.steps} steps after {args.warmup}' * bool(taken)
     )
     if args.json:
         args.json.write_text(json.dumps(dict(kept=kept, seconds=taken)))

@@ -52,7 +52,7 @@ class E3VASidePath(nn.Module):
             ``'difference'``.
         save_taps (str | Sequence[str]): How a tap is kept for backward:
             ``'exact'``, ``'bf16'``, standardised as ``'int8'`` with one scale
-            a token or as ``'int4'`` with one for 64 channels, or
+            a token or as ``'int4'`` with one for 128 channels, or
             ``'recompute'``: not at all, the trunk runs again. One for all
             stages or one for each, the last for all that follow. The forward
             pass is the same. Defaults to ``'exact'``.
@@ -177,5 +177,9 @@ class E3VASidePath(nn.Module):
             return None
         if self.downsampling == 'linear':
             return downsample_linear(state, downsampling)
-        kept = kept or keep(total, highway.codec)
+        if kept is None:
+            # A stage whose taps come again keeps its sum as the next keeps
+            # what it keeps: to bring the sum again would take the adapters.
+            later = self.codecs[highway.stage :]
+            kept = keep(total, next(filter(None, later), None))
         return downsample_difference(total, trunk, kept, downsampling)

@@ -170,10 +170,10 @@ class Int8Taps(IntegerTaps):
 
 
 class Int4Taps(IntegerTaps):
-    """Keeps the tap in 4 bits, with one scale for 64 channels of a token."""
+    """Keeps the tap in 4 bits, with one scale for 128 channels of a token."""
 
     steps = 8
-    group = 64
+    group = 128
     scale_type = torch.bfloat16
     code_type = torch.uint8
     codes_in_one = 2

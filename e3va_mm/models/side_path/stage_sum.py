@@ -60,7 +60,8 @@ def normalise(
         that is on, and what is kept of ``total``.
     """
     dtype = autocast_dtype(total) or total.dtype
-    if not torch.is_grad_enabled() or not _invertible(norm, dtype):
+    plainly = not torch.is_grad_enabled() or torch.jit.is_tracing()
+    if plainly or not _invertible(norm, dtype):
         with autocast_off(total):
             return _to_map(norm(total), size, dtype), keep(total)
     with autocast_off(total):

@@ -342,7 +342,7 @@ def tap_bytes(mode, tokens, channels):
         'bf16': (2 * channels + projection, 0),
         'int8': (channels + 4 + projection, statistics),
         'int4': (
-            channels // 2 + 2 * math.ceil(channels / 64) + projection,
+            channels // 2 + 2 * math.ceil(channels / 128) + projection,
             statistics,
         ),
         'recompute': (0, 0),

@@ -121,6 +121,7 @@ def bytes_kept(function):
         ('difference', 'recompute', 4 * 8, 0),
         ('difference', 'bf16', 2 * 8, 0),
         ('difference', 'int8', 8 + 4, 8 * 8),
+        ('difference', ('recompute', 'int8'), 8 + 4, 8 * 8),
         ('linear', 'exact', 0, 0),
     ],
 )

@@ -32,7 +32,7 @@ BOUNDS = {
     'exact': (lambda tap: tap.abs(), 0.0),
     'bf16': (lambda tap: tap.abs(), 2**-8),
     'int8': (lambda tap: standardised(tap, tap.shape[1]), 1.001 / 254),
-    'int4': (lambda tap: standardised(tap, min(64, tap.shape[1])), 1.1 / 16),
+    'int4': (lambda tap: standardised(tap, min(128, tap.shape[1])), 1.1 / 16),
 }
 INTEGERS = ('int8', 'int4')
 

@@ -4,7 +4,10 @@ The detector, heads and hooks of cascade_e3va_swin_l_coco.py, slimmer: minutes
 on two CPU cores.
 Data: python tools/make_digits.py
 Run: python tools/train.py configs/cascade_e3va_swin_nano_digits.py
+Test: the same with tools/test.py, and a checkpoint behind the config.
 Cost: about 6 minutes on two CPU cores, 0.12 GiB accounted peak, 0.6 s a step.
+Trains 121,344 values in the backbone (4.53 %), neck and heads as usual,
+at a learning rate of 1e-3; the rest of the backbone is frozen.
 Expected: 0.496 box AP, 0.465 mask AP on the test split (one run, seed 0).
 """
 _base_ = [

@@ -4,6 +4,9 @@ The detector and hooks of retinanet_e3va_swin_l_voc.py, slimmer: minutes on
 two CPU cores.
 Data: python tools/make_digits.py
 Run: python tools/train.py configs/retinanet_e3va_swin_nano_digits.py
+Test: the same with tools/test.py, and a checkpoint behind the config.
+Trains 121,280 values in the backbone (4.52 %), neck and head as usual,
+at a learning rate of 1e-3; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
 _base_ = [

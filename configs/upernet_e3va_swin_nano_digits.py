@@ -4,6 +4,9 @@ The segmentor and hooks of upernet_e3va_swin_l_ade20k.py, slimmer: minutes on
 two CPU cores.
 Data: python tools/make_digits.py
 Run: python tools/train.py configs/upernet_e3va_swin_nano_digits.py
+Test: the same with tools/test.py, and a checkpoint behind the config.
+Trains 121,344 values in the backbone (4.53 %), heads as usual,
+at a learning rate of 2e-3; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
 # What `mmseg::_base_/...` stands for; see upernet_e3va_swin_l_ade20k.py.

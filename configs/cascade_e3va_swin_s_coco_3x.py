@@ -1,0 +1,26 @@
+"""E3VA, Cascade Mask R-CNN, Swin-S (ImageNet-1k), COCO 3x.
+
+Paper: https://arxiv.org/abs/2306.09729 (its COCO rows are Swin-B).
+Run: python tools/train.py configs/cascade_e3va_swin_s_coco_3x.py
+Test: python tools/test.py configs/cascade_e3va_swin_s_coco_3x.py CHECKPOINT
+The recipe of Swin's authors: heads 4conv1fc with GIoU, scale jitter with
+crops, 36 epochs, mixed precision. Differs from the stock ConvNeXt-T config
+of that recipe in: trunk, neck widths, AdamW without layer decay.
+Trains 896,256 values in the backbone (1.84 %), neck and heads as usual,
+at a learning rate of 1e-4; the rest of the backbone is frozen.
+Expected: not yet measured.
+"""
+_base_ = [
+    'mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_'
+    'amp-ms-crop-3x_coco.py',
+    './_base_/swin_s.py',
+    './_base_/adamw.py',
+    './_base_/e3va_runtime.py',
+]
+# The stock config imports mmpretrain, for its ConvNeXt alone.
+custom_imports = None
+model = dict(
+    backbone=dict(_delete_=True, **_base_.trunk),
+    neck=dict(in_channels=_base_.widths))
+optim_wrapper = dict(
+    _delete_=True, **dict(_base_.adamw, type='AmpOptimWrapper'))

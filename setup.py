@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SHIPPED = ('configs', 'tools')
+SHIPPED = ('configs', 'tools', 'model-index.yml')
 
 
 def version():
@@ -24,13 +24,13 @@ def requirements(name):
 
 
 class BuildWithConfigs(build_py):
-    """Put configs/ and tools/ where mmengine and mim look for them.
+    """Put configs, tools and their index where mmengine and mim look.
 
     That is `e3va_mm/.mim`: copies in a wheel, links in an editable install.
     """
 
     def run(self):
-        """Build the package, then add the folders."""
+        """Build the package, then add what is shipped with it."""
         super().run()
         package = Path('e3va_mm')
         if not self.editable_mode:
@@ -38,12 +38,14 @@ class BuildWithConfigs(build_py):
         (package / '.mim').mkdir(exist_ok=True)
         for name in SHIPPED:
             target = package / '.mim' / name
-            if target.is_symlink():
+            if target.is_symlink() or target.is_file():
                 target.unlink()
             elif target.exists():
                 shutil.rmtree(target)
             if self.editable_mode:
                 target.symlink_to(Path('..', '..', name))
+            elif (ROOT / name).is_file():
+                shutil.copy(ROOT / name, target)
             else:
                 shutil.copytree(
                     ROOT / name,

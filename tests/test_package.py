@@ -1,5 +1,6 @@
-"""Packaging: what is shipped, and which environments are refused."""
+"""Packaging: what is shipped, what it is good for, what is refused."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from mmengine.fileio import load
 
 import e3va_mm
 
@@ -75,24 +77,29 @@ def test_one_distribution_each_is_accepted_cheaply(tmp_path, distributions):
 def test_two_distributions_of_one_package_are_refused(tmp_path, first, second):
     output = import_beside(tmp_path, first, second, 'rich')
     assert 'E3VAError' in output
-    assert f': {first} 1.2.3 and {second} 1.2.3\n' in output
-    assert f'  pip uninstall -y {first} {second}\n' in output
-    assert f'  pip install --no-build-isolation {first}\n' in output
+    assert f'from {first} 1.2.3 and {second} 1.2.3. ' in output
+    assert (
+        f'  pip uninstall -y {first} {second} && '
+        f'pip install --no-build-isolation {first}\n'
+    ) in output
+    assert '  python -m e3va_mm.doctor\n' in output
 
 
 def test_all_doubled_distributions_are_named_at_once(tmp_path):
     output = import_beside(
         tmp_path, 'onedl-mmcv', 'mmcv', 'onedl-mmdetection', 'mmdet'
     )
-    assert 'uninstall -y onedl-mmcv mmcv onedl-mmdetection mmdet\n' in output
-    assert '--no-build-isolation onedl-mmcv onedl-mmdetection\n' in output
+    assert (
+        'uninstall -y onedl-mmcv mmcv onedl-mmdetection mmdet && '
+        'pip install --no-build-isolation onedl-mmcv onedl-mmdetection\n'
+    ) in output
 
 
 def test_without_mmengine_the_error_says_what_to_install(tmp_path):
     output = import_beside(tmp_path, mmengine=False)
     assert 'E3VAError' in output
     assert 'needs mmengine, which is not installed' in output
-    assert "'e3va_mm[onedl]'" in output
+    assert "  pip install --no-build-isolation 'e3va_mm[onedl]'\n" in output
     assert 'bash tools/quickstart.sh' in output
 
 
@@ -106,6 +113,7 @@ def wheel(tmp_path_factory):
     for name in ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
+    shutil.copy(ROOT / 'model-index.yml', source)
     out = tmp_path_factory.mktemp('wheel')
     pip = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-index']
     options = ['--no-deps', '--no-build-isolation', '-w', str(out)]
@@ -136,7 +144,7 @@ def test_the_wheel_holds_the_package_its_configs_and_tools(wheel):
     for folder in ('configs', 'tools'):
         assert sources(folder)
         expected |= {f'e3va_mm/.mim/{name}' for name in sources(folder)}
-    assert shipped == expected
+    assert shipped == {*expected, 'e3va_mm/.mim/model-index.yml'}
 
 
 def metadata(wheel):
@@ -176,6 +184,122 @@ def test_extras_name_their_distributions(wheel, extra, distributions):
     pattern = rf'^Requires-Dist: ([\w-]+).*extra == .{extra}.$'
     lines = re.findall(pattern, metadata(wheel), re.M)
     assert set(distributions) <= set(lines)
+
+
+def test_mim_finds_every_config():
+    (name,) = load(ROOT / 'model-index.yml')['Import']
+    listed = load(ROOT / name)
+    collections = {c['Name'] for c in listed['Collections']}
+    assert {m['In Collection'] for m in listed['Models']} == collections
+    configs = [m['Config'] for m in listed['Models']]
+    assert sorted(configs) == sorted(
+        f'configs/{path.name}' for path in (ROOT / 'configs').glob('*.py')
+    )
+    # mim finds a config by the name of its file.
+    assert [Path(c).stem for c in configs] == [
+        m['Name'] for m in listed['Models']
+    ]
+
+
+@pytest.fixture(scope='module')
+def site(wheel, tmp_path_factory):
+    """Install the wheel into a folder outside the repository."""
+    folder = tmp_path_factory.mktemp('site')
+    process = subprocess.run(
+        [sys.executable, '-m', 'pip', 'install', '-q', '--no-index']
+        + ['--no-deps', '--target', str(folder), wheel.filename],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def call(site, cwd, *command, hidden=()):
+    """Run a command where the wheel is installed, and some packages not."""
+    # Read by Python before anything else.
+    (cwd / 'sitecustomize.py').write_text(
+        f'import sys; sys.modules.update(dict.fromkeys({hidden!r}))'
+    )
+    process = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env={**os.environ, 'PYTHONPATH': f'{cwd}{os.pathsep}{site}'},
+        capture_output=True,
+        text=True,
+    )
+    output = process.stdout + process.stderr
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope='module')
+def digits(site, tmp_path_factory):
+    """Six small pictures, made by the tool of the wheel."""
+    folder = tmp_path_factory.mktemp('digits')
+    counts = [f'--{split}=2' for split in ('train', 'val', 'test')]
+    tool = site / 'e3va_mm' / '.mim' / 'tools' / 'make_digits.py'
+    call(site, folder, tool, '--out=data/digits', '--size=96', *counts)
+    return folder / 'data'
+
+
+# What a user writes to build upon a config of an installed e3va_mm; it holds
+# with every tool, the frameworks' own too.
+BASE = "__import__('e3va_mm').__path__[0] + '/.mim/configs/{}.py'"
+
+
+@pytest.mark.parametrize(
+    'config, hidden, steps',
+    [
+        (
+            'retinanet_e3va_swin_nano_digits',
+            'mmseg',
+            'train_cfg = dict(max_epochs=1)',
+        ),
+        (
+            'upernet_e3va_swin_nano_digits',
+            'mmdet',
+            'train_cfg = dict(max_iters=2)\n'
+            'default_hooks = dict(logger=dict(interval=1))',
+        ),
+    ],
+)
+def test_a_wheel_trains_from_its_configs_without_the_other_framework(
+    site, digits, tmp_path, config, hidden, steps
+):
+    (tmp_path / 'data').symlink_to(digits)
+    loader = 'dict(num_workers=0, persistent_workers=False, batch_size=2)'
+    (tmp_path / 'mine.py').write_text(
+        f'_base_ = {BASE.format(config)}\n{steps}\n'
+        f'train_dataloader = {loader}\n'
+        'val_cfg = val_dataloader = val_evaluator = None\n'
+        "work_dir = 'work'\n"
+    )
+    tool = site / 'e3va_mm' / '.mim' / 'tools' / 'train.py'
+    output = call(site, tmp_path, tool, 'mine.py', hidden=(hidden,))
+    assert 'Trainable in the backbone: ' in output
+    assert re.search(r'loss: \d+\.\d+', output)
+    assert (tmp_path / 'work' / 'last_checkpoint').exists()
+
+
+def test_mmengine_does_not_take_our_configs_by_scope(site, tmp_path):
+    # It knows its own packages alone: hence BASE. When this fails, the
+    # README can offer `e3va_mm::` as well.
+    (tmp_path / 'mine.py').write_text(
+        "_base_ = 'e3va_mm::_base_/swin_nano.py'\n"
+    )
+    code = """
+import e3va_mm
+from mmengine.config import Config
+print(e3va_mm.__file__)
+try:
+    Config.fromfile('mine.py')
+except AssertionError as error:
+    print(error)
+"""
+    output = call(site, tmp_path, '-c', code)
+    assert f'{site}/e3va_mm/__init__.py\n' in output
+    assert 'does not support to load e3va_mm config' in output
 
 
 def test_no_file_of_tools_shadows_a_standard_module():

@@ -7,18 +7,19 @@
 #
 # Read from the caller's environment:
 #   PYTHON      the interpreter to start from (3.10 to 3.12)
-#   E3VA_VENV   the folder of the environment; default .venv
-#   E3VA_TORCH  the version of torch, such as 2.13.0+cpu; default 2.13.0
+#   E3VA_STACK  which frameworks: onedl, the default, or openmmlab, the dormant
+#               originals, which need Python 3.10 or 3.11
+#   E3VA_VENV   the folder of the environment; default .venv, and
+#               .venv-openmmlab for the originals
+#   E3VA_TORCH  the version of torch, such as 2.13.0+cpu; default 2.13.0, and
+#               2.1.2 for the originals
 #   E3VA_CACHE  where compiled ops are kept; default ~/.cache/e3va_mm
 #   MAX_JOBS    compilers at a time; default all cores
 # Where packages come from is pip's own affair (pip.conf, PIP_INDEX_URL,
 # PIP_FIND_LINKS ...).
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${E3VA_VENV:-$repository/.venv}
-torch_version=${E3VA_TORCH:-2.13.0}
 cache=${E3VA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/e3va_mm}
-ops=onedl-mmcv
 child=
 SECONDS=0
 
@@ -38,6 +39,30 @@ fail() {
     printf '\nFAILED  %s\n' "$1" >&2
     printf 'TO DO   %s\n' "${@:2}" >&2
     exit 1
+}
+
+# -- choosing ----------------------------------------------------------------
+
+# choose_stack NAME: sets where the environment lies and what goes into it.
+# Pythons come in order of preference; files are those of requirements/.
+choose_stack() {
+    case $1 in
+    onedl)
+        pythons='3.11 3.12 3.10' frameworks=mminstall pins=tested
+        ops=onedl-mmcv torch_version=2.13.0 venv=.venv
+        ;;
+    openmmlab)
+        # mmcv 2.1.0 belongs to torch 2.1.
+        pythons='3.10 3.11' frameworks=openmmlab pins=openmmlab
+        ops=mmcv torch_version=2.1.2 venv=.venv-openmmlab
+        ;;
+    *)
+        fail "There is no stack called '$1'." \
+            'Choose onedl, the maintained frameworks, or openmmlab.'
+        ;;
+    esac
+    torch_version=${E3VA_TORCH:-$torch_version}
+    venv=${E3VA_VENV:-$repository/$venv}
 }
 
 # -- doing -------------------------------------------------------------------
@@ -138,18 +163,19 @@ remember() {
 
 supported() {
     "$1" -c 'import sys
-sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
+sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1].split())' \
+        "$pythons" 2>/dev/null
 }
 
 # Sets $base to the interpreter to start from.
 find_python() {
-    local candidate crippled=
+    local candidate crippled='' wanted=${pythons// / or }
     if [ -n "${PYTHON:-}" ] && ! supported "$PYTHON"; then
-        fail "PYTHON=$PYTHON is not a Python 3.10, 3.11 or 3.12." \
+        fail "PYTHON=$PYTHON is not a Python $wanted." \
             'Set PYTHON to the path of one, or unset it.'
     fi
-    # 3.11 first: the pinned versions were tested with it.
-    for candidate in ${PYTHON:-python3.11 python3.12 python3.10 python3}; do
+    # The first is the one that the pinned versions were tested with.
+    for candidate in ${PYTHON:-python${pythons// / python} python3}; do
         supported "$candidate" || continue
         base=$("$candidate" -c 'import sys; print(sys.executable)')
         "$base" -c 'import ensurepip, venv' 2>/dev/null && return
@@ -159,9 +185,9 @@ find_python() {
         fail "$crippled has no venv and ensurepip to make environments with." \
             'Debian and Ubuntu: apt-get install python3-venv'
     fi
-    fail 'No Python 3.10, 3.11 or 3.12 was found on the PATH.' \
+    fail "No Python $wanted was found on the PATH." \
         'Debian and Ubuntu: apt-get install python3 python3-venv python3-dev' \
-        'Or name one: PYTHON=/path/to/python3.11 bash tools/quickstart.sh'
+        "Or name one: PYTHON=/path/to/python${pythons%% *} and the same command"
 }
 
 identity() {
@@ -197,7 +223,7 @@ pip() { "$python" -m pip "$@"; }
 network='Check the network and the settings of pip (pip config list), then run the same command again.'
 
 # The torch that is installed must stay, and so must what was tested.
-install() { pip install -c "$requirements/tested.txt" "$torch" "$@"; }
+install() { pip install -c "$requirements/$pins.txt" "$torch" "$@"; }
 
 # The last that pip writes of a package is INSTALLER: forget packages that were
 # killed before, so that pip installs them again.
@@ -217,13 +243,14 @@ install_packages() {
             continue
         pending="$pending $group"
         # The ops of mmcv must fit torch: they have a step of their own.
-        grep -v "^$ops" "$requirements/$group.txt" >"$stamps/$group.txt"
+        grep -v "^$ops[=><~]" "$requirements/$group.txt" \
+            >"$stamps/$group.txt"
         files+=(-r "$stamps/$group.txt")
     done
     [ -n "$pending" ] || return 0
     step "packages of requirements/:$pending" "$network" \
         install "${files[@]}"
-    if [[ $pending == *mminstall* ]]; then
+    if [[ " $pending " == *" $frameworks "* ]]; then
         # opencv-python, which mmcv and imaug pull in, overwrites the files of
         # the headless build and needs libGL: put them back.
         step 'OpenCV that needs no display' "$network" \
@@ -359,6 +386,8 @@ print(len(os.sched_getaffinity(0)))')}
     remember device "$device"
 }
 
+choose_stack "${E3VA_STACK:-onedl}"
+
 # -- all of it ---------------------------------------------------------------
 
 # prepare_environment GROUP...: sets $python to an interpreter that has torch,
@@ -369,14 +398,15 @@ prepare_environment() {
     logs=$stamps/logs
     requirements=$repository/requirements
     torch=torch==$torch_version
-    ops_pin=$(grep "^$ops==" "$requirements/tested.txt")
+    ops_pin=$(grep "^$ops==" "$requirements/$pins.txt")
     cd "$repository"
-    lock tools/environment.sh
+    # Each stack has an environment, and so a lock, of its own.
+    lock "$requirements/$pins.txt"
     make_venv
     mkdir -p "$logs"
     forget_half_installed
 
-    key=$torch_version-$(checksum "$requirements/tested.txt")
+    key=$torch_version-$(checksum "$requirements/$pins.txt")
     if ! done_before ops "$key"; then
         # Whether a compiler will be needed is known before the downloads.
         download_ops || compgen -G "$cache/$ops_pin/*/*.whl" >/dev/null ||
@@ -388,7 +418,7 @@ prepare_environment() {
             install setuptools wheel ninja packaging
         remember torch "$key"
     fi
-    install_packages "$key" runtime mminstall "$@"
+    install_packages "$key" runtime "$frameworks" "$@"
     if ! done_before ops "$key"; then
         install_ops
         remember ops "$key"

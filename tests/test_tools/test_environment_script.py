@@ -128,9 +128,77 @@ def test_progress_is_the_last_count_or_else_the_last_line(tmp_path):
 def test_pythons_3_10_to_3_12_are_supported(tmp_path, version, supported):
     pretend = f'import sys; sys.version_info = {version}\n'
     python = executable(
-        tmp_path / 'python', f'exec {sys.executable} -c "{pretend}$2"'
+        tmp_path / 'python', f'exec {sys.executable} -c "{pretend}$2" "$3"'
     )
     assert bash(tmp_path, f'supported {python}')[0] == supported
+
+
+@pytest.mark.parametrize(
+    'version, supported', [((3, 10), 0), ((3, 11), 0), ((3, 12), 1)]
+)
+def test_the_originals_need_3_10_or_3_11(tmp_path, version, supported):
+    pretend = f'import sys; sys.version_info = {version}\n'
+    python = executable(
+        tmp_path / 'python', f'exec {sys.executable} -c "{pretend}$2" "$3"'
+    )
+    code = f'choose_stack openmmlab; supported {python}'
+    assert bash(tmp_path, code)[0] == supported
+
+
+SHOWN = 'echo $ops $frameworks $pins $torch_version ${venv#"$repository"/}'
+
+
+@pytest.mark.parametrize(
+    'name, choice',
+    [
+        ('onedl', 'onedl-mmcv mminstall tested 2.13.0 .venv'),
+        ('openmmlab', 'mmcv openmmlab openmmlab 2.1.2 .venv-openmmlab'),
+    ],
+)
+def test_a_stack_has_packages_and_an_environment_of_its_own(
+    tmp_path, name, choice
+):
+    variables = {'E3VA_STACK': name, 'E3VA_VENV': '', 'E3VA_TORCH': ''}
+    code = f'choose_stack {name}; {SHOWN}'
+    assert bash(tmp_path, code, **variables)[:2] == (0, f'{choice}\n')
+    ops, frameworks, pins, *_ = choice.split()
+    requirements = SCRIPT.parents[1] / 'requirements'
+    assert f'{ops}==' in (requirements / f'{pins}.txt').read_text()
+    assert ops in (requirements / f'{frameworks}.txt').read_text()
+
+
+def test_what_the_caller_names_comes_before_the_stack(tmp_path):
+    variables = {'E3VA_VENV': '/mine', 'E3VA_TORCH': '2.1.0+cpu'}
+    code = 'choose_stack openmmlab; echo $venv $torch_version'
+    assert bash(tmp_path, code, **variables)[1] == '/mine 2.1.0+cpu\n'
+
+
+def test_an_unknown_stack_is_explained():
+    script = SCRIPT.parent / 'run_tests.sh'
+    process = subprocess.run(
+        ['bash', str(script), '--stack', 'mine'],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    assert "There is no stack called 'mine'" in process.stderr
+    assert 'TO DO   Choose onedl' in process.stderr
+
+
+def test_the_ops_alone_are_left_to_their_own_step(tmp_path):
+    code = """
+requirements=$repository/requirements
+choose_stack openmmlab
+step() { shift 2; "$@"; }
+pip() { :; }
+install_headless_opencv() { echo headless; }
+install() { cat "$stamps/openmmlab.txt"; }
+install_packages key openmmlab
+"""
+    status, out, _ = bash(tmp_path, code)
+    assert status == 0 and out.endswith('headless\n')
+    assert 'mmengine==' in out and 'mmdet==' in out
+    assert 'mmcv==' not in out
 
 
 def test_python_that_is_too_old_is_passed_over(tmp_path):
@@ -149,7 +217,7 @@ def test_python_that_is_too_old_is_passed_over(tmp_path):
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('exit 1', 'No Python 3.10, 3.11 or 3.12 was found'),
+        ('exit 1', 'No Python 3.11 or 3.12 or 3.10 was found'),
         # Answers every question but that for the modules.
         (
             'case "$2" in *executable*) echo $0;; *ensurepip*) exit 1;; esac',
@@ -169,7 +237,7 @@ def test_unusable_pythons_are_explained(tmp_path, text, message):
 def test_a_wrong_choice_of_python_is_an_error(tmp_path):
     status, _, error = bash(tmp_path, 'make_venv', PYTHON='/bin/false')
     assert status == 1
-    assert 'PYTHON=/bin/false is not a Python 3.10, 3.11 or 3.12' in error
+    assert 'PYTHON=/bin/false is not a Python 3.11 or 3.12 or 3.10' in error
 
 
 def test_an_environment_of_somebody_else_is_left_alone(tmp_path):

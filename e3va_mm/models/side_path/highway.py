@@ -73,9 +73,10 @@ class Highway:
                 for _ in range(2)
             )
             for rows in _chunks(len(flat)):
-                torch.mm(flat[rows].to(dtype), p1, out=projected[rows])
+                # Tools that count operations know no products with `out`.
+                projected[rows] = flat[rows].to(dtype) @ p1
                 bottleneck = F.gelu(torch.addmm(b1, projected[rows], q1))
-                torch.mm(bottleneck, p2, out=inner[rows])
+                inner[rows] = bottleneck @ p2
         self._inner.append(inner)
         if torch.is_grad_enabled() and self.codec is not None:
             self._kept.extend(self.codec.encode(flat))

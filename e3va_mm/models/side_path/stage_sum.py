@@ -60,6 +60,7 @@ def normalise(
         that is on, and what is kept of ``total``.
     """
     dtype = autocast_dtype(total) or total.dtype
+    # Traces, as of tools that count operations, know no function of ours.
     plainly = not torch.is_grad_enabled() or torch.jit.is_tracing()
     if plainly or not _invertible(norm, dtype):
         with autocast_off(total):
@@ -82,6 +83,8 @@ def downsample_difference(
     total: Tensor, trunk: Tensor, kept: KeptSum, downsampling: Downsampling
 ) -> Tensor:
     """``PM(total) - PM(trunk)``: (B, L, C) twice -> (B, L', C')."""
+    if torch.jit.is_tracing():
+        return _difference(total, trunk, downsampling)
     return _Difference.apply(
         total, trunk, downsampling, kept.restore, *kept.tensors
     )
@@ -138,13 +141,7 @@ class _Difference(torch.autograd.Function):
     def forward(ctx, total, trunk, downsampling, restore, *kept):
         ctx.downsampling, ctx.restore = downsampling, restore
         ctx.save_for_backward(*kept)
-        gather, weight = downsampling.gather, downsampling.weight()
-        with autocast_off(total):
-            # In single precision at least: a highway that is small beside
-            # the trunk would be lost in the rounding of the difference.
-            wide = torch.promote_types(total.dtype, torch.float32)
-            gathered = gather(total.to(wide)) - gather(trunk.to(wide))
-            return linear(gathered.to(weight.dtype), weight).to(wide)
+        return _difference(total, trunk, downsampling)
 
     @staticmethod
     @once_differentiable
@@ -157,6 +154,18 @@ class _Difference(torch.autograd.Function):
                 gathered = ctx.downsampling.gather(total)
             (grad,) = torch.autograd.grad(gathered, total, grad)
         return grad, None, None, None, *[None] * len(kept)
+
+
+def _difference(
+    total: Tensor, trunk: Tensor, downsampling: Downsampling
+) -> Tensor:
+    gather, weight = downsampling.gather, downsampling.weight()
+    with autocast_off(total):
+        # In single precision at least: a highway that is small beside the
+        # trunk would be lost in the rounding of the difference.
+        wide = torch.promote_types(total.dtype, torch.float32)
+        gathered = gather(total.to(wide)) - gather(trunk.to(wide))
+        return linear(gathered.to(weight.dtype), weight).to(wide)
 
 
 class _Product(torch.autograd.Function):

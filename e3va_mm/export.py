@@ -1,0 +1,213 @@
+"""The network of a trained model as one file: torch.export or ONNX.
+
+Exported is what lies between the data preprocessor and the post-processing:
+operators that only mmcv has (RoIAlign, NMS) and loops over detections are
+left out.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+
+ONNX_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
+# Of a protobuf file, 2 GiB, with room for the graph.
+LARGEST_ONNX = 1.8 * 2**30
+
+
+class Network(nn.Module):
+    """What of a model is exported, with names for its outputs.
+
+    ===================  ====================================================
+    of                   outputs
+    ===================  ====================================================
+    a segmentor          ``logits`` (B, classes, h, w), of the decode head
+    a one-stage          ``maps_0``... of the neck, finest first, and
+    detector             ``head_K_L``: kind K (scores, boxes...) on map L
+    a two-stage          the same of the neck and the RPN; what follows works
+    detector             on regions and stays with mmdet
+    ===================  ====================================================
+
+    Args:
+        model (nn.Module): A detector of mmdet or a segmentor of mmseg, built
+            and loaded.
+
+    Raises:
+        ConfigError: If the model is of another kind.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.segments = hasattr(model, 'decode_head')
+        kinds = {kind.__name__ for kind in type(_dense_head(model)).__mro__}
+        if not self.segments and 'BaseDenseHead' not in kinds:
+            raise ConfigError(
+                'Expected a segmentor, or a detector of mmdet with a dense '
+                f'head or an RPN, but got {type(model).__name__}. Others '
+                'cannot be exported.'
+            )
+        self.model = model.eval()
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W), preprocessed -> the outputs by name."""
+        # Hides the backbone's switches of the gradient mode from the tracer:
+        # under `no_grad` they change nothing, but each costs a part of the
+        # graph, and the export most of its time.
+        with torch._C.DisableTorchFunction():
+            return self._outputs(inputs)
+
+    def _outputs(self, inputs: Tensor) -> dict[str, Tensor]:
+        if self.segments:
+            return dict(logits=self.model(inputs, mode='tensor'))
+        maps = self.model.extract_feat(inputs)
+        outputs = {f'maps_{level}': each for level, each in enumerate(maps)}
+        for kind, levels in enumerate(_dense_head(self.model)(maps)):
+            for level, each in enumerate(levels):
+                outputs[f'head_{kind}_{level}'] = each
+        return outputs
+
+
+def _dense_head(model: nn.Module) -> nn.Module | None:
+    """The head that sees whole maps: of two stages the first, the RPN."""
+    for name in ('rpn_head', 'bbox_head'):
+        if hasattr(model, name):
+            return getattr(model, name)
+    return None
+
+
+class Difference(NamedTuple):
+    """How far an output of the file is from that of the model."""
+
+    shape: tuple[int, ...]
+    absolute: float  # the largest
+    relative: float  # the same over the largest value
+
+
+def preprocessed(
+    model: nn.Module, batch: int, size: tuple[int, int]
+) -> Tensor:
+    """Noise, as the model's data preprocessor hands it on.
+
+    Args:
+        model (nn.Module): The detector or segmentor.
+        batch (int): Pictures.
+        size (tuple[int, int]): Height and width in pixels.
+
+    Returns:
+        Tensor: (batch, 3, H, W), H and W padded as the preprocessor pads.
+    """
+    pictures = [
+        torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+        for _ in range(batch)
+    ]
+    data = dict(inputs=pictures, data_samples=None)
+    return model.data_preprocessor(data, False)['inputs']
+
+
+@torch.no_grad()
+def export_network(network: Network, inputs: Tensor, out: Path) -> Callable:
+    """Write a file for inputs of one shape, and read it again.
+
+    Args:
+        network (Network): What to export.
+        inputs (Tensor): (B, 3, H, W), an example; the shape is fixed.
+        out (Path): ``.pt2`` for a program of ``torch.export``, ``.onnx`` for
+            ONNX.
+
+    Returns:
+        Callable: Runs the file: inputs -> outputs by name.
+
+    Raises:
+        ConfigError: As :func:`check_out`.
+    """
+    check_out(out)
+    # A first run stores the trunk's weights as its options say.
+    names = list(network(inputs))
+    program = torch.export.export(network, (inputs,), strict=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == '.pt2':
+        torch.export.save(program, out)
+        return torch.export.load(out).module()
+    return _export_onnx(program, names, out)
+
+
+def _export_onnx(
+    program: torch.export.ExportedProgram, names: list[str], out: Path
+) -> Callable:
+    import onnxruntime
+
+    size = sum(v.nbytes for v in program.state_dict.values())
+    torch.onnx.export(
+        program,
+        f=out,
+        dynamo=True,
+        input_names=['inputs'],
+        output_names=names,
+        external_data=size > LARGEST_ONNX,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(
+        out, providers=['CPUExecutionProvider']
+    )
+
+    def run(inputs: Tensor) -> dict[str, Tensor]:
+        found = session.run(None, {'inputs': inputs.cpu().numpy()})
+        return dict(zip(names, map(torch.from_numpy, found), strict=True))
+
+    return run
+
+
+def check_out(out: Path) -> None:
+    """Refuse a file that cannot be written here.
+
+    Raises:
+        ConfigError: If the suffix is unknown or packages are missing.
+    """
+    if out.suffix not in ('.pt2', '.onnx'):
+        raise ConfigError(
+            f'--out should end in .pt2 (torch.export) or .onnx, but got {out}.'
+        )
+    if out.suffix == '.onnx':
+        missing = [
+            name
+            for name in ONNX_PACKAGES
+            if importlib.util.find_spec(name) is None
+        ]
+        if missing:
+            raise ConfigError(
+                f'{out}: ONNX needs {", ".join(missing)}, which '
+                f'{"is" if len(missing) == 1 else "are"} not installed: '
+                f'`pip install {" ".join(missing)}`. Or write a .pt2 file.'
+            )
+
+
+@torch.no_grad()
+def differences(
+    run: Callable, network: Network, inputs: Tensor
+) -> dict[str, Difference]:
+    """Compare a file with its model.
+
+    Args:
+        run (Callable): From :func:`export_network`.
+        network (Network): The model.
+        inputs (Tensor): (B, 3, H, W), best not those of the export: what was
+            kept as a constant by mistake shows with others alone.
+
+    Returns:
+        dict[str, Difference]: By the name of the output.
+    """
+    found = run(inputs)
+    result = {}
+    for name, expected in network(inputs).items():
+        expected = expected.cpu()
+        apart = (found[name].cpu() - expected).abs().max().item()
+        largest = expected.abs().max().item()
+        result[name] = Difference(
+            tuple(expected.shape), apart, apart / max(largest, 1e-12)
+        )
+    return result

@@ -18,6 +18,7 @@ from .errors import ConfigError
 ONNX_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 # Of a protobuf file, 2 GiB, with room for the graph.
 LARGEST_ONNX = 1.8 * 2**30
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class Network(nn.Module):
@@ -123,7 +124,8 @@ def export_network(network: Network, inputs: Tensor, out: Path) -> Callable:
         Callable: Runs the file: inputs -> outputs by name.
 
     Raises:
-        ConfigError: As :func:`check_out`.
+        ConfigError: As :func:`check_out`, or if a network for ONNX computes
+            in 16 bits.
     """
     check_out(out)
     # A first run stores the trunk's weights as its options say.
@@ -139,6 +141,14 @@ def export_network(network: Network, inputs: Tensor, out: Path) -> Callable:
 def _export_onnx(
     program: torch.export.ExportedProgram, names: list[str], out: Path
 ) -> Callable:
+    values = (node.meta.get('val') for node in program.graph.nodes)
+    if any(getattr(value, 'dtype', None) in HALVES for value in values):
+        raise ConfigError(
+            f'{out}: the network computes in 16 bits, which ONNX Runtime '
+            'lacks on CPU. Export it in single precision, with '
+            "`side_path.preset='exact'` and without `trunk_compute` and "
+            '`trunk_weights`, or write a .pt2 file.'
+        )
     import onnxruntime
 
     size = sum(v.nbytes for v in program.state_dict.values())

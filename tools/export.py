@@ -20,8 +20,8 @@ import torch
 from mmengine.config import Config, DictAction
 from torch import nn
 
-# Registers the safe checkpoint loaders.
-import e3va_mm.checkpoint  # noqa: F401
+# Registers the safe checkpoint loaders, too.
+from e3va_mm.checkpoint import match_state, read_checkpoint
 from e3va_mm.errors import CheckpointError, ConfigError, E3VAError
 from e3va_mm.export import (
     Network,
@@ -31,6 +31,7 @@ from e3va_mm.export import (
     preprocessed,
 )
 from e3va_mm.measure.inputs import image_size, set_image_size
+from e3va_mm.models import SidePathBackbone
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -100,6 +101,32 @@ def initialiser(config: Config) -> Callable[..., nn.Module]:
     return init
 
 
+def check_arrived(model: nn.Module, checkpoint: Path) -> None:
+    """Refuse a file that has left a part random: mmengine only warns."""
+    expected = model.state_dict()
+    found = read_checkpoint(checkpoint)
+    found = found.get('state_dict', found)
+    if isinstance(model.backbone, SidePathBackbone):
+        if model.backbone.trunk_source is None:
+            raise CheckpointError(
+                f'{checkpoint} brings no weights for the trunk, which is '
+                'random. Take a checkpoint of the whole model.'
+            )
+        # Whatever else it holds, the backbone has checked by itself.
+        expected, found = (
+            {k: v for k, v in state.items() if not k.startswith('backbone.')}
+            for state in (expected, found)
+        )
+    match_state(
+        expected,
+        found,
+        expected_leftovers=['.*'],
+        what='model of the config',
+        source=str(checkpoint),
+        hint='Take the config that the checkpoint was trained with.',
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Export and compare; 1 if the file gives something else."""
     args = parse_args(argv)
@@ -110,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = tuple(args.size) if args.size else image_size(config)
     set_image_size(config, size)
     model = init(config, str(args.checkpoint), device='cpu')
+    check_arrived(model, args.checkpoint)
     network = Network(model)
     torch.manual_seed(0)
     inputs, others = (preprocessed(model, args.batch, size) for _ in range(2))

@@ -1,11 +1,13 @@
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from e3va_mm import export
-from e3va_mm.errors import ConfigError
+from e3va_mm.checkpoint import read_checkpoint
+from e3va_mm.errors import CheckpointError, ConfigError
 from tests.test_apis.trained import trained_detector, trained_segmentor
 
 SPEC = importlib.util.spec_from_file_location(
@@ -81,6 +83,35 @@ def test_a_file_that_differs(trained, tmp_path, monkeypatch, capsys):
         f'error: {out} does not give what the model gives.\n'
     )
     assert exported(trained[0], out, '--tolerance', '0.2') == 0
+
+
+def test_a_checkpoint_that_leaves_a_part_random(trained, tmp_path):
+    trained, _ = trained
+    whole = read_checkpoint(trained.checkpoint)
+    state = whole['state_dict']
+    path = tmp_path / 'part.pth'
+    for left, text in (
+        (
+            r'backbone\.',
+            r'part\.pth does not fit the model of the config: 0 of',
+        ),
+        (
+            r'backbone\.(side_path|norm)|(?!backbone)',
+            r'part\.pth brings no weights for the trunk',
+        ),
+    ):
+        part = {k: v for k, v in state.items() if re.match(left, k)}
+        torch.save(dict(meta=whole['meta'], state_dict=part), path)
+        with pytest.raises(CheckpointError, match=text):
+            tool.main([trained.config, str(path), '--out', 'x.pt2'])
+
+
+def test_onnx_in_16_bits(tmp_path):
+    network = torch.nn.Linear(1, 1).to(torch.bfloat16)
+    inputs = (torch.zeros(1, 1, dtype=torch.bfloat16),)
+    program = torch.export.export(network, inputs)
+    with pytest.raises(ConfigError, match=r'x\.onnx: the network computes in'):
+        export._export_onnx(program, ['out'], tmp_path / 'x.onnx')
 
 
 def test_wrong_arguments(tmp_path):

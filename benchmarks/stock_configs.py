@@ -171,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         'configs', nargs='*', type=Path, help='default: all stock ones'
     )
-    parser.add_argument('--size', type=int, default=224, help='pixels')
+    # The longest stride is 64.
+    parser.add_argument('--size', type=int, default=256, help='pixels')
     # Batch norms of maps of 1x1 need two.
     parser.add_argument('--batch', type=int, default=2, help='pictures')
     parser.add_argument('--json', type=Path, help='figures, to go on from')

@@ -86,4 +86,5 @@ default_hooks = dict(
         interval=iterations,
         max_keep_ckpts=2,
         save_best='mIoU'))
+log_processor = dict(by_epoch=False)
 randomness = dict(seed=0)

@@ -22,6 +22,7 @@ from tests.helpers import SWIN, TINY
 CONFIGS = Path(__file__).parents[1] / 'configs'
 SIZE = (64, 64)
 WIDTH = 32
+SAMPLES = 16
 ALL = sorted(CONFIGS.glob('*.py'))
 ONE_CARD = [path for path in ALL if re.search(r'_\d+gb$', path.stem)]
 NANO = [path for path in ALL if '_nano_' in path.stem]
@@ -65,7 +66,7 @@ def load(path):
 
 
 def narrow(node):
-    """Let all layers have few channels."""
+    """Let all layers have few channels, and heads learn from few samples."""
     if isinstance(node, list | tuple):
         for value in node:
             narrow(value)
@@ -73,6 +74,8 @@ def narrow(node):
         for key, value in node.items():
             if key.endswith('channels') and isinstance(value, int):
                 node[key] = min(value, WIDTH)
+            elif key == 'sampler':
+                value.num = min(value.get('num', SAMPLES), SAMPLES)
             else:
                 narrow(value)
 

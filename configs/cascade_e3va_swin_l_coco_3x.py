@@ -17,8 +17,12 @@ _base_ = [
     './_base_/adamw.py',
     './_base_/e3va_runtime.py',
 ]
-# The stock config imports mmpretrain, for its ConvNeXt alone.
-custom_imports = None
+# In place of mmpretrain, which the stock config imports for its ConvNeXt; see
+# _base_/safe_checkpoints.py.
+custom_imports = dict(
+    _delete_=True,
+    imports=['e3va_mm.checkpoint'],
+    allow_failed_imports=False)
 model = dict(
     backbone=dict(_delete_=True, **_base_.trunk),
     neck=dict(in_channels=_base_.widths))

@@ -14,6 +14,7 @@ _base_ = [
     './_base_/swin_t.py',
     './_base_/adamw.py',
     './_base_/e3va_runtime.py',
+    './_base_/safe_checkpoints.py',
 ]
 model = dict(
     backbone=dict(_delete_=True, **_base_.trunk),

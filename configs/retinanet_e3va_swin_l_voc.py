@@ -14,6 +14,7 @@ _base_ = [
     './_base_/swin_l.py',
     './_base_/adamw.py',
     './_base_/e3va_runtime.py',
+    './_base_/safe_checkpoints.py',
 ]
 # The neck does not use the map of the first stage: without it no output norm
 # is left untrained.

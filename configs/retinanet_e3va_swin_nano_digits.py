@@ -15,6 +15,7 @@ _base_ = [
     './_base_/digits_detection.py',
     './_base_/swin_nano.py',
     './_base_/e3va_runtime.py',
+    './_base_/safe_checkpoints.py',
 ]
 width = 64
 model = dict(

@@ -17,6 +17,7 @@ _base_ = [
     './_base_/swin_b.py',
     './_base_/adamw_poly_40k.py',
     './_base_/e3va_runtime.py',
+    './_base_/safe_checkpoints.py',
 ]
 model = dict(
     pretrained=None,

@@ -16,6 +16,7 @@ _base_ = [
     'swin-large-patch4-window7-in22k-pre_upernet_8xb2-160k_ade20k-512x512.py',
     './_base_/swin_l.py',
     './_base_/e3va_runtime.py',
+    './_base_/safe_checkpoints.py',
 ]
 model = dict(backbone=_base_.trunk)
 optim_wrapper = dict(constructor='e3va_mm.SidePathOptimWrapperConstructor')

@@ -18,6 +18,7 @@ _base_ = [
     './_base_/digits_segmentation.py',
     './_base_/swin_nano.py',
     './_base_/e3va_runtime.py',
+    './_base_/safe_checkpoints.py',
 ]
 width = 64
 num_classes = 11

@@ -77,7 +77,7 @@ def generate_batch(
 
     Noise for pictures; boxes, labels, and those of masks, semantic maps and
     edge maps that the pipeline loads, at random. Classes are those
-    that all heads know.
+    that all heads know. A tracker gets as many frames as its head takes.
 
     Args:
         config (Config): Says which annotations its pipeline loads.
@@ -95,7 +95,15 @@ def generate_batch(
     origins = {cls.__module__.split('.')[0] for cls in type(model).__mro__}
     classes = _num_classes(model)
     annotations = _annotations(config)
-    if 'mmdet' in origins:
+    shape = (3, *size)
+    frames = getattr(getattr(model, 'track_head', None), 'num_frames', 0)
+    if frames:
+        shape = (frames, *shape)
+        samples = [
+            _video_sample(frames, size, objects, classes, annotations)
+            for _ in range(batch)
+        ]
+    elif 'mmdet' in origins:
         samples = [
             _detection_sample(size, objects, classes, annotations)
             for _ in range(batch)
@@ -112,8 +120,7 @@ def generate_batch(
             f'{type(model).__module__}.{type(model).__name__}.'
         )
     pictures = [
-        torch.randint(0, 256, (3, *size), dtype=torch.uint8)
-        for _ in range(batch)
+        torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(batch)
     ]
     return dict(inputs=pictures, data_samples=samples)
 
@@ -199,7 +206,7 @@ def _annotations(config: Config) -> set[str]:
     """What the training pipeline loads: some of masks, maps and edges."""
     dataset = (config.get('train_dataloader') or {}).get('dataset')
     found = set()
-    for transform in _pipeline(dataset):
+    for transform in _flat(_pipeline(dataset)):
         panoptic = _name(transform) == 'LoadPanopticAnnotations'
         if transform.get('with_mask', panoptic):
             found.add('masks')
@@ -208,6 +215,14 @@ def _annotations(config: Config) -> set[str]:
         if _name(transform) == 'GenerateEdge':
             found.add('edges')
     return found
+
+
+def _flat(transforms: Sequence[Mapping]) -> Iterator[Mapping]:
+    """Transforms, and those that they apply to all frames of a video."""
+    for transform in transforms:
+        yield transform
+        if _name(transform) == 'TransformBroadcaster':
+            yield from _flat(transform['transforms'])
 
 
 def _num_classes(model: nn.Module) -> int:
@@ -255,6 +270,20 @@ def _detection_sample(
     )
     if 'maps' in annotations:
         sample.gt_sem_seg = PixelData(sem_seg=_semantic_map(size, num_classes))
+    return sample
+
+
+def _video_sample(frames: int, size: Size, objects: int, *args):
+    from mmdet.structures import TrackDataSample
+
+    sample = TrackDataSample()
+    sample.video_data_samples = [
+        _detection_sample(size, objects, *args) for _ in range(frames)
+    ]
+    for frame in sample:
+        # The same objects, elsewhere.
+        frame.gt_instances.instances_ids = torch.arange(objects)
+        frame.gt_instances.labels = sample[0].gt_instances.labels
     return sample
 
 

@@ -1,11 +1,15 @@
 """A checkpoint of ours through the frameworks' own ways to use one."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from e3va_mm.errors import CheckpointError
 from tests.test_checkpoint.hostile import FORMS, touch
+from tests.test_configs import CONFIGS
 
 
 def assert_loaded(model, checkpoint):
@@ -79,11 +83,36 @@ def test_mmseg_inferencer(segmentor, classes, tmp_path):
 def test_a_file_that_could_run_code(detector, tmp_path):
     from mmdet.apis import DetInferencer, init_detector
 
-    # The inferencers read the file before they build the model: it is
-    # `import e3va_mm.checkpoint`, here by the training, that makes it safe.
     marker, path = tmp_path / 'marker', tmp_path / 'hostile.pth'
     FORMS['in_state_dict'](path, touch(marker))
     for use in (init_detector, DetInferencer):
         with pytest.raises(CheckpointError, match='could run code'):
             use(detector.config, str(path), device='cpu')
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    'framework, inferencer, config',
+    [
+        ('mmdet', 'DetInferencer', 'cascade_e3va_swin_nano_digits.py'),
+        ('mmseg', 'MMSegInferencer', 'upernet_e3va_swin_nano_digits.py'),
+    ],
+)
+def test_a_hostile_file_alone_in_a_process(
+    framework, inferencer, config, tmp_path
+):
+    """The inferencers read the file before the model imports us."""
+    marker, path = tmp_path / 'marker', tmp_path / 'hostile.pth'
+    FORMS['in_state_dict'](path, touch(marker))
+    code = (
+        f'from {framework}.apis import {inferencer} as use; import sys; '
+        "use(sys.argv[1], sys.argv[2], device='cpu')"
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code, CONFIGS / config, path],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert 'could run code' in done.stderr
     assert not marker.exists()

@@ -233,6 +233,23 @@ def test_maps_for_segmentation():
     assert set(sample.gt_edge_map.data.unique().tolist()) == {0, 1}
 
 
+def test_a_tracker_gets_the_same_objects_in_all_frames_of_a_video():
+    tracker = Detector(7)
+    tracker.track_head = nn.Identity()
+    tracker.track_head.num_frames = 2
+    load = dict(type='LoadTrackAnnotations', with_mask=True)
+    broadcast = dict(type='TransformBroadcaster', transforms=[load])
+    batch = generated(broadcast, model=tracker)
+    assert [p.shape for p in batch['inputs']] == [(2, 3, 64, 96)] * 2
+    for video in batch['data_samples']:
+        first, second = (frame.gt_instances for frame in video)
+        assert first.instances_ids.tolist() == list(range(50))
+        assert torch.equal(first.instances_ids, second.instances_ids)
+        assert torch.equal(first.labels, second.labels)
+        assert len(first.masks) == len(second.masks) == 50
+        assert not torch.equal(first.bboxes.tensor, second.bboxes.tensor)
+
+
 def test_other_models_are_refused():
     with pytest.raises(ConfigError, match='segmentor .* got torch.*Identity'):
         generated(model=nn.Identity())

@@ -6,7 +6,6 @@ pictures in place of the data.
 """
 
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -74,20 +73,6 @@ RUNS = {
 }
 
 
-def make_my_data(root):
-    """COCO files with boxes and masks of two classes."""
-    for split in ('train', 'val'):
-        make_coco(root, split, classes=('cat', 'dog'))
-        path = root / f'{split}.json'
-        content = json.loads(path.read_text())
-        for annotation in content['annotations']:
-            x, y, w, h = annotation['bbox']
-            annotation['segmentation'] = [
-                [x, y, x + w, y, x + w, y + h, x, y + h]
-            ]
-        path.write_text(json.dumps(content))
-
-
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """What a user of a page has before them."""
@@ -99,7 +84,13 @@ def folder(tmp_path_factory):
     for path in (ROOT / 'configs').iterdir():
         (configs / path.name).symlink_to(path)
     build_dataset(folder / 'data' / 'digits', train=4, val=1, test=1, size=96)
-    make_my_data(folder / 'path' / 'to' / 'my_data')
+    for split in ('train', 'val'):
+        make_coco(
+            folder / 'path' / 'to' / 'my_data',
+            split,
+            classes=('cat', 'dog'),
+            masks=True,
+        )
     weights = read_checkpoint('e3va_mm://swin_nano_digits.safetensors')
     save_file(
         weights.get('state_dict', weights),

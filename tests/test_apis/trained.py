@@ -3,15 +3,13 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors.torch import save_file
-
 from e3va_mm.engine import launch
-from tests.helpers import TINY, build_stock, randomised
 from tests.test_engine.test_hooks.tiny import (
     detection_config,
     make_coco,
     make_segmentation,
     segmentation_config,
+    side_path_config,
 )
 
 
@@ -53,23 +51,14 @@ def trained_segmentor(folder):
 
 
 def _train(folder, base, rest):
-    trunk = randomised(build_stock()).state_dict()
-    weights = folder / 'trunk.safetensors'
-    save_file({f'backbone.{k}': v for k, v in trunk.items()}, weights)
-    config = folder / 'experiment.py'
-    config.write_text(f"""
-_base_ = {str(base)!r}
-model = dict(
-    backbone=dict(
-        _delete_=True, type='e3va_mm.E3VASwinTransformer', **{TINY},
-        init_cfg=dict(type='Pretrained', checkpoint={str(weights)!r})),
-    {rest})
+    more = """
 # The inferencers of mmseg look for these.
 visualizer = dict(name='visualizer')
-test_pipeline = {{{{_base_.test_dataloader.dataset.pipeline}}}}
+test_pipeline = {{_base_.test_dataloader.dataset.pipeline}}
 optim_wrapper = dict(
     _delete_=True, type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
-""")
+"""
+    config, weights, _ = side_path_config(folder, base, rest, more)
     assert launch.train([str(config)]) == 0
     weights.unlink()  # from now on the checkpoint alone brings the trunk
     return str(config)

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import textwrap
@@ -82,6 +83,7 @@ def test_in_a_distributed_run_one_process_downloads(server, cache, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=os.environ | dict(LOCAL_RANK=str(rank)),
         )
         for rank in range(2)
     ]

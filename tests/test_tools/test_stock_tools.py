@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from tests.helpers import TINY, build_stock, randomised
 from tests.test_engine.test_hooks.tiny import (
     detection_config,
     make_coco,
     make_segmentation,
     segmentation_config,
+    side_path_config,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -48,17 +47,7 @@ def test_side_path_learns_and_trunk_stays(framework, tmp_path):
             'decode_head=dict(in_channels=256, in_index=3), '
             'auxiliary_head=None'
         )
-    trunk = randomised(build_stock()).state_dict()
-    weights = tmp_path / 'trunk.safetensors'
-    save_file({f'backbone.{k}': v for k, v in trunk.items()}, weights)
-    config = tmp_path / 'experiment.py'
-    config.write_text(f"""
-_base_ = {str(base)!r}
-model = dict(
-    backbone=dict(
-        _delete_=True, type='e3va_mm.E3VASwinTransformer', **{TINY},
-        init_cfg=dict(type='Pretrained', checkpoint={str(weights)!r})),
-    {head})
+    more = f"""
 custom_hooks = [dict(type='e3va_mm.TrainableTableHook'),
                 dict(type='e3va_mm.DatasetCheckHook')]
 # A stock Swin config may stop the learning of all that is called backbone.
@@ -66,7 +55,8 @@ optim_wrapper = dict(
     _delete_=True, type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3),
     paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.))))
 work_dir = {str(tmp_path / 'work')!r}
-""")
+"""
+    config, _, trunk = side_path_config(tmp_path, base, head, more)
     done = stock_train(framework, config)
     assert done.returncode == 0, done.stderr[-3000:]
     log = done.stdout + done.stderr

@@ -190,7 +190,7 @@ def _before_product(grad: Tensor, downsampling: Downsampling) -> Tensor:
     """Gradients after the product (..., C') -> before it (..., G)."""
     # Made again: a weight in another order is a copy, not to be kept.
     weight = downsampling.weight()
-    return (grad.to(weight.dtype) @ weight).to(grad.dtype)
+    return linear(grad.to(weight.dtype), weight.t()).to(grad.dtype)
 
 
 def _invertible(norm: nn.Module, dtype: torch.dtype) -> bool:

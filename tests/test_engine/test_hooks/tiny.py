@@ -3,12 +3,19 @@ import json
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import save_file
+
+from tests.helpers import TINY, build_stock, randomised
 
 CLASSES = ('cat', 'dog', 'bird')
 
 
-def make_coco(folder, name, count=4, classes=CLASSES, suffix='.jpg'):
-    """``count`` pictures of 48x64 with one box each, and ``name.json``."""
+def make_coco(
+        folder, name, count=4, classes=CLASSES, suffix='.jpg', masks=False):
+    """``count`` pictures of 48x64 with one box each, and ``name.json``.
+
+    ``masks`` are the boxes as polygons.
+    """
     (folder / name).mkdir(parents=True)
     random = np.random.default_rng(0)
     images, annotations = [], []
@@ -25,6 +32,12 @@ def make_coco(folder, name, count=4, classes=CLASSES, suffix='.jpg'):
                 bbox=[8, 8, 24, 20],
                 area=480,
                 iscrowd=0))
+    if masks:
+        for annotation in annotations:
+            x, y, w, h = annotation['bbox']
+            annotation['segmentation'] = [
+                [x, y, x + w, y, x + w, y + h, x, y + h]
+            ]
     categories = [dict(id=i + 1, name=n) for i, n in enumerate(classes)]
     content = dict(
         images=images, annotations=annotations, categories=categories)
@@ -199,3 +212,25 @@ def truncate(path, share=0.5):
     """Keep the first part of a file."""
     content = path.read_bytes()
     path.write_bytes(content[:int(len(content) * share)])
+
+
+def side_path_config(folder, base, rest, more=''):
+    """Write ``experiment.py``: ``base`` with our backbone on a drawn trunk.
+
+    ``rest`` are further arguments of the model, ``more`` further lines.
+    Returns its path, that of the trunk's weights, and these.
+    """
+    trunk = randomised(build_stock()).state_dict()
+    weights = folder / 'trunk.safetensors'
+    save_file({f'backbone.{k}': v for k, v in trunk.items()}, weights)
+    config = folder / 'experiment.py'
+    config.write_text(f"""
+_base_ = {str(base)!r}
+model = dict(
+    backbone=dict(
+        _delete_=True, type='e3va_mm.E3VASwinTransformer', **{TINY},
+        init_cfg=dict(type='Pretrained', checkpoint={str(weights)!r})),
+    {rest})
+{more}
+""")
+    return config, weights, trunk

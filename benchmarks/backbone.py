@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from e3va_mm.measure import kept_for_backward
 from e3va_mm.registry import MODELS
-from e3va_mm.utils import mark_trainable
+from e3va_mm.utils import keep_freed_memory, mark_trainable
 
 SWIN = dict(
     t=dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
@@ -208,4 +208,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    keep_freed_memory()
     main()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One whole training step of four workloads beside full fine-tuning and both
-# frozen rows. `as-is` is `lean` with taps of 8 bits, `frozen-lean` the frozen
-# trunk under the options of `lean`.
+# frozen rows: `as-is` is `lean`, `frozen-same` the frozen trunk under its
+# options.
 #
 #   bash benchmarks/workloads.sh w1 [options of tools/measure.py]
 #
@@ -11,11 +11,7 @@ cd "$(dirname "$0")/.."
 
 workload=${1:?one of w1 w2 w3 w4 w4-checkpointed}
 shift
-compare=full,frozen,frozen-lean,exact,lean
-options=(
-  model.backbone.side_path.preset=lean
-  model.backbone.side_path.save_taps=int8
-)
+compare=full,frozen,frozen-same,exact
 case $workload in
   w1) step=(configs/cascade_e3va_swin_b_coco.py --size 800 1216 --batch 1) ;;
   w2) step=(configs/retinanet_e3va_swin_l_voc.py --size 608 1000 --batch 2) ;;
@@ -23,12 +19,11 @@ case $workload in
   w4) step=(configs/cascade_e3va_swin_l_coco.py --size 800 1216 --batch 1) ;;
   w4-checkpointed)
     step=(configs/cascade_e3va_swin_l_coco_6gb.py --size 800 1216 --batch 1)
-    compare=frozen-same
-    options=()
+    compare=frozen-same  # full would not be checkpointed
     ;;
   *) echo "error: no workload $workload" >&2; exit 2 ;;
 esac
 exec "${PYTHON:-python}" tools/measure.py "${step[@]}" \
   "$@" --compare "$compare" --steps 3 --warmup 1 \
   --json "work_dirs/benchmarks/$workload.json" --resume \
-  ${options:+--cfg-options "${options[@]}"}
+  --cfg-options model.backbone.side_path.preset=lean

@@ -146,8 +146,8 @@ def _export_onnx(
         raise ConfigError(
             f'{out}: the network computes in 16 bits, which ONNX Runtime '
             'lacks on CPU. Export it in single precision, with '
-            "`side_path.preset='exact'` and without `trunk_compute` and "
-            '`trunk_weights`, or write a .pt2 file.'
+            "`side_path.preset='exact'` and without `compute`, "
+            '`trunk_compute` and `trunk_weights`, or write a .pt2 file.'
         )
     import onnxruntime
 

@@ -99,7 +99,7 @@ def shrunk(config):
     backbone.update(TINY)
     model.backbone = backbone
     side_path = backbone.get('side_path', {})
-    for option in ('trunk_compute', 'trunk_weights'):
+    for option in ('compute', 'trunk_compute', 'trunk_weights'):
         if option in side_path:
             side_path[option] = 'bf16'
     return config

@@ -41,6 +41,7 @@ from e3va_mm.measure.report import (
     modules_table,
 )
 from e3va_mm.measure.results import Results, check_room, groups
+from e3va_mm.utils import keep_freed_memory
 
 # What a figure depends on, beside the config and the machine.
 SETTINGS = ('size', 'batch', 'device', 'amp', 'threads', 'warmup', 'steps')
@@ -415,6 +416,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
+    keep_freed_memory()  # as in training
     try:
         main()
     except E3VAError as error:

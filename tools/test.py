@@ -6,6 +6,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from e3va_mm.engine.launch import test
+from e3va_mm.utils import keep_freed_memory
 
 if __name__ == '__main__':
+    keep_freed_memory()
     sys.exit(test())

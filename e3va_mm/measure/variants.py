@@ -157,5 +157,6 @@ def _side_path(variant: str, given: Mapping | None) -> dict:
         nothing = dict(type='e3va_mm.NoSidePath', train_output_norms=False)
         return {**nothing, **trunk}
     # The preset decides on all that it may set.
-    own = {k: v for k, v in given.items() if k not in {*trunk, 'save_taps'}}
+    decided = {*trunk, 'save_taps', 'compute'}
+    own = {k: v for k, v in given.items() if k not in decided}
     return dict(own, preset=variant)

@@ -74,7 +74,9 @@ def test_nothing_is_downloaded():
     ],
 )
 def test_a_side_path_keeps_what_its_variant_does_not_decide(variant, expected):
-    given = ours(preset='lean', rank=4, save_taps='bf16', trunk_chunk=7)
+    given = ours(
+        preset='lean', rank=4, save_taps='bf16', compute='fp16', trunk_chunk=7
+    )
     backbone = variant_config(given, variant).model.backbone
     assert backbone.type == OURS
     assert backbone.side_path.to_dict() == expected

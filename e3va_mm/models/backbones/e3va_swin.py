@@ -31,8 +31,8 @@ class E3VASwinTransformer(SidePathBackbone):
 
             * ``preset`` (str): ``'exact'``, which changes no number of the
               method, or ``'lean'``, which keeps taps in 4 bits, those of
-              the first stage not at all, and computes and stores the trunk in
-              bfloat16; default ``'exact'``.
+              the first stage not at all, computes in bfloat16 and stores the
+              trunk in it; default ``'exact'``.
             * ``train_output_norms`` (bool): Train ``norm0``...; default True.
             * ``trunk_compute``, ``trunk_weights``, ``trunk_chunk``,
               ``trunk_compile``, ``trunk_drop_path``: How the trunk computes,

@@ -9,10 +9,12 @@ from ..trunks.stored_weights import torchao
 PRESETS: Mapping[str, Mapping] = {
     # No number of the method changes.
     'exact': dict(),
-    # The trunk computed and stored in 16 bits, its taps kept in 4. The first
-    # stage has most tokens for its arithmetic: it is cheap to run again.
+    # Trunk and adapters computed in 16 bits, its weights stored in 16, its
+    # taps kept in 4. The first stage has most tokens for its arithmetic: it is
+    # cheap to run again.
     'lean': dict(
         save_taps=('recompute', 'int4'),
+        compute='bf16',
         trunk_compute='bf16',
         trunk_weights='bf16',
     ),

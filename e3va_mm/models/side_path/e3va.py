@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...registry import MODELS
 from ..trunks import Downsampling, StageSpec
+from ..trunks.options import DTYPES
 from .adapter import LowRankAdapter
 from .highway import Highway
 from .kept_taps import TAP_CODECS
@@ -56,10 +57,15 @@ class E3VASidePath(nn.Module):
             ``'recompute'``: not at all, the trunk runs again. One for all
             stages or one for each, the last for all that follow. The forward
             pass is the same. Defaults to ``'exact'``.
+        compute (str, optional): Type of the adapters' products: ``'fp32'``,
+            ``'bf16'`` or ``'fp16'``. Parameters, their gradients and sums
+            over tokens stay in single precision. Defaults to the type of
+            autocast where it is on, else to that of the parameters.
 
     Raises:
-        ConfigError: If ``taps``, ``downsampling`` or ``save_taps`` names what
-            is not there, or the adapters cannot have the size asked for.
+        ConfigError: If ``taps``, ``downsampling``, ``save_taps`` or
+            ``compute`` names what is not there, or the adapters cannot have
+            the size asked for.
     """
 
     DOWNSAMPLINGS = ('difference', 'linear')
@@ -72,6 +78,7 @@ class E3VASidePath(nn.Module):
         taps: Sequence[str] | None = None,
         downsampling: str = 'difference',
         save_taps: str | Sequence[str] = 'exact',
+        compute: str | None = None,
     ) -> None:
         super().__init__()
         offered = stages[0].taps
@@ -94,9 +101,15 @@ class E3VASidePath(nn.Module):
                 f'{tuple(TAP_CODECS)}, or one for each stage, but got '
                 f'{save_taps!r}.'
             )
+        if compute not in (None, *DTYPES):
+            raise ConfigError(
+                f'`side_path.compute` should be one of {(None, *DTYPES)}, but '
+                f'got {compute!r}.'
+            )
         modes += modes[-1:] * (len(stages) - len(modes))
         self.downsampling = downsampling
         self.codecs = [TAP_CODECS[mode] for mode in modes]
+        self.compute = DTYPES.get(compute)
         self.stages = nn.ModuleList(
             nn.ModuleList(
                 nn.ModuleDict(
@@ -130,7 +143,9 @@ class E3VASidePath(nn.Module):
         Returns:
             Highway: The state of the stage, for the other methods.
         """
-        return Highway(inherited, self.codecs[stage], replay, stage)
+        return Highway(
+            inherited, self.codecs[stage], replay, stage, self.compute
+        )
 
     def add_tap(
         self, highway: Highway, stage: int, block: int, tap: str, value: Tensor

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..trunks.options import autocast_dtype, autocast_off
+from ..trunks.products import fast_dtype
 from .adapter import LowRankAdapter
 from .kept_taps import CHUNK, ExactTaps, TapCodec
 from .replay import Replay
@@ -42,6 +43,8 @@ class Highway:
             have them from ``replay``.
         replay (Replay, optional): Brings the taps again.
         stage (int): Index of the stage, for ``replay``. Defaults to 0.
+        compute (torch.dtype, optional): Type of the products. Defaults to
+            that of autocast where it is on, else to that of the parameters.
     """
 
     def __init__(
@@ -50,11 +53,13 @@ class Highway:
         codec: TapCodec | None,
         replay: Replay | None = None,
         stage: int = 0,
+        compute: torch.dtype | None = None,
     ) -> None:
         self.base = base
         self.codec = codec
         self.replay = replay
         self.stage = stage
+        self.compute = compute
         self._adapters: list[LowRankAdapter] = []
         self._inner: list[Tensor] = []  # u_k, (N, r)
         self._kept: list[Tensor] = []
@@ -64,7 +69,8 @@ class Highway:
     def add(self, adapter: LowRankAdapter, tap: Tensor) -> None:
         """Take in a tap (B, L, C); it is kept only if gradients are on."""
         parameters = adapter_parameters(adapter)
-        dtype = autocast_dtype(tap) or parameters[0].dtype
+        dtype = self.compute or autocast_dtype(tap) or parameters[0].dtype
+        dtype = fast_dtype(dtype, tap.device)
         flat = tap.detach().flatten(0, -2)
         with torch.no_grad(), autocast_off(tap):
             p1, q1, b1, p2, *_ = (p.to(dtype) for p in parameters)
@@ -91,15 +97,14 @@ class Highway:
         """(B, L, C), or None if there is neither a base nor a tap."""
         if self._sum is None and self._adapters:
             inner = torch.cat(self._inner, -1)
-            dtype = inner.dtype
             base = self.base
             if base is not None:
-                base = base.flatten(0, -2).to(dtype)
+                base = base.flatten(0, -2)
             if torch.is_grad_enabled() and self.codec is None:
                 self.replay.want(self.stage)
                 self._kept = [self.replay.image]
             parameters = [
-                p.to(dtype)
+                p
                 for adapter in self._adapters
                 for p in adapter_parameters(adapter)
             ]
@@ -136,14 +141,14 @@ class _StageHighway(torch.autograd.Function):
     ) -> Tensor:
         kept = len(tensors) - PARAMETERS * adapters
         ctx.codec, ctx.adapters, ctx.kept = codec, adapters, kept
-        ctx.replay, ctx.stage = replay, stage
+        ctx.replay, ctx.stage, ctx.dtype = replay, stage, inner.dtype
         ctx.save_for_backward(*tensors)
         parameters = _grouped(tensors[kept:], PARAMETERS)
         bias = torch.stack([p[5] for p in parameters]).sum(0)
         last = torch.cat([p[4] for p in parameters])
-        if base is not None:
-            return torch.addmm(base, inner, last).add_(bias)
-        return torch.addmm(bias, inner, last)
+        added = torch.addmm(bias.to(inner.dtype), inner, last.to(inner.dtype))
+        # The base is as precise as it came.
+        return added if base is None else base + added
 
     @staticmethod
     @once_differentiable
@@ -152,7 +157,10 @@ class _StageHighway(torch.autograd.Function):
         kept, parameters = tensors[: ctx.kept], tensors[ctx.kept :]
         with autocast_off(grad):  # some call backward under it
             backward = _StageBackward(
-                grad.contiguous(), _grouped(parameters, PARAMETERS), ctx.codec
+                grad.contiguous(),
+                _grouped(parameters, PARAMETERS),
+                ctx.codec,
+                ctx.dtype,
             )
             if ctx.codec:
                 for group in _grouped(kept, ctx.kept // ctx.adapters):
@@ -177,6 +185,7 @@ class _StageBackward:
         grad (Tensor): (N, C), the gradient that all of them share.
         parameters (Sequence): Those of each adapter.
         codec (TapCodec, optional): How taps were kept, None for as they came.
+        dtype (torch.dtype): Type of the products.
     """
 
     def __init__(
@@ -184,27 +193,29 @@ class _StageBackward:
         grad: Tensor,
         parameters: Sequence[Sequence[Tensor]],
         codec: TapCodec | None,
+        dtype: torch.dtype,
     ) -> None:
-        self.grad = grad
         self.parameters = parameters
         self.codec = codec or ExactTaps()
+        self.dtype = dtype
+        self.grad_bias = grad.sum(0, dtype=_wide(grad.dtype))
+        self.grad = grad.to(dtype)
         # One product for the gradients of all u_k.
-        self.grad_inner = grad @ torch.cat([p[4] for p in parameters]).t()
+        last = torch.cat([p[4] for p in parameters]).to(dtype)
+        self.grad_inner = self.grad @ last.t()
         self.inner = torch.empty_like(self.grad_inner)
         self.done: list[list[Tensor]] = []
 
     def adapter(self, kept: Sequence[Tensor]) -> None:
         """Take in what was kept of the next tap."""
         parameters = self.parameters[len(self.done)]
-        p1, q1, b1, p2, *_ = parameters
+        p1, q1, b1, p2, *_ = (p.to(self.dtype) for p in parameters)
         part = slice(
             len(self.done) * p1.shape[1], (len(self.done) + 1) * p1.shape[1]
         )
         # Sums over tokens, in single precision at least.
         sums = [
-            torch.zeros_like(
-                p, dtype=torch.promote_types(p.dtype, torch.float32)
-            )
+            torch.zeros_like(p, dtype=_wide(self.dtype))
             for p in (p1, q1, b1, p2)
         ]
         for rows in _chunks(len(self.grad)):
@@ -219,7 +230,7 @@ class _StageBackward:
                 (
                     self.codec.transposed_product(tap, grad_before @ q1.t()),
                     projected.t() @ grad_before,
-                    grad_before.sum(0),
+                    grad_before.sum(0, dtype=_wide(self.dtype)),
                     bottleneck.t() @ grad_u,
                 ),
                 strict=True,
@@ -242,13 +253,21 @@ class _StageBackward:
         """Gradients of all parameters, adapter by adapter."""
         # One product for those of all Q2_k.
         grad_last = self.inner.t() @ self.grad
-        grad_bias = self.grad.sum(0)
-        dtype = self.grad.dtype
-        for sums, last in zip(
-            self.done, grad_last.chunk(len(self.done)), strict=True
+        for sums, last, parameters in zip(
+            self.done,
+            grad_last.chunk(len(self.done)),
+            self.parameters,
+            strict=True,
         ):
-            yield from (total.to(dtype) for total in sums)
-            yield from (last, grad_bias)
+            for total, parameter in zip(
+                (*sums, last, self.grad_bias), parameters, strict=True
+            ):
+                yield total.to(parameter.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """For sums over tokens: single precision at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _chunks(tokens: int) -> Iterator[slice]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Tokens worked on at a time: their temporaries fit a processor's cache.
 CHUNK = 4096
+# Tokens from which mean and deviation of the channels are taken.
+SAMPLE = 1024
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -100,7 +102,8 @@ class IntegerTaps(TapCodec):
         """(N, C) -> codes, scales (N, groups), mean and deviation (2, C)."""
         tokens, width = tap.shape
         channels = _mean_and_deviation(tap)
-        mean, inverse = channels[0], channels[1].reciprocal()
+        inverse = channels[1].reciprocal()
+        offset = -channels[0] * inverse
         group = math.gcd(width, self.group or width)
         codes, scale = (
             tap.new_empty((tokens, -(-width // shared)), dtype=dtype)
@@ -110,7 +113,7 @@ class IntegerTaps(TapCodec):
             )
         )
         for part, coded, by in _in_parts(tap, codes, scale):
-            part = torch.sub(part, mean).mul_(inverse)
+            part = torch.addcmul(offset, part.float(), inverse)
             groups = part.unflatten(-1, (-1, group))
             # On CPU several times as fast as `aminmax`, or as a norm.
             largest = torch.maximum(groups.amax(-1), -groups.amin(-1))
@@ -136,10 +139,13 @@ class IntegerTaps(TapCodec):
         self, kept: Sequence[Tensor], other: Tensor
     ) -> Tensor:
         """See :class:`TapCodec`; channels wait for the smaller product."""
-        other = other.to(torch.promote_types(other.dtype, torch.float32))
-        mean, deviation = kept[2].to(other.dtype)[..., None]
+        wide = torch.promote_types(other.dtype, torch.float32)
+        if other.dtype == torch.float16:  # no room for small values
+            other = other.to(wide)
+        mean, deviation = kept[2].to(wide)[..., None]
         product = self._standardised(kept, other.dtype).t() @ other
-        return product.mul_(deviation).addmm_(mean, other.sum(0, True))
+        product = product.to(wide).mul_(deviation)
+        return product.addmm_(mean, other.sum(0, True, dtype=wide))
 
     def _standardised(
         self, kept: Sequence[Tensor], dtype: torch.dtype
@@ -181,25 +187,24 @@ class Int4Taps(IntegerTaps):
     def pack(self, levels: Tensor, out: Tensor) -> None:
         """See :class:`IntegerTaps`."""
         # Sixteen levels at -7.5, -6.5, ... 7.5.
-        codes = levels.floor_().add_(8).clamp_(0, 15).to(torch.uint8)
+        codes = levels.add_(8).clamp_(0, 15).to(torch.uint8)
         low, high = codes.split(out.shape[1], 1)
         out.copy_(low)
         out[:, : high.shape[1]] |= high << 4
 
     def unpack(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """See :class:`IntegerTaps`."""
-        levels = torch.cat([codes & 15, codes >> 4], 1).to(dtype)
+        count, width = codes.shape
+        levels = codes.new_empty((count, 2 * width), dtype=dtype)
+        levels[:, :width] = codes & 15
+        levels[:, width:] = codes >> 4
         return levels.sub_(7.5)
 
 
 def _mean_and_deviation(tap: Tensor) -> Tensor:
-    """Of each channel: (N, C) -> (2, C) in float32."""
-    total = tap.new_zeros((2, tap.shape[1]), dtype=torch.float32)
-    for part in tap.split(CHUNK):
-        part = part.float()
-        total[0] += part.sum(0)
-        total[1] += part.square().sum(0)
-    mean, square = total / len(tap)
+    """Of each channel, about: (N, C) -> (2, C) in float32."""
+    some = tap[:: -(-len(tap) // SAMPLE)].float()
+    mean, square = some.mean(0), some.square().mean(0)
     # At least what rounding leaves of the difference.
     variance = torch.maximum(square - mean.square(), 1e-6 * square)
     return torch.stack([mean, variance.sqrt().clamp_(min=TINY)])

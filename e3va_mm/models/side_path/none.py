@@ -18,12 +18,16 @@ class NoSidePath(nn.Module):
     Args:
         stages (Sequence[StageSpec]): The stages of the trunk.
         save_taps (str, optional): Of presets; there are no taps to save.
+        compute (str, optional): Of presets; there are no adapters.
     """
 
     taps = ()
 
     def __init__(
-        self, stages: Sequence[StageSpec], save_taps: str | None = None
+        self,
+        stages: Sequence[StageSpec],
+        save_taps: str | None = None,
+        compute: str | None = None,
     ) -> None:
         super().__init__()
 

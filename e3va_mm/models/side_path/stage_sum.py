@@ -5,14 +5,14 @@ Neither keeps it: it comes back from the norm's own output, which the neck
 keeps anyway, and the downsampling is computed again from it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..trunks import Downsampling
+from ..trunks import Band, Downsampling
 from ..trunks.options import autocast_dtype, autocast_off
 from ..trunks.products import linear
 from .kept_taps import ExactTaps, TapCodec
@@ -147,25 +147,43 @@ class _Difference(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         kept = ctx.saved_tensors  # once: a checkpoint gives them once
-        total = ctx.restore(kept).requires_grad_()
+        total = ctx.restore(kept)
+        weight = ctx.downsampling.weight()
+        grad_total = torch.empty_like(total)
         with autocast_off(grad):
-            grad = _before_product(grad, ctx.downsampling)
-            with torch.enable_grad():
-                gathered = ctx.downsampling.gather(total)
-            (grad,) = torch.autograd.grad(gathered, total, grad)
-        return grad, None, None, None, *[None] * len(kept)
+            for band in _bands(ctx.downsampling, total):
+                part = total[:, band.tokens].requires_grad_()
+                with torch.enable_grad():
+                    gathered = band.gather(part)
+                (grad_total[:, band.tokens],) = torch.autograd.grad(
+                    gathered,
+                    part,
+                    _before_product(grad[:, band.patches], weight),
+                )
+        return grad_total, None, None, None, *[None] * len(kept)
 
 
 def _difference(
     total: Tensor, trunk: Tensor, downsampling: Downsampling
 ) -> Tensor:
-    gather, weight = downsampling.gather, downsampling.weight()
+    weight = downsampling.weight()
+    # In single precision at least: a highway that is small beside the trunk
+    # would be lost in the rounding of the difference.
+    wide = torch.promote_types(total.dtype, torch.float32)
+    done = []
     with autocast_off(total):
-        # In single precision at least: a highway that is small beside the
-        # trunk would be lost in the rounding of the difference.
-        wide = torch.promote_types(total.dtype, torch.float32)
-        gathered = gather(total.to(wide)) - gather(trunk.to(wide))
-        return linear(gathered.to(weight.dtype), weight).to(wide)
+        for band in _bands(downsampling, total):
+            gathered = band.gather(total[:, band.tokens].to(wide))
+            gathered = gathered - band.gather(trunk[:, band.tokens].to(wide))
+            done.append(linear(gathered.to(weight.dtype), weight).to(wide))
+    return torch.cat(done, 1)
+
+
+def _bands(downsampling: Downsampling, tokens: Tensor) -> Iterable[Band]:
+    """What is worked on at a time: temporaries are wide."""
+    if downsampling.bands is None:
+        return [Band(slice(None), slice(None), downsampling.gather)]
+    return downsampling.bands(len(tokens))
 
 
 class _Product(torch.autograd.Function):
@@ -182,14 +200,13 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         with autocast_off(grad):
-            grad = _before_product(grad, ctx.downsampling)
+            # Made again: a weight in another order is a copy, not to be kept.
+            grad = _before_product(grad, ctx.downsampling.weight())
         return grad.to(ctx.dtype), None
 
 
-def _before_product(grad: Tensor, downsampling: Downsampling) -> Tensor:
+def _before_product(grad: Tensor, weight: Tensor) -> Tensor:
     """Gradients after the product (..., C') -> before it (..., G)."""
-    # Made again: a weight in another order is a copy, not to be kept.
-    weight = downsampling.weight()
     return linear(grad.to(weight.dtype), weight.t()).to(grad.dtype)
 
 

@@ -1,7 +1,7 @@
 """What a backbone with a side path asks of a trunk."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -30,6 +30,14 @@ class StageOutput(NamedTuple):
     next_size: Size | None
 
 
+class Band(NamedTuple):
+    """Rows of a grid that are downsampled without the others."""
+
+    tokens: slice  # of the L before
+    patches: slice  # of the L' after
+    gather: Callable[..., Tensor]  # as that of the whole
+
+
 class Downsampling(NamedTuple):
     """A frozen downsampling in two steps: gather and norm, then a product.
 
@@ -40,6 +48,8 @@ class Downsampling(NamedTuple):
     # (B, L, C) -> (B, L', G); `norm=False` leaves the norm out.
     gather: Callable[..., Tensor]
     weight: Callable[[], Tensor]  # () -> (C', G), in the compute type
+    # Size of the batch -> some tokens at a time, in order; None for all.
+    bands: Callable[[int], Iterable[Band]] | None = None
 
 
 class Trunk(ABC):

@@ -25,6 +25,13 @@ def _emulated() -> set[torch.dtype]:
 EMULATED = _emulated()
 
 
+def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """``dtype``, or single precision where its products are emulated."""
+    if device.type == 'cpu' and dtype in EMULATED:
+        return torch.float32
+    return dtype
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: (..., C) -> (..., C') in the type of ``x``.
 

@@ -113,6 +113,7 @@ class SwinTrunk(Trunk):
         return Downsampling(
             lambda tokens, norm=True: merging.gather(tokens, size, norm),
             merging.weight,
+            lambda batch: merging.bands(size, batch),
         )
 
     def init_random(self, holder: nn.Module) -> None:

@@ -7,13 +7,14 @@ surrounds them (norms, residuals, drop path) stays the stock code.
 """
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import Band
 from .options import TrunkOptions, autocast_off
 from .products import linear
 from .stored_weights import plain
@@ -45,13 +46,15 @@ class PatchMerging:
             -(-side // stride)
             for side, stride in zip(size, strides, strict=True)
         )
+        weight = self.weight()
         with autocast_off(x):
-            gathered = self.gather(x, size)
-            weight = self.weight()
-            return (
-                linear(gathered.to(weight.dtype), weight).to(x.dtype),
-                size_out,
-            )
+            done = [
+                linear(
+                    band.gather(x[:, band.tokens]).to(weight.dtype), weight
+                ).to(x.dtype)
+                for band in self.bands(size, len(x))
+            ]
+        return torch.cat(done, 1), size_out
 
     def gather(
         self, tokens: Tensor, size: tuple[int, int], norm: bool = True
@@ -84,6 +87,25 @@ class PatchMerging:
         return F.layer_norm(
             gathered, weight.shape, weight, bias, merging.norm.eps
         )
+
+    def bands(self, size: tuple[int, int], batch: int) -> Iterator[Band]:
+        """Rows of patches, some tokens at a time; all if patches overlap."""
+        height, width = size
+        sampler = self.merging.sampler
+        down, across = sampler.stride
+        rows = height
+        if self.options.chunk and sampler.kernel_size == (down, across):
+            rows = self.options.chunk // (batch * width)
+            rows = max(down, rows - rows % down)
+        patches = -(-width // across)
+        for first in range(0, height, rows):
+            count = min(rows, height - first)
+            before = first // down * patches
+            yield Band(
+                slice(first * width, (first + count) * width),
+                slice(before, before + -(-count // down) * patches),
+                partial(self.gather, size=(count, width)),
+            )
 
     def weight(self) -> Tensor:
         """(C', K * C), of the product."""

@@ -47,9 +47,9 @@ def test_exact_is_the_default_and_changes_nothing(side_path):
     assert resolve_side_path(side_path) == ({}, TrunkOptions())
 
 
-def test_lean_is_taps_in_4_bits_and_a_trunk_in_16():
+def test_lean_is_taps_in_4_bits_and_products_in_16():
     side_path, options = resolve_side_path(LEAN)
-    assert side_path == dict(save_taps=('recompute', 'int4'))
+    assert side_path == dict(save_taps=('recompute', 'int4'), compute='bf16')
     assert options == TrunkOptions(compute='bf16', weights='bf16')
 
 
@@ -59,7 +59,7 @@ def test_own_options_come_before_those_of_the_preset():
         trunk_weights=None, trunk_chunk=64,
     )  # fmt: skip
     side_path, options = resolve_side_path(given)
-    assert side_path == dict(rank=8, save_taps='bf16')
+    assert side_path == dict(rank=8, save_taps='bf16', compute='bf16')
     assert options == TrunkOptions(compute='fp16', weights=None, chunk=64)
     assert given.preset == 'lean'  # a config is used again
 
@@ -114,7 +114,7 @@ def test_a_random_trunk_cannot_run_twice():
     build_e3va(side_path=dict(save_taps='recompute', trunk_drop_path=0.0))
     # The preset can do without.
     side_path, _ = resolve_side_path(dict(LEAN, trunk_drop_path=0.2))
-    assert side_path == dict(save_taps='int4')
+    assert side_path == dict(save_taps='int4', compute='bf16')
 
 
 def test_a_missing_torchao_is_said_when_the_model_is_built(monkeypatch):

@@ -7,6 +7,7 @@ from e3va_mm.errors import ConfigError
 from e3va_mm.models import E3VASidePath
 from e3va_mm.models.side_path.kept_taps import TAP_CODECS
 from e3va_mm.models.trunks import Downsampling, StageSpec
+from e3va_mm.models.trunks.options import DTYPES
 from e3va_mm.registry import MODELS
 
 STAGES = [
@@ -168,3 +169,19 @@ def test_unknown_ways_to_keep_taps_are_refused(save_taps):
         'or one for each stage, but got',
     ):
         E3VASidePath(STAGES, rank=2, save_taps=save_taps)
+
+
+@pytest.mark.parametrize('compute', [None, 'fp32', 'bf16', 'fp16'])
+def test_adapters_compute_in_the_type_asked_for(compute):
+    side = E3VASidePath(STAGES, rank=2, compute=compute)
+    assert side.start(0, None).compute == DTYPES.get(compute)
+
+
+@pytest.mark.parametrize('compute', ['int8', 16, torch.bfloat16])
+def test_unknown_types_are_refused(compute):
+    with pytest.raises(
+        ConfigError,
+        match=r"`side_path.compute` should be one of \(None, 'fp32', 'bf16', "
+        "'fp16'\\), but got ",
+    ):
+        E3VASidePath(STAGES, rank=2, compute=compute)

@@ -9,6 +9,7 @@ from e3va_mm.models.side_path import highway as module
 from e3va_mm.models.side_path.highway import Highway
 from e3va_mm.models.side_path.kept_taps import TAP_CODECS
 from e3va_mm.models.side_path.replay import Replay
+from e3va_mm.models.trunks.products import fast_dtype
 
 CHANNELS, RANK, TAPS, TOKENS = 24, 3, 4, 50
 MODES = list(TAP_CODECS)
@@ -33,8 +34,10 @@ def replay_of(taps):
     return Replay(taps, run)
 
 
-def fused(parts, taps, base, mode='exact'):
-    highway = Highway(base, TAP_CODECS[mode], replay_of(taps))
+def fused(parts, taps, base, mode='exact', compute=None):
+    highway = Highway(
+        base, TAP_CODECS[mode], replay_of(taps), compute=compute
+    )
     for adapter, tap in zip(parts, taps, strict=True):
         highway.add(adapter, tap)
     return highway.sum()
@@ -250,13 +253,37 @@ def test_autocast_computes_in_its_type_and_gives_fp32_gradients(
     parts = adapters(torch.float32)
     expected = gradients(plain, parts, taps, base.requires_grad_(), weight)
     with torch.autocast('cpu', dtype=dtype):
+        fast = fast_dtype(dtype, taps.device)
+        assert fused(parts, taps, None, mode).dtype == fast
         total = fused(parts, taps, base, mode)
-    assert total.dtype == dtype
+    assert total.dtype == base.dtype  # which is not rounded
     got = torch.autograd.grad((total * weight).sum(), inputs_of(parts, base))
     bound = max(LOSSY.get(mode, 0), 2e-2)
     for gradient, target in zip(got, expected, strict=True):
         assert gradient.dtype == torch.float32
         assert relative_error(gradient, target) < bound
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_a_type_asked_for_comes_before_autocast(data, mode):
+    taps, base, weight = (t.detach().float() for t in data)
+    parts = adapters(torch.float32)
+    inputs = inputs_of(parts, base.requires_grad_())
+
+    def run(compute, autocast):
+        with torch.autocast('cpu', autocast, enabled=autocast is not None):
+            total = fused(parts, taps, base, mode, compute)
+        return [total, *torch.autograd.grad(total, inputs, weight)]
+
+    exactly = run(None, None)
+    assert_same(run(torch.float32, torch.bfloat16), exactly, rtol=0, atol=0)
+    rounded = run(torch.bfloat16, None)
+    assert_same(rounded, run(None, torch.bfloat16), rtol=0, atol=0)
+    for one, target in zip(rounded, exactly, strict=True):
+        assert one.dtype == torch.float32
+        assert relative_error(one, target.double()) < 2e-2
+    emulated = fast_dtype(torch.bfloat16, base.device) == torch.float32
+    assert torch.equal(rounded[0], exactly[0]) == emulated
 
 
 @pytest.mark.parametrize('mode', MODES)

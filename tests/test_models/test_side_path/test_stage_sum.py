@@ -13,7 +13,7 @@ from e3va_mm.models.side_path.stage_sum import (
     keep,
     normalise,
 )
-from e3va_mm.models.trunks import Downsampling
+from e3va_mm.models.trunks import Band, Downsampling
 
 C, SIZE = 12, (5, 3)
 L = SIZE[0] * SIZE[1]
@@ -32,9 +32,15 @@ def gather(tokens, norm=True):
     return F.layer_norm(patches, patches.shape[-1:], GAIN.to(tokens.dtype))
 
 
-def downsampling(dtype=torch.float64):
+def bands(batch):
+    """One token of five after the other, unlike sizes at a time."""
+    for first, last in ((0, 1), (1, 3), (3, 5)):
+        yield Band(slice(3 * first, 3 * last), slice(first, last), gather)
+
+
+def downsampling(dtype=torch.float64, bands=bands):
     # A copy at every call, as a trunk makes that stores it otherwise.
-    return Downsampling(gather, lambda: WEIGHT.to(dtype, copy=True))
+    return Downsampling(gather, lambda: WEIGHT.to(dtype, copy=True), bands)
 
 
 def drawn_norm(dtype=torch.float64):
@@ -160,6 +166,20 @@ def test_the_map_is_kept_where_the_sum_comes_back_from_it(change):
     held = {t.untyped_storage().data_ptr() for t in kept.tensors}
     source = output if change is None else total
     assert source.untyped_storage().data_ptr() in held
+
+
+def test_bands_change_nothing():
+    trunk, total = drawn_sum()
+    got, expected = (
+        [out, *torch.autograd.grad(out, total, noise_like(out))]
+        for out in (
+            downsample_difference(
+                total, trunk, keep(total), downsampling(bands=some)
+            )
+            for some in (bands, None)
+        )
+    )
+    torch.testing.assert_close(got, expected)
 
 
 def test_gradcheck_in_fp64():

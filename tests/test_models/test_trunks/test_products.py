@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from e3va_mm.models.trunks import products
-from e3va_mm.models.trunks.products import linear
+from e3va_mm.models.trunks.products import fast_dtype, linear
 
 
 @pytest.fixture(params=[True, False], ids=['emulated', 'native'])
@@ -39,3 +39,12 @@ def test_single_precision_is_left_alone(emulated):
 
 def test_only_16_bits_can_be_missing():
     assert products.EMULATED <= {torch.bfloat16, torch.float16}
+
+
+def test_what_is_emulated_is_computed_in_single_precision(emulated):
+    cpu, other = torch.device('cpu'), torch.device('cuda')
+    for half in (torch.bfloat16, torch.float16):
+        fast = torch.float32 if products.EMULATED else half
+        assert fast_dtype(half, cpu) == fast
+        assert fast_dtype(half, other) == half
+    assert fast_dtype(torch.float64, cpu) == torch.float64

@@ -64,7 +64,7 @@ def test_downsampling_equals_merging_by_slices(stock, size, linear):
     tokens = torch.randn(2, size[0] * size[1], 32)
     trunk = SwinTrunk()
     trunk.prepare(stock)
-    gather, weight = trunk.downsampling(stock, 0, size)
+    gather, weight, _ = trunk.downsampling(stock, 0, size)
     got = gather(tokens, norm=not linear) @ weight().T
     expected, _ = merge(
         tokens, size, stock.stages[0].downsample, norm=not linear

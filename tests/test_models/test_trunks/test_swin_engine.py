@@ -155,6 +155,27 @@ def test_merging_equals_the_stock_merging(scope, stride, norm_cfg):
         assert_same(ours, stock, torch.randn(2, size[0] * size[1], C), size)
 
 
+@pytest.mark.parametrize('stride', [1, 2, 3])
+@pytest.mark.parametrize('chunk', [None, 1, 30, 60])
+@pytest.mark.parametrize('size', [(7, 5), (8, 6), (1, 3)])
+def test_bands_are_the_whole_in_order(stride, chunk, size):
+    engine = PatchMerging(merging(stride=stride), TrunkOptions(chunk=chunk))
+    tokens = torch.randn(2, size[0] * size[1], C)
+    bands = list(engine.bands(size, len(tokens)))
+    # Patches of a side of 2 that overlap, or leave gaps, need their rows.
+    if stride != 2 or chunk is None:
+        assert len(bands) == 1
+    whole = engine.gather(tokens, size)
+    parts = [band.gather(tokens[:, band.tokens]) for band in bands]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    for band, part in zip(bands, parts, strict=True):
+        torch.testing.assert_close(part, whole[:, band.patches])
+    assert sum(b.tokens.stop - b.tokens.start for b in bands) == len(tokens[0])
+    if stride == 2 and chunk == 30 and size == (8, 6):
+        # 30 tokens are two rows of both pictures.
+        assert [b.tokens.stop for b in bands] == [12, 24, 36, 48]
+
+
 @pytest.mark.parametrize('stride', [2, 3])
 @pytest.mark.parametrize('norm', [True, False])
 def test_gradients_through_the_gathering_equal_the_stock_ones(stride, norm):

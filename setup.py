@@ -72,6 +72,7 @@ setup(
         'onedl': requirements('mminstall'),
         'openmmlab': requirements('openmmlab'),
         'digits': requirements('digits'),
+        'export': requirements('export'),
         'tests': requirements('digits') + requirements('tests'),
     },
     cmdclass={'build_py': BuildWithConfigs},

@@ -177,6 +177,7 @@ def test_the_wheel_requires_no_framework_and_no_torch(wheel):
             ],
         ),
         ('openmmlab', ['mmengine', 'mmcv', 'mmdet', 'mmsegmentation']),
+        ('export', ['onnx', 'onnxruntime', 'onnxscript']),
         ('tests', ['pytest', 'pytest-xdist', 'hypothesis', 'scikit-learn']),
     ],
 )

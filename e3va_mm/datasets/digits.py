@@ -453,7 +453,7 @@ def _write_split(root, split, count, size, seed):
         info=dict(description='Digits in the wild', split=split, seed=seed),
         licenses=[dict(id=i, name=name)
                   for i, name in enumerate(licences, start=1)],
-        categories=[dict(id=i, name=name)
+        categories=[dict(id=i, name=name, supercategory='digit')
                     for i, name in enumerate(CLASSES, start=1)],
         images=images, annotations=annotations)))
 

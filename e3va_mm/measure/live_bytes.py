@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from mmengine.utils import digit_version
 from torch import Tensor, nn
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -18,6 +19,10 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_flatten
 
+from ..errors import E3VAError
+
+# The first whose own MemTracker does the same.
+OLDEST_TORCH = '2.4'
 WEIGHTS, GRADIENTS, OPTIMIZER, KEPT, TEMPORARIES = CATEGORIES = (
     'weights',
     'gradients',
@@ -62,6 +67,9 @@ class LiveBytes(TorchDispatchMode):
         kept_at_backward (dict[str, int]): Kept bytes by ``place`` when the
             last backward began.
 
+    Raises:
+        E3VAError: If torch is too old.
+
     Examples:
         >>> with LiveBytes() as count:
         ...     a = torch.zeros(256)  # float32
@@ -77,6 +85,12 @@ class LiveBytes(TorchDispatchMode):
         place: Callable[[], str] = str,
     ) -> None:
         super().__init__()
+        if digit_version(torch.__version__) < digit_version(OLDEST_TORCH):
+            raise E3VAError(
+                f'Counting live tensors needs torch {OLDEST_TORCH}, but this '
+                f'is {torch.__version__}, which crashes at weak references '
+                'to storages. Measure in an environment with a newer torch.'
+            )
         self.now = dict.fromkeys(CATEGORIES, 0)
         self.peak = 0
         self.at_peak = dict(self.now)

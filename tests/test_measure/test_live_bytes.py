@@ -5,9 +5,9 @@ import gc
 import pytest
 import torch
 from torch import nn
-from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
+from e3va_mm.errors import E3VAError
 from e3va_mm.measure import CATEGORIES, LiveBytes
 
 N = 1000  # values of float32 in a tensor
@@ -30,6 +30,14 @@ class Hiding(torch.autograd.Function):
 
 def parts(**sizes):
     return dict(dict.fromkeys(CATEGORIES, 0), **sizes)
+
+
+def test_too_old_a_torch_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, '__version__', '2.3.1+cpu')
+    with pytest.raises(E3VAError) as error:
+        LiveBytes()
+    assert 'needs torch 2.4, but this is 2.3.1+cpu' in str(error.value)
+    assert 'in an environment with a newer torch' in str(error.value)
 
 
 def test_views_share_and_the_dead_leave():
@@ -79,7 +87,9 @@ def test_storages_that_grow_or_shrink_are_followed():
 
 
 def test_a_quantised_weight_has_the_bytes_of_its_parts():
-    parameter = TwoTensor(torch.zeros(N), torch.zeros(N))
+    # Not in every torch that the rest of this file takes.
+    two_tensor = pytest.importorskip('torch.testing._internal.two_tensor')
+    parameter = two_tensor.TwoTensor(torch.zeros(N), torch.zeros(N))
     with LiveBytes([parameter]) as count:
         assert count.now == parts(weights=2 * SIZE)
         copy = parameter.clone()

@@ -58,9 +58,10 @@ class E3VASidePath(nn.Module):
             stages or one for each, the last for all that follow. The forward
             pass is the same. Defaults to ``'exact'``.
         compute (str, optional): Type of the adapters' products: ``'fp32'``,
-            ``'bf16'`` or ``'fp16'``. Parameters, their gradients and sums
-            over tokens stay in single precision. Defaults to the type of
-            autocast where it is on, else to that of the parameters.
+            ``'bf16'``, or ``'fp16'``, which needs a loss scale. Parameters,
+            their gradients and sums over tokens stay in single precision.
+            Defaults to the type of autocast where it is on, else to that of
+            the parameters.
 
     Raises:
         ConfigError: If ``taps``, ``downsampling``, ``save_taps`` or

@@ -19,7 +19,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..trunks.options import autocast_dtype, autocast_off
-from ..trunks.products import fast_dtype
+from ..trunks.products import (
+    fast_dtype,
+    linear,
+    product,
+    transposed_product,
+)
 from .adapter import LowRankAdapter
 from .kept_taps import CHUNK, ExactTaps, TapCodec
 from .replay import Replay
@@ -79,10 +84,9 @@ class Highway:
                 for _ in range(2)
             )
             for rows in _chunks(len(flat)):
-                # Tools that count operations know no products with `out`.
-                projected[rows] = flat[rows].to(dtype) @ p1
-                bottleneck = F.gelu(torch.addmm(b1, projected[rows], q1))
-                inner[rows] = bottleneck @ p2
+                projected[rows] = product(flat[rows].to(dtype), p1)
+                bottleneck = F.gelu(linear(projected[rows], q1.t(), b1))
+                inner[rows] = product(bottleneck, p2)
         self._inner.append(inner)
         if torch.is_grad_enabled() and self.codec is not None:
             self._kept.extend(self.codec.encode(flat))
@@ -146,7 +150,8 @@ class _StageHighway(torch.autograd.Function):
         parameters = _grouped(tensors[kept:], PARAMETERS)
         bias = torch.stack([p[5] for p in parameters]).sum(0)
         last = torch.cat([p[4] for p in parameters])
-        added = torch.addmm(bias.to(inner.dtype), inner, last.to(inner.dtype))
+        last, bias = last.to(inner.dtype), bias.to(inner.dtype)
+        added = linear(inner, last.t(), bias)
         # The base is as precise as it came.
         return added if base is None else base + added
 
@@ -202,7 +207,7 @@ class _StageBackward:
         self.grad = grad.to(dtype)
         # One product for the gradients of all u_k.
         last = torch.cat([p[4] for p in parameters]).to(dtype)
-        self.grad_inner = self.grad @ last.t()
+        self.grad_inner = linear(self.grad, last)
         self.inner = torch.empty_like(self.grad_inner)
         self.done: list[list[Tensor]] = []
 
@@ -221,17 +226,21 @@ class _StageBackward:
         for rows in _chunks(len(self.grad)):
             grad_u = self.grad_inner[rows, part]
             tap, projected = self._part(kept, rows, p1)
-            before = torch.addmm(b1, projected, q1)
+            before = linear(projected, q1.t(), b1)
             bottleneck = F.gelu(before)
-            torch.mm(bottleneck, p2, out=self.inner[rows, part])
-            grad_before = torch.ops.aten.gelu_backward(grad_u @ p2.t(), before)
+            self.inner[rows, part] = product(bottleneck, p2)
+            grad_before = torch.ops.aten.gelu_backward(
+                linear(grad_u, p2), before
+            )
             for total, term in zip(
                 sums,
                 (
-                    self.codec.transposed_product(tap, grad_before @ q1.t()),
-                    projected.t() @ grad_before,
+                    self.codec.transposed_product(
+                        tap, linear(grad_before, q1)
+                    ),
+                    transposed_product(grad_before, projected).t(),
                     grad_before.sum(0, dtype=_wide(self.dtype)),
-                    bottleneck.t() @ grad_u,
+                    transposed_product(bottleneck, grad_u),
                 ),
                 strict=True,
             ):
@@ -247,12 +256,12 @@ class _StageBackward:
             projected = projected[rows].to(p1.dtype)
             return self.codec.rows(kept, rows), projected
         tap = self.codec.decode(self.codec.rows(kept, rows), p1.dtype)
-        return [tap], tap @ p1
+        return [tap], product(tap, p1)
 
     def finish(self) -> Iterator[Tensor]:
         """Gradients of all parameters, adapter by adapter."""
         # One product for those of all Q2_k.
-        grad_last = self.inner.t() @ self.grad
+        grad_last = linear(self.inner.t(), self.grad.t())
         for sums, last, parameters in zip(
             self.done,
             grad_last.chunk(len(self.done)),

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..trunks.products import transposed_product
+
 # Tokens worked on at a time: their temporaries fit a processor's cache.
 CHUNK = 4096
 # Tokens from which mean and deviation of the channels are taken.
@@ -41,7 +43,7 @@ class TapCodec(ABC):
         self, kept: Sequence[Tensor], other: Tensor
     ) -> Tensor:
         """Kept (N, C), other (N, r) -> the tap's transpose times other."""
-        return self.decode(kept, other.dtype).t() @ other
+        return transposed_product(self.decode(kept, other.dtype), other)
 
 
 class ExactTaps(TapCodec):
@@ -139,13 +141,11 @@ class IntegerTaps(TapCodec):
         self, kept: Sequence[Tensor], other: Tensor
     ) -> Tensor:
         """See :class:`TapCodec`; channels wait for the smaller product."""
-        wide = torch.promote_types(other.dtype, torch.float32)
-        if other.dtype == torch.float16:  # no room for small values
-            other = other.to(wide)
-        mean, deviation = kept[2].to(wide)[..., None]
-        product = self._standardised(kept, other.dtype).t() @ other
-        product = product.to(wide).mul_(deviation)
-        return product.addmm_(mean, other.sum(0, True, dtype=wide))
+        other = other.to(torch.promote_types(other.dtype, torch.float32))
+        mean, deviation = kept[2].to(other.dtype)[..., None]
+        standard = self._standardised(kept, other.dtype)
+        found = transposed_product(standard, other).mul_(deviation)
+        return found.addmm_(mean, other.sum(0, True))
 
     def _standardised(
         self, kept: Sequence[Tensor], dtype: torch.dtype

@@ -1,8 +1,8 @@
-"""Matrix products in 16 bits, also where a CPU has no instructions for it."""
+"""Matrix products by the fastest way that a CPU has."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # What says whether the CPU's own products are fast.
@@ -23,6 +23,10 @@ def _emulated() -> set[torch.dtype]:
 
 # Types whose products torch computes by scalar code on this CPU.
 EMULATED = _emulated()
+# Whether products in single precision are faster in oneDNN.
+ONEDNN = torch.backends.cpu.get_cpu_capability() == 'AVX512' and hasattr(
+    torch.ops.mkldnn, '_linear_pointwise'
+)
 
 
 def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -38,12 +42,43 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Products in 16 bits sum in single precision and round once. Where a CPU
     has no instructions for them, single precision from the start gives the
     same several times as fast.
+
+    Products in single precision go to oneDNN where the CPU has AVX-512 and no
+    gradient is asked for: MKL, which torch prefers, leaves half of such a
+    CPU unused if Intel has not made it.
     """
-    if (
-        x.device.type != 'cpu'
-        or x.dtype not in EMULATED
-        or is_traceable_wrapper_subclass(weight)  # quantised, has its own
-    ):
-        return F.linear(x, weight, bias)
-    bias = None if bias is None else bias.float()
-    return F.linear(x.float(), weight.float(), bias).to(x.dtype)
+    if x.device.type != 'cpu' or is_traceable_wrapper_subclass(weight):
+        return F.linear(x, weight, bias)  # quantised weights have their own
+    if x.dtype in EMULATED:
+        bias = None if bias is None else bias.float()
+        return linear(x.float(), weight.float(), bias).to(x.dtype)
+    if ONEDNN and _is_plain(x, weight, bias):
+        return torch.ops.mkldnn._linear_pointwise(
+            x, weight, bias, 'none', [], ''
+        )
+    return F.linear(x, weight, bias)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``: (n, k) and (k, m) -> (n, m), as :func:`linear` does it."""
+    return linear(a, b.t())
+
+
+def transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a.t() @ b``: (n, k) and (n, m), m the smaller -> (k, m)."""
+    return linear(b.t(), a.t()).t()
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a product in single precision is all that is asked for."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    grad = torch.is_grad_enabled()
+    return all(
+        type(tensor) in (Tensor, nn.Parameter)  # not those of an export
+        and tensor.dtype == torch.float32
+        and tensor.numel()
+        and not (grad and tensor.requires_grad)
+        for tensor in tensors
+        if tensor is not None
+    )

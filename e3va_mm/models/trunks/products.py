@@ -24,8 +24,10 @@ def _emulated() -> set[torch.dtype]:
 # Types whose products torch computes by scalar code on this CPU.
 EMULATED = _emulated()
 # Whether products in single precision are faster in oneDNN.
-ONEDNN = torch.backends.cpu.get_cpu_capability() == 'AVX512' and hasattr(
-    torch.ops.mkldnn, '_linear_pointwise'
+ONEDNN = (
+    torch.backends.cpu.get_cpu_capability() == 'AVX512'
+    and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+    and hasattr(torch.compiler, 'is_compiling')  # torch >= 2.3
 )
 
 

@@ -58,7 +58,10 @@ def pictures(count: int, size: int) -> Tensor:
 
 
 def backbone(
-    save_taps: str, outliers: bool = False, seed: int = 0
+    save_taps: str,
+    outliers: bool = False,
+    seed: int = 0,
+    compute: str | None = None,
 ) -> nn.Module:
     """The nano backbone with drawn adapters, in fp32.
 
@@ -67,6 +70,7 @@ def backbone(
         outliers (bool): Enlarge the channels ``OUTLIERS`` of all taps.
             Defaults to False.
         seed (int): Of the adapters. Defaults to 0.
+        compute (str, optional): Type of their products. Defaults to theirs.
     """
     with DefaultScope.overwrite_default_scope('mmdet'):
         model = MODELS.build(
@@ -74,7 +78,7 @@ def backbone(
                 type='e3va_mm.E3VASwinTransformer',
                 pretrain_img_size=112,
                 **NANO,
-                side_path=dict(save_taps=save_taps),
+                side_path=dict(save_taps=save_taps, compute=compute),
                 init_cfg=dict(type='Pretrained', checkpoint=WEIGHTS),
             )
         )
@@ -183,12 +187,18 @@ def compare(got: Gradients, wanted: Gradients) -> dict:
 
 
 def measure(
-    images: Tensor, outliers: bool, modes: Sequence[str] = tuple(TAP_CODECS)
+    images: Tensor,
+    outliers: bool,
+    modes: Sequence[str] = tuple(TAP_CODECS),
+    compute: str | None = None,
 ) -> dict[str, dict]:
     """Figures of each way to keep taps; see :func:`compare`."""
     wanted = gradients(backbone('exact', outliers).double(), images)
     return {
-        mode: compare(gradients(backbone(mode, outliers), images), wanted)
+        mode: compare(
+            gradients(backbone(mode, outliers, compute=compute), images),
+            wanted,
+        )
         for mode in modes
     }
 
@@ -218,6 +228,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--pictures', type=int, default=4)
     parser.add_argument('--size', type=int, default=224, help='in pixels')
+    parser.add_argument(
+        '--compute', help="the side path's option of that name"
+    )
     parser.add_argument('--json', type=Path, metavar='FILE')
     args = parser.parse_args(argv)
 
@@ -226,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(width=max(Console().width, 96))
     results = {}
     for name, outliers in (('real features', False), ('outliers', True)):
-        results[name] = measure(images, outliers)
+        results[name] = measure(images, outliers, compute=args.compute)
         console.print(table(f'Gradients, {name}', results[name]))
     console.print(
         'Against exact in fp64. 1 - cosine and error: all gradients of side '

@@ -81,7 +81,9 @@ def test_framework_that_is_not_installed(detection, segmentation, error,
     text = error(launch.train, segmentation)
     assert 'config of mmseg, which is not installed' in text
     assert 'pip install onedl-mmsegmentation' in text
-    assert 'mmdet is not installed' in error(launch.train, detection)
+    # By mmengine, if that looks for the base first, or by us.
+    text = error(launch.train, detection)
+    assert 'mmdet' in text and 'is not installed' in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for CPU machines')

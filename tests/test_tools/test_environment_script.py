@@ -28,7 +28,8 @@ def bash(tmp_path, code, **environment):
         command(tmp_path, code),
         capture_output=True,
         text=True,
-        env={**os.environ, **environment},
+        # Not the stack that the tests themselves run on.
+        env={**os.environ, 'E3VA_STACK': '', **environment},
     )
     return process.returncode, process.stdout, process.stderr
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from e3va_mm.registry import MODELS
 
-STOCK = dict(mmdet=100, mmseg=23)
+# Of mmdet 3.3.0 and 3.5.1, of mmseg 1.2.2 and 1.4.2.
+STOCK = dict(mmdet=(97, 100), mmseg=(23, 23))
 # Sizes that no window and no merging divides.
 SIZES = [(65, 97), (43, 31)]
 
@@ -112,4 +113,4 @@ def test_every_stock_swin_config(framework):
             rates[k] == base for k in trainable if k.startswith('backbone.')
         ), path
         reached += 1
-    assert reached == STOCK[framework]
+    assert reached in STOCK[framework]

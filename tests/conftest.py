@@ -9,8 +9,9 @@ import torch
 from torch.torch_version import TorchVersion
 
 from e3va_mm.errors import E3VAError
+from e3va_mm.measure.live_bytes import OLDEST_TORCH
 
-if TorchVersion(torch.__version__) < (2, 6):
+if TorchVersion(torch.__version__) < OLDEST_TORCH:
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(item):

@@ -7,6 +7,7 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from ..errors import ConfigError
+from ..models.backbones.presets import PRESETS
 from ..utils import mark_trainable
 from .lora import add_lora
 
@@ -157,6 +158,6 @@ def _side_path(variant: str, given: Mapping | None) -> dict:
         nothing = dict(type='e3va_mm.NoSidePath', train_output_norms=False)
         return {**nothing, **trunk}
     # The preset decides on all that it may set.
-    decided = {*trunk, 'save_taps', 'compute'}
+    decided = set(trunk).union(*PRESETS.values())
     own = {k: v for k, v in given.items() if k not in decided}
     return dict(own, preset=variant)

@@ -24,6 +24,7 @@ from ..trunks.products import (
     linear,
     product,
     transposed_product,
+    wide_dtype,
 )
 from .adapter import LowRankAdapter
 from .kept_taps import CHUNK, ExactTaps, TapCodec
@@ -203,7 +204,7 @@ class _StageBackward:
         self.parameters = parameters
         self.codec = codec or ExactTaps()
         self.dtype = dtype
-        self.grad_bias = grad.sum(0, dtype=_wide(grad.dtype))
+        self.grad_bias = grad.sum(0, dtype=wide_dtype(grad.dtype))
         self.grad = grad.to(dtype)
         # One product for the gradients of all u_k.
         last = torch.cat([p[4] for p in parameters]).to(dtype)
@@ -220,7 +221,7 @@ class _StageBackward:
         )
         # Sums over tokens, in single precision at least.
         sums = [
-            torch.zeros_like(p, dtype=_wide(self.dtype))
+            torch.zeros_like(p, dtype=wide_dtype(self.dtype))
             for p in (p1, q1, b1, p2)
         ]
         for rows in _chunks(len(self.grad)):
@@ -238,8 +239,8 @@ class _StageBackward:
                     self.codec.transposed_product(
                         tap, linear(grad_before, q1)
                     ),
-                    transposed_product(grad_before, projected).t(),
-                    grad_before.sum(0, dtype=_wide(self.dtype)),
+                    product(projected.t(), grad_before),
+                    grad_before.sum(0, dtype=wide_dtype(self.dtype)),
                     transposed_product(bottleneck, grad_u),
                 ),
                 strict=True,
@@ -261,7 +262,7 @@ class _StageBackward:
     def finish(self) -> Iterator[Tensor]:
         """Gradients of all parameters, adapter by adapter."""
         # One product for those of all Q2_k.
-        grad_last = linear(self.inner.t(), self.grad.t())
+        grad_last = product(self.inner.t(), self.grad)
         for sums, last, parameters in zip(
             self.done,
             grad_last.chunk(len(self.done)),
@@ -272,11 +273,6 @@ class _StageBackward:
                 (*sums, last, self.grad_bias), parameters, strict=True
             ):
                 yield total.to(parameter.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """For sums over tokens: single precision at least."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _chunks(tokens: int) -> Iterator[slice]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..trunks.products import transposed_product
+from ..trunks.products import transposed_product, wide_dtype
 
 # Tokens worked on at a time: their temporaries fit a processor's cache.
 CHUNK = 4096
@@ -141,7 +141,7 @@ class IntegerTaps(TapCodec):
         self, kept: Sequence[Tensor], other: Tensor
     ) -> Tensor:
         """See :class:`TapCodec`; channels wait for the smaller product."""
-        other = other.to(torch.promote_types(other.dtype, torch.float32))
+        other = other.to(wide_dtype(other.dtype))
         mean, deviation = kept[2].to(other.dtype)[..., None]
         standard = self._standardised(kept, other.dtype)
         found = transposed_product(standard, other).mul_(deviation)
@@ -186,7 +186,7 @@ class Int4Taps(IntegerTaps):
 
     def pack(self, levels: Tensor, out: Tensor) -> None:
         """See :class:`IntegerTaps`."""
-        # Sixteen levels at -7.5, -6.5, ... 7.5.
+        # Sixteen levels at -7.5, -6.5, ... 7.5; the cast cuts.
         codes = levels.add_(8).clamp_(0, 15).to(torch.uint8)
         low, high = codes.split(out.shape[1], 1)
         out.copy_(low)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..trunks import Band, Downsampling
 from ..trunks.options import autocast_dtype, autocast_off
-from ..trunks.products import linear
+from ..trunks.products import linear, wide_dtype
 from .kept_taps import ExactTaps, TapCodec
 
 # By the type of the output: the largest |bias| / |weight| and the smallest
@@ -169,7 +169,7 @@ def _difference(
     weight = downsampling.weight()
     # In single precision at least: a highway that is small beside the trunk
     # would be lost in the rounding of the difference.
-    wide = torch.promote_types(total.dtype, torch.float32)
+    wide = wide_dtype(total.dtype)
     done = []
     with autocast_off(total):
         for band in _bands(downsampling, total):

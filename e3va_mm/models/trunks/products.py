@@ -38,6 +38,11 @@ def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, single precision at least: for sums and differences."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: (..., C) -> (..., C') in the type of ``x``.
 
@@ -49,11 +54,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     gradient is asked for: MKL, which torch prefers, leaves half of such a
     CPU unused if Intel has not made it.
     """
-    if x.device.type != 'cpu' or is_traceable_wrapper_subclass(weight):
-        return F.linear(x, weight, bias)  # quantised weights have their own
-    if x.dtype in EMULATED:
-        bias = None if bias is None else bias.float()
-        return linear(x.float(), weight.float(), bias).to(x.dtype)
+    if is_traceable_wrapper_subclass(weight):  # quantised, has its own
+        return F.linear(x, weight, bias)
+    dtype = fast_dtype(x.dtype, x.device)
+    if dtype != x.dtype:
+        bias = None if bias is None else bias.to(dtype)
+        return linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
     if ONEDNN and _is_plain(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(
             x, weight, bias, 'none', [], ''
@@ -78,6 +84,7 @@ def _is_plain(*tensors: Tensor | None) -> bool:
     grad = torch.is_grad_enabled()
     return all(
         type(tensor) in (Tensor, nn.Parameter)  # not those of an export
+        and tensor.device.type == 'cpu'
         and tensor.dtype == torch.float32
         and tensor.numel()
         and not (grad and tensor.requires_grad)

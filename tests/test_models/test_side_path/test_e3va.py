@@ -159,29 +159,35 @@ def test_each_stage_can_keep_its_taps_in_its_own_way(save_taps, expected):
         assert side.start(stage, None).codec is TAP_CODECS[mode]
 
 
-@pytest.mark.parametrize(
-    'save_taps', ['fp4', [], ['exact', 'fp4'], None, [['exact']]]
-)
-def test_unknown_ways_to_keep_taps_are_refused(save_taps):
-    with pytest.raises(
-        ConfigError,
-        match=r"`side_path.save_taps` should be one of \('exact', 'bf16'.*"
-        'or one for each stage, but got',
-    ):
-        E3VASidePath(STAGES, rank=2, save_taps=save_taps)
-
-
 @pytest.mark.parametrize('compute', [None, 'fp32', 'bf16', 'fp16'])
 def test_adapters_compute_in_the_type_asked_for(compute):
     side = E3VASidePath(STAGES, rank=2, compute=compute)
     assert side.start(0, None).compute == DTYPES.get(compute)
 
 
-@pytest.mark.parametrize('compute', ['int8', 16, torch.bfloat16])
-def test_unknown_types_are_refused(compute):
-    with pytest.raises(
-        ConfigError,
-        match=r"`side_path.compute` should be one of \(None, 'fp32', 'bf16', "
-        "'fp16'\\), but got ",
-    ):
-        E3VASidePath(STAGES, rank=2, compute=compute)
+WAYS = (
+    r"`side_path.save_taps` should be one of \('exact', 'bf16'.*"
+    'or one for each stage, but got'
+)
+TYPES = (
+    r"`side_path.compute` should be one of \(None, 'fp32', 'bf16', "
+    r"'fp16'\), but got "
+)
+
+
+@pytest.mark.parametrize(
+    'option, value, text',
+    [
+        *(
+            ('save_taps', value, WAYS)
+            for value in ('fp4', [], ['exact', 'fp4'], None, [['exact']])
+        ),
+        *(
+            ('compute', value, TYPES)
+            for value in ('int8', 16, torch.bfloat16)
+        ),
+    ],
+)
+def test_unknown_values_are_refused(option, value, text):
+    with pytest.raises(ConfigError, match=text):
+        E3VASidePath(STAGES, rank=2, **{option: value})

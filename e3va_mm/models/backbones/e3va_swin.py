@@ -153,7 +153,8 @@ class E3VASwinTransformer(SidePathBackbone):
             allow_random_trunk=allow_random_trunk,
             init_cfg=init_cfg,
         )
-        # As the stock class has them; `SwinTrunk` reads both.
+        # As the stock class has them; `SwinTrunk` reads the last two.
+        self.out_indices = out_indices
         self.use_abs_pos_embed = use_abs_pos_embed
         self.num_features = stock.num_features
 

@@ -13,10 +13,10 @@ from ...checkpoint import SourceWeights, match_state, read_checkpoint
 from ...errors import CheckpointError, ConfigError
 from ...registry import MODELS
 from ...utils import mark_trainable
+from ..side_path.norm_offset import NormOffset
 from ..side_path.replay import OnStageTap, Replay, RunTrunk
-from ..side_path.stage_sum import normalise
-from ..trunks import StageOutput, Trunk
-from ..trunks.base import Size
+from ..side_path.stage_sum import KeptSum, TokenNorm, normalise
+from ..trunks import StageEnd, Trunk
 from ..trunks.options import autocast_dtype
 from ..trunks.stored_weights import coarse_keys, store, unstore
 
@@ -36,7 +36,7 @@ class SidePathBackbone(BaseModule):
     Args:
         trunk (Trunk): Reader of the stock family.
         stock (nn.Module): The stock backbone, cut after its last output.
-        out_indices (Sequence[int]): Stages that have an output and a norm.
+        out_stages (Sequence[int]): Stages that have an output, ascending.
         side_path (Mapping, optional): Config of the side path: ``type``
             (default ``'e3va_mm.E3VASidePath'``) and its arguments; also
             ``train_output_norms`` (bool, default True).
@@ -54,7 +54,7 @@ class SidePathBackbone(BaseModule):
         self,
         trunk: Trunk,
         stock: nn.Module,
-        out_indices: Sequence[int],
+        out_stages: Sequence[int],
         side_path: Mapping | None = None,
         allow_random_trunk: bool = False,
         init_cfg: Mapping | None = None,
@@ -70,8 +70,8 @@ class SidePathBackbone(BaseModule):
         super().__init__(init_cfg=init_cfg)
         self._adopt(stock)
         self.trunk = trunk
+        self.out_stages = tuple(out_stages)
         trunk.prepare(self)
-        self.out_indices = tuple(out_indices)
         self.allow_random_trunk = allow_random_trunk
         # Where the trunk's weights came from; None while they are random.
         self.trunk_source: str | None = None
@@ -93,6 +93,8 @@ class SidePathBackbone(BaseModule):
             raise ConfigError(
                 f'`side_path` of the backbone: {error}.'
             ) from error
+        if self._train_output_norms and trunk.norm_goes_on():
+            self._add_norm_offsets()
         mark_trainable(self, (part for _, part in self.trainable_children()))
         self.train()
 
@@ -103,12 +105,34 @@ class SidePathBackbone(BaseModule):
         for name, parameter in stock.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         for name, buffer in stock.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
+            persistent = name not in stock._non_persistent_buffers_set
+            self.register_buffer(name, buffer, persistent)
+
+    def _add_norm_offsets(self) -> None:
+        """Let outputs train whose norms the trunk itself goes on from."""
+        offsets = {}
+        for stage in self.out_stages:
+            path = self.trunk.output_norm(self, stage)
+            norm = None if path is None else self.get_submodule(path)
+            if isinstance(TokenNorm.of(norm), TokenNorm):
+                offsets[str(stage)] = NormOffset(norm.normalized_shape[0])
+        self.side_path.output_norms = nn.ModuleDict(offsets)
+
+    def _norm_offsets(self) -> dict[str, NormOffset]:
+        return dict(getattr(self.side_path, 'output_norms', nn.ModuleDict()))
 
     def output_norms(self) -> Iterator[tuple[str, nn.Module]]:
-        """Names and modules of the norms at the outputs."""
-        for index in self.out_indices:
-            yield f'norm{index}', getattr(self, f'norm{index}')
+        """Names and modules of the stock norms that only outputs go through.
+
+        A norm that the next stage of the trunk reads too is none of them.
+        """
+        if not self.trunk.norm_goes_on():
+            paths = [
+                *(self.trunk.output_norm(self, s) for s in self.out_stages),
+                self.trunk.pooled_norm(self),
+            ]
+            for path in filter(None, paths):
+                yield path, self.get_submodule(path)
 
     def trainable_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Names and modules of the children that train, and no others do."""
@@ -265,7 +289,8 @@ class SidePathBackbone(BaseModule):
     def _unstore_trunk(self) -> None:
         """Make room for new weights as they come."""
         if self._stored:
-            unstore(self.trunk.body(self)[1], self.trunk.options.weights)
+            for _, part in self.trunk.body(self):
+                unstore(part, self.trunk.options.weights)
             self._source_weights = None
             self._stored = False
 
@@ -276,15 +301,18 @@ class SidePathBackbone(BaseModule):
         wrap and load, and take offence at parameters that change their kind.
         """
         kind = self.trunk.options.weights
-        name, body = self.trunk.body(self)
-        keys = list(coarse_keys(body, kind))
+        body = self.trunk.body(self)
+        coarse = {
+            f'{name}.{key}': part.get_parameter(key)
+            for name, part in body
+            for key in coarse_keys(part, kind)
+        }
         # Only the main process writes checkpoints; 8 bits need the source to
         # be loaded beside, too.
-        if keys and (is_main_process() or kind == 'int8'):
-            self._source_weights = SourceWeights(
-                {f'{name}.{key}': body.get_parameter(key) for key in keys}
-            )
-        store(body, kind)
+        if coarse and (is_main_process() or kind == 'int8'):
+            self._source_weights = SourceWeights(coarse)
+        for _, part in body:
+            store(part, kind)
         self._stored = True
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -309,30 +337,51 @@ class SidePathBackbone(BaseModule):
         if not self._stored:
             self._store_trunk()
         replay = Replay(x, self._trunk_runner(x))
-        inherited = None
+        last = self.out_stages[-1]
+        graph = torch.is_grad_enabled()
+        highway = self.side_path.start(0, None, replay)
         outputs = []
+
+        def on_tap(stage: int, block: int, tap: str, value: Tensor) -> None:
+            with torch.set_grad_enabled(graph):
+                self.side_path.add_tap(highway, stage, block, tap, value)
+
+        def on_end(stage: int, end: StageEnd) -> None:
+            nonlocal highway
+            with torch.set_grad_enabled(graph):
+                total = self.side_path.output(highway, end.tokens)
+                kept = None
+                if stage in self.out_stages:
+                    output, kept = self._output(stage, total, end)
+                    outputs.append(output)
+                if stage < last:
+                    inherited = self.side_path.inherit(
+                        highway,
+                        total,
+                        end.tokens,
+                        self.trunk.downsampling(self, stage, end.size),
+                        kept,
+                    )
+                    highway = self.side_path.start(
+                        stage + 1, inherited, replay
+                    )
+
         with torch.no_grad():
-            tokens, size = self.trunk.embed(self, x)
-        for stage in range(self.out_indices[-1] + 1):
-            highway = self.side_path.start(stage, inherited, replay)
-            end = self._run_stage(stage, tokens, size, highway)
-            total = self.side_path.output(highway, end.tokens)
-            kept = None
-            if stage in self.out_indices:
-                norm = getattr(self, f'norm{stage}')
-                output, kept = normalise(norm, total, end.size)
-                outputs.append(output)
-            if stage < self.out_indices[-1]:
-                inherited = self.side_path.inherit(
-                    highway,
-                    total,
-                    end.tokens,
-                    self.trunk.downsampling(self, stage, end.size),
-                    kept,
-                )
-                tokens, size = end.next_tokens, end.next_size
+            self.trunk.run(self, x, last, self.side_path.taps, on_tap, on_end)
         replay.image = None  # nodes of the graph keep it, if they need it
         return outputs
+
+    def _output(
+        self, stage: int, total: Tensor, end: StageEnd
+    ) -> tuple[Tensor, KeptSum | None]:
+        """What the stock backbone gives of a stage, and what is kept of it."""
+        path = self.trunk.output_norm(self, stage)
+        norm = None if path is None else self.get_submodule(path)
+        offset = self._norm_offsets().get(str(stage))
+        norm = TokenNorm.of(norm) if offset is None else offset(norm)
+        if self.trunk.gives_maps(self):
+            return normalise(norm, total, end.size)
+        return self.trunk.output(self, total, end, norm), None
 
     def _trunk_runner(self, image: Tensor) -> RunTrunk:
         """What runs the trunk again, under the autocast of now."""
@@ -345,35 +394,18 @@ class SidePathBackbone(BaseModule):
             wanted: Collection[int],
             on_tap: OnStageTap,
         ) -> None:
+            def on_any_tap(
+                stage: int, block: int, tap: str, value: Tensor
+            ) -> None:
+                if stage in wanted:
+                    on_tap(stage, value)
+
             with torch.autocast(device, dtype, enabled=dtype is not None):
-                tokens, size = self.trunk.embed(self, image)
-                for stage in range(last + 1):
-                    end = self.trunk.run_stage(
-                        self,
-                        stage,
-                        tokens,
-                        size,
-                        self.side_path.taps if stage in wanted else (),
-                        lambda block, tap, value, of=stage: on_tap(of, value),
-                    )
-                    tokens, size = end.next_tokens, end.next_size
+                self.trunk.run(
+                    self, image, last, self.side_path.taps, on_any_tap
+                )
 
         return run
-
-    def _run_stage(
-        self, stage: int, tokens: Tensor, size: Size, highway: object
-    ) -> StageOutput:
-        """Run the trunk's stage without a graph; the side path reads taps."""
-        graph = torch.is_grad_enabled()
-
-        def on_tap(block: int, tap: str, value: Tensor) -> None:
-            with torch.set_grad_enabled(graph):
-                self.side_path.add_tap(highway, stage, block, tap, value)
-
-        with torch.no_grad():
-            return self.trunk.run_stage(
-                self, stage, tokens, size, self.side_path.taps, on_tap
-            )
 
 
 def _put_source_weights(

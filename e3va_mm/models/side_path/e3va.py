@@ -172,7 +172,7 @@ class E3VASidePath(nn.Module):
         highway: Highway,
         total: Tensor,
         trunk: Tensor,
-        downsampling: Downsampling,
+        downsampling: Downsampling | None,
         kept: KeptSum | None = None,
     ) -> Tensor | None:
         """Carry the highway to the next stage.
@@ -181,7 +181,8 @@ class E3VASidePath(nn.Module):
             highway (Highway): The state at the end of the stage.
             total (Tensor): (B, L, C), what :meth:`output` gave.
             trunk (Tensor): (B, L, C), the trunk at the end of the stage.
-            downsampling (Downsampling): The trunk's own, frozen.
+            downsampling (Downsampling, optional): The trunk's own, frozen;
+                None if the next stage has the same tokens.
             kept (KeptSum, optional): What is kept of ``total`` already, for
                 the output norm.
 
@@ -189,8 +190,8 @@ class E3VASidePath(nn.Module):
             Tensor, optional: (B, L', C'), what the next stage starts with.
         """
         state = highway.sum()
-        if state is None:
-            return None
+        if state is None or downsampling is None:
+            return state
         if self.downsampling == 'linear':
             return downsample_linear(state, downsampling)
         if kept is None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from ..trunks import Band, Downsampling
 from ..trunks.options import autocast_dtype, autocast_off
@@ -45,30 +46,56 @@ def keep(total: Tensor, codec: TapCodec | None = None) -> KeptSum:
     return KeptSum(codec.encode(total.detach().flatten(0, -2)), restore)
 
 
+class TokenNorm(NamedTuple):
+    """A layer norm over the channels of each token."""
+
+    weight: Tensor  # (C,)
+    bias: Tensor  # (C,)
+    eps: float
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> 'TokenNorm | nn.Module':
+        """That of a stock module; one of another kind as it is."""
+        if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
+            return cls(norm.weight, norm.bias, norm.eps)
+        return norm
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        return F.layer_norm(tokens, self.weight.shape, *self)
+
+
 def normalise(
-    norm: nn.Module, total: Tensor, size: tuple[int, int]
+    norm: TokenNorm | Callable[[Tensor], Tensor] | None,
+    total: Tensor,
+    size: tuple[int, int],
 ) -> tuple[Tensor, KeptSum]:
     """The output of a stage.
 
     Args:
-        norm (nn.Module): The stock output norm.
-        total (Tensor): (B, L, C), trunk and highway.
-        size (tuple[int, int]): (H, W), H * W = L.
+        norm (TokenNorm | Callable, optional): The output norm.
+        total (Tensor): (B, extra + L, C), trunk and highway.
+        size (tuple[int, int]): (H, W), H * W = L. Tokens before the last L
+            are no part of the map.
 
     Returns:
         tuple[Tensor, KeptSum]: The map (B, C, H, W), in autocast's type where
         that is on, and what is kept of ``total``.
     """
     dtype = autocast_dtype(total) or total.dtype
+    length = size[0] * size[1]
+    if total.shape[1] > length:
+        return normalise(norm, total[:, -length:], size)[0], keep(total)
+    if norm is None:
+        return _to_map(total, size, dtype), keep(total)
     # Traces, as of tools that count operations, know no function of ours.
     plainly = not torch.is_grad_enabled() or torch.jit.is_tracing()
-    if plainly or not _invertible(norm, dtype):
+    known = isinstance(norm, TokenNorm)
+    if plainly or not (known and _invertible(norm, dtype)):
         with autocast_off(total):
             return _to_map(norm(total), size, dtype), keep(total)
     with autocast_off(total):
-        output, mean, rstd = _Norm.apply(
-            total, norm.weight, norm.bias, norm.eps, size, dtype
-        )
+        output, mean, rstd = _Norm.apply(total, *norm, size, dtype)
 
     def restore(kept: Sequence[Tensor]) -> Tensor:
         output, mean, rstd, weight, bias = kept
@@ -92,9 +119,10 @@ def downsample_difference(
 
 def downsample_linear(highway: Tensor, downsampling: Downsampling) -> Tensor:
     """``PM`` of the highway without its norm: (B, L, C) -> (B, L', C')."""
-    return _Product.apply(
-        downsampling.gather(highway, norm=False), downsampling
-    )
+    gathered = downsampling.gather(highway, norm=False)
+    if downsampling.weight is None:
+        return gathered
+    return _Product.apply(gathered, downsampling)
 
 
 class _Norm(torch.autograd.Function):
@@ -148,7 +176,7 @@ class _Difference(torch.autograd.Function):
     def backward(ctx, grad):
         kept = ctx.saved_tensors  # once: a checkpoint gives them once
         total = ctx.restore(kept)
-        weight = ctx.downsampling.weight()
+        weight = _weight(ctx.downsampling)
         grad_total = torch.empty_like(total)
         with autocast_off(grad):
             for band in _bands(ctx.downsampling, total):
@@ -166,7 +194,7 @@ class _Difference(torch.autograd.Function):
 def _difference(
     total: Tensor, trunk: Tensor, downsampling: Downsampling
 ) -> Tensor:
-    weight = downsampling.weight()
+    weight = _weight(downsampling)
     # In single precision at least: a highway that is small beside the trunk
     # would be lost in the rounding of the difference.
     wide = wide_dtype(total.dtype)
@@ -175,7 +203,9 @@ def _difference(
         for band in _bands(downsampling, total):
             gathered = band.gather(total[:, band.tokens].to(wide))
             gathered = gathered - band.gather(trunk[:, band.tokens].to(wide))
-            done.append(linear(gathered.to(weight.dtype), weight).to(wide))
+            if weight is not None:
+                gathered = linear(gathered.to(weight.dtype), weight)
+            done.append(gathered.to(wide))
     return torch.cat(done, 1)
 
 
@@ -205,16 +235,20 @@ class _Product(torch.autograd.Function):
         return grad.to(ctx.dtype), None
 
 
-def _before_product(grad: Tensor, weight: Tensor) -> Tensor:
+def _weight(downsampling: Downsampling) -> Tensor | None:
+    return None if downsampling.weight is None else downsampling.weight()
+
+
+def _before_product(grad: Tensor, weight: Tensor | None) -> Tensor:
     """Gradients after the product (..., C') -> before it (..., G)."""
+    if weight is None:
+        return grad
     return linear(grad.to(weight.dtype), weight.t()).to(grad.dtype)
 
 
-def _invertible(norm: nn.Module, dtype: torch.dtype) -> bool:
+def _invertible(norm: TokenNorm, dtype: torch.dtype) -> bool:
     """Whether the input of a norm comes back from an output in ``dtype``."""
-    if not (isinstance(norm, nn.LayerNorm) and norm.elementwise_affine):
-        return False
-    if dtype not in INVERTIBLE or norm.bias is None:
+    if dtype not in INVERTIBLE:
         return False
     ratio, least = INVERTIBLE[dtype]
     weight, bias = norm.weight.detach().abs(), norm.bias.detach().abs()

@@ -1,11 +1,11 @@
-from .base import Band, Downsampling, StageOutput, StageSpec, Trunk
+from .base import Band, Downsampling, StageEnd, StageSpec, Trunk
 from .options import TrunkOptions
 from .swin import SwinTrunk
 
 __all__ = [
     'Band',
     'Downsampling',
-    'StageOutput',
+    'StageEnd',
     'StageSpec',
     'SwinTrunk',
     'Trunk',

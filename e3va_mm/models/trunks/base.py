@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from .options import TrunkOptions
 
-# Called with (block index, tap name, tap of shape (B, L, C)).
-OnTap = Callable[[int, str, Tensor], None]
 Size = tuple[int, int]
 
 
@@ -21,13 +19,17 @@ class StageSpec(NamedTuple):
     taps: tuple[str, ...]
 
 
-class StageOutput(NamedTuple):
-    """What running a stage gives: its end and the start of the next."""
+class StageEnd(NamedTuple):
+    """The end of a stage."""
 
-    tokens: Tensor  # (B, L, C)
-    size: Size  # (H, W), H * W = L
-    next_tokens: Tensor | None  # (B, L', C'), None after the last stage
-    next_size: Size | None
+    tokens: Tensor  # (B, extra + H * W, C)
+    size: Size  # (H, W)
+
+
+# (stage, block, name of the tap, tap of shape (B, L, C))
+OnTap = Callable[[int, int, str, Tensor], None]
+# (stage, its end)
+OnEnd = Callable[[int, StageEnd], None]
 
 
 class Band(NamedTuple):
@@ -47,7 +49,8 @@ class Downsampling(NamedTuple):
 
     # (B, L, C) -> (B, L', G); `norm=False` leaves the norm out.
     gather: Callable[..., Tensor]
-    weight: Callable[[], Tensor]  # () -> (C', G), in the compute type
+    # () -> (C', G), in the compute type; None where `gather` does it all.
+    weight: Callable[[], Tensor] | None
     # Size of the batch -> some tokens at a time, in order; None for all.
     bands: Callable[[int], Iterable[Band]] | None = None
 
@@ -69,34 +72,76 @@ class Trunk(ABC):
         """Let the adopted modules compute as the options say."""
 
     @abstractmethod
-    def body(self, holder: nn.Module) -> tuple[str, nn.Module]:
-        """Name and module of the part whose linear layers count."""
+    def body(self, holder: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Names and modules of the parts whose linear layers count."""
 
     @abstractmethod
     def stages(self, holder: nn.Module) -> Sequence[StageSpec]:
         """The stages that lead to the last output."""
 
     @abstractmethod
-    def embed(self, holder: nn.Module, image: Tensor) -> tuple[Tensor, Size]:
-        """(B, 3, H, W) -> tokens (B, L, C) and their grid."""
-
-    @abstractmethod
-    def run_stage(
+    def run(
         self,
         holder: nn.Module,
-        stage: int,
-        tokens: Tensor,
-        size: Size,
+        image: Tensor,
+        last: int,
         taps: Sequence[str],
         on_tap: OnTap,
-    ) -> StageOutput:
-        """Run a stage and hand out each tap as soon as it is there."""
+        on_end: OnEnd | None = None,
+    ) -> None:
+        """Run the stages up to ``last``.
+
+        Args:
+            holder (nn.Module): The backbone with the stock modules.
+            image (Tensor): (B, 3, H, W).
+            last (int): The last stage to run.
+            taps (Sequence[str]): Which taps of a block are wanted.
+            on_tap (Callable): Given each tap as soon as it is there.
+            on_end (Callable, optional): Given each stage's end, before the
+                next begins.
+        """
 
     @abstractmethod
     def downsampling(
         self, holder: nn.Module, stage: int, size: Size
-    ) -> Downsampling:
-        """The downsampling after a stage whose grid is ``size``."""
+    ) -> Downsampling | None:
+        """What lies between a stage of grid ``size`` and the next.
+
+        None if the next stage has the same tokens.
+        """
+
+    @abstractmethod
+    def output_norm(self, holder: nn.Module, stage: int) -> str | None:
+        """Path of the stock norm at the output of a stage, if there is one."""
+
+    def norm_goes_on(self) -> bool:
+        """Whether the next stage of the trunk reads what that norm gives."""
+        return False
+
+    def pooled_norm(self, holder: nn.Module) -> str | None:
+        """Path of the stock norm behind a pooling, if there is one."""
+        return None
+
+    def gives_maps(self, holder: nn.Module) -> bool:
+        """Whether outputs are maps (B, C, H, W), norms tokens' own."""
+        return True
+
+    def output(
+        self,
+        holder: nn.Module,
+        total: Tensor,
+        end: StageEnd,
+        norm: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        """An output that is no map.
+
+        Args:
+            holder (nn.Module): The backbone with the stock modules.
+            total (Tensor): (B, extra + H * W, C), trunk and highway.
+            end (StageEnd): The trunk's end of the stage.
+            norm (Callable, optional): That of :meth:`output_norm`.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def init_random(self, holder: nn.Module) -> None:

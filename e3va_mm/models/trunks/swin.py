@@ -1,7 +1,8 @@
 """Reading the stock ``SwinTransformer`` of mmdet and mmseg."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch.nn.functional as F
 from mmengine.model import constant_init, trunc_normal_init
@@ -9,17 +10,13 @@ from torch import Tensor, nn
 
 from ...checkpoint.swin_keys import describe_swin, to_stock_keys
 from ...errors import ConfigError
-from .base import (
-    Downsampling,
-    OnTap,
-    Size,
-    StageOutput,
-    StageSpec,
-    Trunk,
-)
+from .base import Downsampling, OnEnd, OnTap, Size, StageEnd, StageSpec, Trunk
+from .engine import FeedForward, install
 from .options import TrunkOptions, autocast_off
-from .swin_engine import FeedForward, PatchMerging, WindowAttention, install
+from .window_attention import PatchMerging, WindowAttention
 
+# (block, name of the tap, tap of shape (B, L, C))
+OnBlockTap = Callable[[int, str, Tensor], None]
 TABLE = 'relative_position_bias_table'
 INDEX = 'relative_position_index'
 
@@ -49,9 +46,9 @@ class SwinTrunk(Trunk):
             if stage.downsample is not None:
                 install(stage.downsample, PatchMerging, self.options)
 
-    def body(self, holder: nn.Module) -> tuple[str, nn.Module]:
+    def body(self, holder: nn.Module) -> list[tuple[str, nn.Module]]:
         """See :class:`Trunk`."""
-        return 'stages', holder.stages
+        return [('stages', holder.stages)]
 
     def stages(self, holder: nn.Module) -> list[StageSpec]:
         """See :class:`Trunk`."""
@@ -64,8 +61,26 @@ class SwinTrunk(Trunk):
             for stage in holder.stages
         ]
 
+    def run(
+        self,
+        holder: nn.Module,
+        image: Tensor,
+        last: int,
+        taps: Sequence[str],
+        on_tap: OnTap,
+        on_end: OnEnd | None = None,
+    ) -> None:
+        """See :class:`Trunk`."""
+        tokens, size = self.embed(holder, image)
+        for stage in range(last + 1):
+            end, tokens, size = self.run_stage(
+                holder, stage, tokens, size, taps, partial(on_tap, stage)
+            )
+            if on_end is not None:
+                on_end(stage, end)
+
     def embed(self, holder: nn.Module, image: Tensor) -> tuple[Tensor, Size]:
-        """See :class:`Trunk`.
+        """(B, 3, H, W) -> tokens (B, L, C) and their grid.
 
         Raises:
             ConfigError: If the trunk has absolute position embeddings and the
@@ -95,15 +110,18 @@ class SwinTrunk(Trunk):
         tokens: Tensor,
         size: Size,
         taps: Sequence[str],
-        on_tap: OnTap,
-    ) -> StageOutput:
-        """See :class:`Trunk`."""
+        on_tap: OnBlockTap,
+    ) -> tuple[StageEnd, Tensor, Size]:
+        """Run one stage.
+
+        Returns:
+            tuple[StageEnd, Tensor, Size]: Its end, and tokens and grid after
+            its downsampling, if it has one.
+        """
         sequence = holder.stages[stage]
         with _tapped(sequence.blocks, taps, on_tap):
             next_tokens, next_size, tokens, size = sequence(tokens, size)
-        if sequence.downsample is None:
-            return StageOutput(tokens, size, None, None)
-        return StageOutput(tokens, size, next_tokens, next_size)
+        return StageEnd(tokens, size), next_tokens, next_size
 
     def downsampling(
         self, holder: nn.Module, stage: int, size: Size
@@ -115,6 +133,10 @@ class SwinTrunk(Trunk):
             merging.weight,
             lambda batch: merging.bands(size, batch),
         )
+
+    def output_norm(self, holder: nn.Module, stage: int) -> str:
+        """See :class:`Trunk`."""
+        return f'norm{stage}'
 
     def init_random(self, holder: nn.Module) -> None:
         """See :class:`Trunk`."""
@@ -209,7 +231,7 @@ def _resize_table(table: Tensor, length: int) -> Tensor:
 
 @contextmanager
 def _tapped(
-    blocks: nn.ModuleList, taps: Sequence[str], on_tap: OnTap
+    blocks: nn.ModuleList, taps: Sequence[str], on_tap: OnBlockTap
 ) -> Iterator[None]:
     """Hand the branch outputs of stock Swin blocks to ``on_tap``."""
     handles = []

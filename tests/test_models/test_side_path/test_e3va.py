@@ -182,10 +182,7 @@ TYPES = (
             ('save_taps', value, WAYS)
             for value in ('fp4', [], ['exact', 'fp4'], None, [['exact']])
         ),
-        *(
-            ('compute', value, TYPES)
-            for value in ('int8', 16, torch.bfloat16)
-        ),
+        *(('compute', value, TYPES) for value in ('int8', 16, torch.bfloat16)),
     ],
 )
 def test_unknown_values_are_refused(option, value, text):

@@ -35,9 +35,7 @@ def replay_of(taps):
 
 
 def fused(parts, taps, base, mode='exact', compute=None):
-    highway = Highway(
-        base, TAP_CODECS[mode], replay_of(taps), compute=compute
-    )
+    highway = Highway(base, TAP_CODECS[mode], replay_of(taps), compute=compute)
     for adapter, tap in zip(parts, taps, strict=True):
         highway.add(adapter, tap)
     return highway.sum()
@@ -195,10 +193,9 @@ def test_bytes_kept_for_backward(mode, of_a_token, once):
             highway.add(adapter, tap)
         total = highway.sum()
     assert total.requires_grad
-    assert (
-        sum(size for pointer, size in kept.items() if pointer not in own)
-        == TAPS * (2 * TOKENS * of_a_token + once)
-    )
+    assert sum(
+        size for pointer, size in kept.items() if pointer not in own
+    ) == TAPS * (2 * TOKENS * of_a_token + once)
 
 
 @pytest.mark.parametrize('mode', MODES)

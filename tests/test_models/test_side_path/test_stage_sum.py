@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from e3va_mm.models.side_path.kept_taps import TAP_CODECS
 from e3va_mm.models.side_path.stage_sum import (
+    TokenNorm,
     downsample_difference,
     downsample_linear,
     keep,
@@ -61,7 +62,7 @@ def drawn_sum(dtype=torch.float64):
 
 def ours(norm, trunk, total):
     """The map and what the next stage inherits."""
-    output, kept = normalise(norm, total, SIZE)
+    output, kept = normalise(TokenNorm.of(norm), total, SIZE)
     return output, downsample_difference(
         total, trunk, kept, downsampling(total.dtype)
     )
@@ -160,7 +161,7 @@ def test_the_map_is_kept_where_the_sum_comes_back_from_it(change):
     norm = drawn_norm()
     norm = (change(norm) if change else None) or norm
     _, total = drawn_sum()
-    output, kept = normalise(norm, total, SIZE)
+    output, kept = normalise(TokenNorm.of(norm), total, SIZE)
     back = kept.restore(kept.tensors)
     torch.testing.assert_close(back, total.detach(), rtol=1e-9, atol=1e-9)
     held = {t.untyped_storage().data_ptr() for t in kept.tensors}
@@ -235,7 +236,7 @@ def test_gradients_of_any_layout_are_right():
         lambda maps: maps.contiguous(memory_format=torch.channels_last) * 3.0,
         lambda maps: maps.sum((2, 3))[..., None],
     ):
-        output, _ = normalise(norm, total, SIZE)
+        output, _ = normalise(TokenNorm.of(norm), total, SIZE)
         expected = norm(total).transpose(1, 2).reshape(-1, C, *SIZE)
         assert_close(
             gradients([change(output)], inputs),
@@ -278,7 +279,7 @@ def test_map_mean_and_deviation_are_all_that_is_kept():
     norm, (trunk, total) = drawn_norm(torch.float32), drawn_sum(torch.float32)
     own = (norm.weight, norm.bias)
     tokens = 2 * L
-    kept, _ = kept_by(lambda: normalise(norm, total, SIZE), *own)
+    kept, _ = kept_by(lambda: normalise(TokenNorm.of(norm), total, SIZE), *own)
     assert kept == FLOAT * tokens * (C + 1)  # no mean
     kept, _ = kept_by(lambda: ours(norm, trunk, total), *own)
     assert kept == FLOAT * tokens * (C + 2)

@@ -27,7 +27,7 @@ def test_taps_are_what_the_blocks_add_to_their_residuals(stock):
     seen = []
     with torch.no_grad():
         tokens, size = trunk.embed(stock, torch.randn(2, 3, 50, 70))
-        end = trunk.run_stage(
+        end, *_ = trunk.run_stage(
             stock,
             0,
             tokens,

@@ -1,29 +1,17 @@
-"""The arithmetic of frozen Swin blocks, over the stock modules' weights.
+"""Attention in shifted windows and patch merging of frozen Swin blocks."""
 
-A frozen block needs no graph. So attention runs through
-``scaled_dot_product_attention`` with one additive mask, windows and tokens are
-processed in chunks, and matrix products in the type that is asked for. What
-surrounds them (norms, residuals, drop path) stays the stock code.
-"""
-
-from collections.abc import Callable, Iterator
-from functools import cache, partial
-from types import FunctionType
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Band
+from .engine import cast, compiled
 from .options import TrunkOptions, autocast_off
 from .products import linear
 from .stored_weights import plain
-
-
-def install(module: nn.Module, kind: type, options: TrunkOptions) -> None:
-    """Let ``module`` compute by ``kind``; its weights and names stay."""
-    # On the instance: a deep copy of the module gets a copy bound to itself.
-    module.forward = kind(module, options)
 
 
 class PatchMerging:
@@ -116,40 +104,6 @@ class PatchMerging:
         """(..., C * K) -> (..., K * C)."""
         columns = weight.unflatten(-1, (self.merging.in_channels, -1))
         return columns.transpose(-1, -2).flatten(-2)
-
-
-class FeedForward:
-    """The layers of an MLP, some tokens at a time.
-
-    The hidden layer, four times as wide as the tokens, is never there as a
-    whole.
-    """
-
-    def __init__(self, layers: nn.Sequential, options: TrunkOptions) -> None:
-        self.layers = layers
-        self.options = options
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, L, C) -> (B, L, C) in the compute type."""
-        steps: list[Callable | tuple[Tensor, Tensor | None]] = []
-        dtype = None
-        for module in leaves(self.layers):
-            if isinstance(module, nn.Linear):
-                dtype = dtype or self.options.dtype(module.weight)
-                steps.append(cast(module, dtype))
-            elif not isinstance(module, (nn.Dropout, nn.Identity)):
-                steps.append(module)
-        run = compiled(feed_forward, self.options, x.shape[-1])
-        tokens = x.flatten(0, -2)
-        # (N, out features of the last linear layer)
-        out = torch.empty_like(tokens, dtype=dtype)
-        size = self.options.chunk or len(tokens)
-        with autocast_off(x):
-            for part, target in zip(
-                tokens.split(size), out.split(size), strict=True
-            ):
-                target.copy_(run(part.to(dtype), steps))
-        return out.view_as(x)
 
 
 class WindowAttention:
@@ -273,42 +227,3 @@ def attend(
         q, k, v, attn_mask=bias[None], scale=scale
     )
     return linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias)
-
-
-def feed_forward(x: Tensor, steps: list) -> Tensor:
-    """(n, C) -> (n, C): ``steps`` are (weight, bias) or functions."""
-    for step in steps:
-        x = step(x) if callable(step) else linear(x, *step)
-    return x
-
-
-def cast(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer in ``dtype``."""
-    weight, bias = layer.weight, layer.bias
-    return weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def leaves(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules below that have no children, in order."""
-    for child in module.children():
-        if next(child.children(), None) is None:
-            yield child
-        else:
-            yield from leaves(child)
-
-
-def compiled(
-    function: Callable, options: TrunkOptions, channels: int
-) -> Callable:
-    """``function``, compiled for a width if the options ask for it."""
-    return _compiled(function, channels) if options.compile else function
-
-
-@cache
-def _compiled(function: Callable, channels: int) -> Callable:
-    # A code object of its own: torch compiles one only for so many shapes,
-    # and a trunk has a width for each stage.
-    code = function.__code__.replace(co_name=f'{function.__name__}_{channels}')
-    own = FunctionType(code, function.__globals__, code.co_name)
-    # Picture sizes vary from step to step.
-    return torch.compile(own, dynamic=True)

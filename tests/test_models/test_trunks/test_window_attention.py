@@ -14,13 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from e3va_mm.measure import LiveBytes
-from e3va_mm.models.trunks import SwinTrunk, TrunkOptions, swin_engine
-from e3va_mm.models.trunks.swin_engine import (
-    FeedForward,
+from e3va_mm.models.trunks import SwinTrunk, TrunkOptions, engine
+from e3va_mm.models.trunks.engine import FeedForward, install
+from e3va_mm.models.trunks.window_attention import (
     PatchMerging,
     WindowAttention,
     attention_biases,
-    install,
 )
 from tests.helpers import build_stock, e3va_and_stock
 
@@ -469,19 +468,17 @@ def test_names_and_weights_stay_the_stock_ones():
 
 def run_stages(ours, image):
     """End and taps of each stage of the trunk, under the autocast there is."""
-    tokens, size = ours.trunk.embed(ours, image)
-    for stage in range(4):
-        taps = []
-        end = ours.trunk.run_stage(
-            ours,
-            stage,
-            tokens,
-            size,
-            ('attn', 'ffn'),
-            lambda block, tap, value, taps=taps: taps.append(value),
-        )
-        yield end.tokens, taps
-        tokens, size = end.next_tokens, end.next_size
+    taps = {stage: [] for stage in range(4)}
+    ends = []
+    ours.trunk.run(
+        ours,
+        image,
+        3,
+        ('attn', 'ffn'),
+        lambda stage, block, tap, value: taps[stage].append(value),
+        lambda stage, end: ends.append(end.tokens),
+    )
+    return list(zip(ends, taps.values(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -529,7 +526,7 @@ def test_the_residual_stream_stays_in_single_precision(compute, autocast):
         torch.no_grad(),
         torch.autocast('cpu', torch.bfloat16, enabled=autocast),
     ):
-        stages = list(run_stages(ours, torch.randn(1, 3, 56, 40)))
+        stages = run_stages(ours, torch.randn(1, 3, 56, 40))
     assert len(stages) == 4
     for tokens, taps in stages:
         assert tokens.dtype is torch.float32
@@ -545,8 +542,8 @@ def test_single_precision_holds_under_autocast():
         with torch.autocast('cpu', torch.bfloat16):
             end = ours.trunk.run_stage(ours, 0, tokens, size, (), None)
         expected = ours.trunk.run_stage(ours, 0, tokens, size, (), None)
-    assert torch.equal(end.tokens, expected.tokens)
-    assert torch.equal(end.next_tokens, expected.next_tokens)
+    assert torch.equal(end[0].tokens, expected[0].tokens)
+    assert torch.equal(end[1], expected[1])
 
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='needs a compiler')
@@ -566,11 +563,11 @@ def test_only_what_is_asked_for_is_compiled(monkeypatch):
 
     monkeypatch.setattr(torch, 'compile', fake)
     # What is compiled is remembered, by other tests too.
-    swin_engine._compiled.cache_clear()
+    engine._compiled.cache_clear()
     stock = block()
     frozen(stock, TrunkOptions())
     assert not asked
     ours = frozen(stock, TrunkOptions(compile=True))
     assert_same(ours, stock, torch.randn(2, 49, C), (7, 7))
-    swin_engine._compiled.cache_clear()  # it holds the fakes
+    engine._compiled.cache_clear()  # it holds the fakes
     assert set(asked) == {f'attend_{C}', f'feed_forward_{C}'}

@@ -1,6 +1,7 @@
 """The backbone alone: bytes kept for backward, and seconds of a step.
 
-    python benchmarks/backbone.py --swin l --size 512 512
+    python benchmarks/backbone.py --backbone swin-l --size 512 512
+    python benchmarks/backbone.py --backbone dinov2-b --size 518 518
 
 Bytes kept are live storages after the forward pass minus before
 it, the outputs gone, under a loss that keeps nothing; relative to full
@@ -11,6 +12,7 @@ all alike.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -32,12 +34,35 @@ from e3va_mm.measure import kept_for_backward
 from e3va_mm.registry import MODELS
 from e3va_mm.utils import keep_freed_memory, mark_trainable
 
-SWIN = dict(
-    t=dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
-    s=dict(embed_dims=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
-    b=dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
-    l=dict(embed_dims=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
+STOCK_CLASSES = {
+    'E3VASwinTransformer': 'mmdet.SwinTransformer',
+    'E3VAVisionTransformer': 'mmpretrain.VisionTransformer',
+}
+DINOV2 = dict(
+    type='E3VAVisionTransformer',
+    img_size=518,
+    patch_size=14,
+    layer_scale_init_value=1e-5,
+    out_type='featmap',
 )
+BACKBONES = {
+    **{
+        f'swin-{size}': dict(
+            type='E3VASwinTransformer',
+            embed_dims=embed_dims,
+            depths=(2, 2, middle, 2),
+            num_heads=[embed_dims // 32 * 2**stage for stage in range(4)],
+        )
+        for size, embed_dims, middle in (
+            ('t', 96, 6),
+            ('s', 96, 18),
+            ('b', 128, 18),
+            ('l', 192, 18),
+        )
+    },
+    'dinov2-b': dict(DINOV2, arch='base', out_indices=[2, 5, 8, 11]),
+    'dinov2-l': dict(DINOV2, arch='large', out_indices=[5, 11, 17, 23]),
+}
 SIDE_PATHS = {
     'exact': dict(preset='exact'),
     'bf16': dict(save_taps='bf16'),
@@ -56,24 +81,27 @@ STOCK = ('frozen', 'full')
 ALL = (*STOCK, *SIDE_PATHS)
 
 
-def build(variant: str, swin: str) -> nn.Module:
+def build(variant: str, name: str) -> nn.Module:
     """A backbone of random weights, ready to train."""
     torch.manual_seed(0)
-    config = dict(type='mmdet.SwinTransformer', drop_path_rate=0.0)
+    config = copy.deepcopy(BACKBONES[name])
+    ours = config.pop('type')
     if variant in SIDE_PATHS:
-        config = dict(
-            type='e3va_mm.E3VASwinTransformer',
+        kind = dict(
+            type=f'e3va_mm.{ours}',
             allow_random_trunk=True,
             side_path=SIDE_PATHS[variant],
         )
-    backbone = MODELS.build({**config, **SWIN[swin]})
+    else:
+        kind = dict(type=STOCK_CLASSES[ours], drop_path_rate=0.0)
+    backbone = MODELS.build({**kind, **config})
     backbone.init_weights()
     backbone.train()
     if variant == 'frozen':
         mark_trainable(backbone, [])
         backbone.eval()
     with torch.no_grad():  # the first pass stores the weights as asked for
-        backbone(torch.zeros(1, 3, 64, 64))
+        backbone(torch.zeros(1, 3, 56, 56))
     return backbone
 
 
@@ -87,17 +115,17 @@ def step(backbone: nn.Module, image: Tensor) -> None:
 
 
 def kept_bytes(
-    swin: str, image: Tensor, variants: Sequence[str]
+    name: str, image: Tensor, variants: Sequence[str]
 ) -> dict[str, int]:
     """Bytes kept for backward, by all variants and by 'full'."""
     return {
-        variant: kept_for_backward(build(variant, swin), image)
+        variant: kept_for_backward(build(variant, name), image)
         for variant in progress(sorted({'full', *variants}), 'bytes')
     }
 
 
 def seconds(
-    swin: str,
+    name: str,
     image: Tensor,
     variants: Sequence[str],
     steps: int,
@@ -106,7 +134,7 @@ def seconds(
     """Seconds of each step of each variant, in turns."""
     # 'frozen' is what the others are relative to.
     backbones = {
-        v: build(v, swin) for v in dict.fromkeys(['frozen', *variants])
+        v: build(v, name) for v in dict.fromkeys(['frozen', *variants])
     }
     taken: dict[str, list[float]] = {variant: [] for variant in backbones}
     for turn in progress(range(warmup + steps), 'seconds'):
@@ -166,7 +194,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--swin', choices=SWIN, default='l')
+    parser.add_argument('--backbone', choices=BACKBONES, default='swin-l')
     parser.add_argument(
         '--variants',
         nargs='+',
@@ -189,14 +217,14 @@ def main() -> None:
     torch.set_default_device(args.device)
     image = torch.randn(args.batch, 3, *args.size)
     with DefaultScope.overwrite_default_scope('mmdet'):
-        kept = kept_bytes(args.swin, image, args.variants)
+        kept = kept_bytes(args.backbone, image, args.variants)
         taken = {}
         if not args.bytes_only:
             taken = seconds(
-                args.swin, image, args.variants, args.steps, args.warmup
+                args.backbone, image, args.variants, args.steps, args.warmup
             )
     height, width = args.size
-    title = f'Swin-{args.swin.upper()} {args.batch}x{height}x{width}'
+    title = f'{args.backbone} {args.batch}x{height}x{width}'
     Console(width=100).print(table(kept, taken, title))
     print(
         f'torch {torch.__version__}, {args.device}, '

@@ -12,6 +12,11 @@ from mmengine.registry import (
 )
 from mmengine.registry import Registry
 
+from .utils.torchvision import declare_missing_ops
+
+# Before a framework is imported, which may import torchvision.
+declare_missing_ops()
+
 # manage backbones, side paths and their parts
 MODELS = Registry(
     'model',

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .unwrapping import part_of
+from .unwrapping import tensors_of as _tensors
 
 _STOCK = re.compile(r'stages\.\d+\.blocks\.\d+\.attn\.w_msa\.')
 _OFFICIAL = re.compile(
@@ -28,18 +30,6 @@ _ACCEPTED = (
     "('backbone.stages...'), each also under 'state_dict' or with a leading "
     "'module.'"
 )
-
-
-def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Unwrap a checkpoint; drop ``module.`` and what is no tensor."""
-    for name in ('state_dict', 'model'):
-        if isinstance(content.get(name), Mapping):
-            content = content[name]
-    return {
-        key.removeprefix('module.'): value
-        for key, value in content.items()
-        if isinstance(value, Tensor)
-    }
 
 
 def _unfold_order(value: Tensor) -> Tensor:
@@ -84,11 +74,7 @@ def to_stock_keys(
         CheckpointError: If the file has none of the accepted formats.
     """
     tensors = _tensors(state_dict)
-    backbone = {
-        key.removeprefix('backbone.'): value
-        for key, value in tensors.items()
-        if key.startswith('backbone.')
-    }
+    backbone = part_of(tensors, 'backbone.')
     state = backbone or tensors
     if any(_STOCK.match(key) for key in state):
         name = 'MM model' if backbone else 'MM backbone'

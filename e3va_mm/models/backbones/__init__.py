@@ -1,4 +1,11 @@
+from .e3va_backbone import E3VABackbone
 from .e3va_swin import E3VASwinTransformer
+from .e3va_vit import E3VAVisionTransformer
 from .side_path_backbone import SidePathBackbone
 
-__all__ = ['E3VASwinTransformer', 'SidePathBackbone']
+__all__ = [
+    'E3VABackbone',
+    'E3VASwinTransformer',
+    'E3VAVisionTransformer',
+    'SidePathBackbone',
+]

@@ -1,17 +1,14 @@
 """Swin Transformer with a side path, over the stock class."""
 
 import importlib.util
-import warnings
 from collections.abc import Mapping, Sequence
-
-from mmengine.logging import print_log
-from mmengine.registry import DefaultScope
 
 from ...errors import ConfigError
 from ...registry import MODELS
 from ..trunks import SwinTrunk
 from .presets import resolve_side_path
 from .side_path_backbone import SidePathBackbone
+from .stock_arguments import current_scope, init_cfg_of, say_without_effect
 
 
 @MODELS.register_module()
@@ -89,31 +86,17 @@ class E3VASwinTransformer(SidePathBackbone):
         side_path: Mapping | None = None,
         allow_random_trunk: bool = False,
     ) -> None:
-        without_effect = dict(
-            drop_rate=drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
-            with_cp=with_cp,
-            frozen_stages=frozen_stages + 1,
+        say_without_effect(
+            type(self).__name__,
+            dict(
+                drop_rate=drop_rate,
+                attn_drop_rate=attn_drop_rate,
+                drop_path_rate=drop_path_rate,
+                with_cp=with_cp,
+                frozen_stages=frozen_stages,
+            ),
         )
-        named = [name for name, value in without_effect.items() if value]
-        if named:
-            print_log(
-                f'{", ".join(named)}: without effect on the frozen trunk of '
-                f'{type(self).__name__}.',
-                logger='current',
-            )
-        if pretrained is not None:
-            if init_cfg is not None:
-                raise ConfigError(
-                    '`pretrained` and `init_cfg` of the backbone are both '
-                    'set; keep `init_cfg`.'
-                )
-            warnings.warn(
-                '`pretrained` is deprecated, use `init_cfg`.',
-                DeprecationWarning,
-            )
-            init_cfg = dict(type='Pretrained', checkpoint=pretrained)
+        init_cfg = init_cfg_of(init_cfg, pretrained)
         out_indices = _checked_out_indices(out_indices, len(depths))
         side_path, options = resolve_side_path(side_path)
 
@@ -174,8 +157,7 @@ def _checked_out_indices(
 
 def _stock_scope() -> str:
     """The framework to take the stock class from."""
-    scope = DefaultScope.get_current_instance()
-    preferred = scope.scope_name if scope else None
+    preferred = current_scope()
     for name in sorted(('mmdet', 'mmseg'), key=lambda n: n != preferred):
         if importlib.util.find_spec(name):
             return name

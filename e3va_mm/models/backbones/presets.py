@@ -21,14 +21,22 @@ PRESETS: Mapping[str, Mapping] = {
 }
 
 
+# Of a trunk with one resolution no stage is cheaper to run again than another.
+PLAIN_PRESETS: Mapping[str, Mapping] = {
+    **PRESETS,
+    'lean': dict(PRESETS['lean'], save_taps='int8'),
+}
+
+
 def resolve_side_path(
-    side_path: Mapping | None,
+    side_path: Mapping | None, plain: bool = False
 ) -> tuple[dict, TrunkOptions]:
     """Fill in the preset and part side path from trunk.
 
     Args:
         side_path (Mapping, optional): As in a config. Its own options come
             before those of its ``preset``, by default ``'exact'``.
+        plain (bool): Whether the trunk has one resolution. Defaults to False.
 
     Returns:
         tuple[dict, TrunkOptions]: The config without ``preset`` and
@@ -51,7 +59,8 @@ def resolve_side_path(
             f'{preset!r}.'
         )
     own_taps = side_path.get('save_taps', ())
-    side_path = {**PRESETS[preset], **side_path}
+    presets = PLAIN_PRESETS if plain else PRESETS
+    side_path = {**presets[preset], **side_path}
     options = TrunkOptions.take_from(side_path)
     if options.weights == 'int8':
         torchao()  # not to fail at the first forward pass only

@@ -122,14 +122,14 @@ class SidePathBackbone(BaseModule):
         return dict(getattr(self.side_path, 'output_norms', nn.ModuleDict()))
 
     def output_norms(self) -> Iterator[tuple[str, nn.Module]]:
-        """Names and modules of the stock norms that only outputs go through.
+        """Names and modules of the stock parts that only outputs go through.
 
-        A norm that the next stage of the trunk reads too is none of them.
+        Norms, but for those that the next stage of the trunk reads too.
         """
         if not self.trunk.norm_goes_on():
             paths = [
                 *(self.trunk.output_norm(self, s) for s in self.out_stages),
-                self.trunk.pooled_norm(self),
+                *self.trunk.output_parts(self),
             ]
             for path in filter(None, paths):
                 yield path, self.get_submodule(path)
@@ -175,7 +175,9 @@ class SidePathBackbone(BaseModule):
         """
         if self._is_init:
             return
-        if self.init_cfg is None:
+        if self.init_cfg is None and self.trunk_source is not None:
+            pass  # the stock class has brought weights itself
+        elif self.init_cfg is None:
             self._unstore_trunk()
             self.trunk.init_random(self)
             print_log(

@@ -118,9 +118,9 @@ class Trunk(ABC):
         """Whether the next stage of the trunk reads what that norm gives."""
         return False
 
-    def pooled_norm(self, holder: nn.Module) -> str | None:
-        """Path of the stock norm behind a pooling, if there is one."""
-        return None
+    def output_parts(self, holder: nn.Module) -> Sequence[str]:
+        """Paths of what else outputs alone go through."""
+        return ()
 
     def gives_maps(self, holder: nn.Module) -> bool:
         """Whether outputs are maps (B, C, H, W), norms tokens' own."""

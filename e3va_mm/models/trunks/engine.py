@@ -38,6 +38,21 @@ class Product:
             return linear(input.to(dtype), *cast(self.layer, dtype))
 
 
+class Wide:
+    """A module that computes in the type it is given, whatever autocast says.
+
+    The residual stream starts, and stays, in single precision.
+    """
+
+    def __init__(self, module: nn.Module, options: TrunkOptions) -> None:
+        self.stock = module.forward
+
+    def __call__(self, x: Tensor, *args, **kwargs):
+        """As the module."""
+        with autocast_off(x):
+            return self.stock(x, *args, **kwargs)
+
+
 class FeedForward:
     """The layers of an MLP, some tokens at a time.
 

@@ -349,7 +349,7 @@ def test_impossible_outputs_are_refused(out_indices):
 def test_arguments_without_effect_are_said_in_one_line(monkeypatch):
     lines = []
     monkeypatch.setattr(
-        'e3va_mm.models.backbones.e3va_swin.print_log',
+        'e3va_mm.models.backbones.stock_arguments.print_log',
         lambda message, **_: lines.append(message),
     )
     ours = build_e3va(

@@ -1,0 +1,218 @@
+"""Reading the plain ViTs of mmpretrain and mmsegmentation."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...checkpoint import describe_vit, to_vit_keys
+from ...errors import ConfigError
+from .base import Size, StageEnd
+from .layout import Layout
+from .options import TrunkOptions
+from .relative_tables import resize_relative_tables
+from .stock import StockTrunk
+
+MAPS = ('featmap',)
+
+
+class VitTrunk(StockTrunk):
+    """Position embeddings, class tokens, outputs and files of plain ViTs.
+
+    Args:
+        stock (nn.Module): The stock ViT.
+        layout (Layout): That of its family.
+        out_indices (Sequence[int]): Blocks that have an output, ascending.
+        options (TrunkOptions, optional): How the frozen modules compute.
+        family (str): Name of the stock class with its scope.
+
+    Raises:
+        ConfigError: If the stock class is asked for what is not supported.
+    """
+
+    def __init__(
+        self,
+        stock: nn.Module,
+        layout: Layout,
+        out_indices: Sequence[int],
+        options: TrunkOptions | None,
+        family: str,
+    ) -> None:
+        if getattr(stock, 'out_origin', False):
+            raise ConfigError(
+                '`out_origin=True` asks for the embedding as an output, where '
+                'no side path is. Leave it out.'
+            )
+        self.family = family
+        self.depth = len(stock.layers)
+        super().__init__(stock, layout, out_indices, options)
+        if not self._ends_the_trunk(len(self.out_stages) - 1):
+            # Nothing goes through it.
+            stock._modules.pop('ln1', None)
+
+    @property
+    def extra_tokens(self) -> int:
+        """See :class:`StockTrunk`."""
+        if hasattr(self.stock, 'num_extra_tokens'):  # mmpretrain
+            return self.stock.num_extra_tokens
+        return int(getattr(self.stock, 'with_cls_token', True))
+
+    def _ends_the_trunk(self, stage: int) -> bool:
+        return self.out_indices[stage] == self.depth - 1
+
+    def output_norm(self, holder: nn.Module, stage: int) -> str | None:
+        """The final norm, which the stock classes give the last block."""
+        if not (self.stock.final_norm and self._ends_the_trunk(stage)):
+            return None
+        return super().output_norm(holder, stage)
+
+    def output_parts(self, holder: nn.Module) -> Sequence[str]:
+        """See :class:`Trunk`."""
+        pools = getattr(self.stock, 'out_type', None) == 'avg_featmap'
+        return ('ln2',) if pools else ()
+
+    def gives_maps(self, holder: nn.Module) -> bool:
+        """See :class:`Trunk`."""
+        if getattr(self.stock, 'output_cls_token', False):  # mmseg
+            return False
+        return getattr(self.stock, 'out_type', MAPS[0]) in MAPS
+
+    def output(
+        self,
+        holder: nn.Module,
+        total: Tensor,
+        end: StageEnd,
+        norm: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor | list[Tensor]:
+        """See :class:`Trunk`."""
+        total = total if norm is None else norm(total)
+        if hasattr(self.stock, '_format_output'):
+            return self.stock._format_output(total, end.size)
+        grid = total[:, self.extra_tokens :]
+        maps = grid.transpose(1, 2).unflatten(2, end.size).contiguous()
+        return [maps, total[:, 0]]
+
+    def to_stock_state(
+        self, checkpoint: Mapping
+    ) -> tuple[dict[str, Tensor], str]:
+        """See :class:`Trunk`."""
+        return to_vit_keys(checkpoint, self.family)
+
+    def adapt_state(
+        self, expected: Mapping[str, Tensor], found: dict[str, Tensor]
+    ) -> list[str]:
+        """Fit position embeddings and tables as the stock classes do."""
+        notes = self._fit_positions(expected, found)
+        notes += resize_relative_tables(expected, found)
+        notes += super().adapt_state(expected, found)
+        for key, ours in expected.items():
+            # Rotary embeddings follow from the grid alone.
+            if key.rpartition('.')[2] in ('freqs_cos', 'freqs_sin'):
+                found[key] = ours
+        return notes
+
+    def _fit_positions(
+        self, expected: Mapping[str, Tensor], found: dict[str, Tensor]
+    ) -> list[str]:
+        """Fit `pos_embed`, which mmseg does where it reads a file alone."""
+        ours, theirs = expected.get('pos_embed'), found.get('pos_embed')
+        if (
+            not self.family.startswith('mmseg.')
+            or ours is None
+            or theirs is None
+            or ours.shape == theirs.shape
+            or theirs.ndim != 3
+        ):
+            return []
+        side = int((theirs.shape[1] - 1) ** 0.5)
+        grid = tuple(s // self.stock.patch_size for s in self.stock.img_size)
+        square = theirs[:, 1:].transpose(1, 2)
+        if square.shape[2] != side**2:
+            return []
+        square = F.interpolate(
+            square.unflatten(2, (side, side)).float(),
+            size=grid,
+            mode=getattr(self.stock, 'interpolate_mode', 'bicubic'),
+        )
+        found['pos_embed'] = square.flatten(2).transpose(1, 2).to(theirs)
+        found['pos_embed'] = F.pad(found['pos_embed'], (0, 0, 1, 0))
+        found['pos_embed'][:, :1] = theirs[:, :1]
+        return [f'pos_embed resized from {side}x{side} to {grid}']
+
+    def leftovers(self, holder: nn.Module) -> list[str]:
+        """Also the decoder and masks of pre-training, unused norms."""
+        return [
+            *super().leftovers(holder),
+            r'decoder.*',
+            r'(ln1|ln2|norm|fc_norm)\.(weight|bias)',
+            r'.*\.(freqs_cos|freqs_sin|relative_position_index)',
+        ]
+
+    def explain_mismatch(
+        self, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
+    ) -> str:
+        """See :class:`Trunk`."""
+        ours, theirs = describe_vit(expected), describe_vit(found)
+        if ours == theirs:
+            return super().explain_mismatch(expected, found)
+        ours, theirs = (
+            ', '.join(f'{k}={v}' for k, v in found.items())
+            for found in (ours, theirs)
+        )
+        return (
+            f'The file holds a ViT with {theirs}; the config asks for {ours}. '
+            'Take the weights of the variant in the config, or change the '
+            'config.'
+        )
+
+
+class SamTrunk(VitTrunk):
+    """The image encoder of SAM, whose blocks attend in windows."""
+
+    @property
+    def extra_tokens(self) -> int:
+        """There are none."""
+        return 0
+
+    def _tap(
+        self, block: nn.Module, tap: str, value: Tensor, grid: Size | None
+    ) -> Tensor:
+        """What a branch gave -> (B, L, C), windows put together again."""
+        if tap == 'attn' and block.window_size:
+            value = join_windows(value, block.window_size, grid)
+        return self._tokens(value)
+
+    def output_norm(self, holder: nn.Module, stage: int) -> None:
+        """There is none."""
+
+    def output_parts(self, holder: nn.Module) -> Sequence[str]:
+        """The neck of SAM's encoder, if it is asked for."""
+        return ('channel_reduction',) if self.stock.out_channels else ()
+
+    def gives_maps(self, holder: nn.Module) -> bool:
+        """See :class:`Trunk`."""
+        return (
+            not self.stock.out_channels
+            and self.stock.out_type != 'avg_featmap'
+        )
+
+    def output(
+        self,
+        holder: nn.Module,
+        total: Tensor,
+        end: StageEnd,
+        norm: None,
+    ) -> Tensor:
+        """See :class:`Trunk`."""
+        maps = total.transpose(1, 2).unflatten(2, end.size)
+        if self.stock.out_channels:
+            maps = self.stock.channel_reduction(maps)
+        return self.stock._format_output(maps)
+
+
+def join_windows(windows: Tensor, side: int, size: Size) -> Tensor:
+    """(B * windows, side, side, C) -> (B, H, W, C), padding left out."""
+    rows, columns = (-(-length // side) for length in size)
+    grid = windows.unflatten(0, (-1, rows, columns)).transpose(2, 3)
+    grid = grid.flatten(3, 4).flatten(1, 2)
+    return grid[:, : size[0], : size[1]]

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .unwrapping import part_of
-from .unwrapping import tensors_of as _tensors
+from .unwrapping import part_of, tensors_of
 
 _STOCK = re.compile(r'stages\.\d+\.blocks\.\d+\.attn\.w_msa\.')
 _OFFICIAL = re.compile(
@@ -73,7 +72,7 @@ def to_stock_keys(
     Raises:
         CheckpointError: If the file has none of the accepted formats.
     """
-    tensors = _tensors(state_dict)
+    tensors = tensors_of(state_dict)
     backbone = part_of(tensors, 'backbone.')
     state = backbone or tensors
     if any(_STOCK.match(key) for key in state):

@@ -215,7 +215,7 @@ class SidePathBackbone(BaseModule):
             for key, value in state_dict.items()
             if key.startswith(prefix)
         }
-        fitted = self._fit_state(found, prefix)
+        fitted = self._fit_state(dict(found), prefix)
         for key in found:
             del state_dict[prefix + key]
         state_dict.update({prefix + key: v for key, v in fitted.items()})

@@ -5,7 +5,6 @@ what is added before the softmax. A position bias differs from query to query:
 it is made for some queries at a time and never there as a whole.
 """
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from .engine import cast, compiled
 from .options import TrunkOptions, autocast_off
 from .products import linear
+from .rotary import rotation
 
 # Values of a position bias that may be there at once: 32 MiB in fp32.
 BIAS_VALUES = 2**23
@@ -148,23 +148,12 @@ class RotaryAttention:
                 attention.num_heads,
             )
             if attention.rope is not None:
-                cos, sin = self._rotation(patch_resolution, x.device)
+                cos, sin = rotation(attention.rope, patch_resolution)
                 q, k = (self._rotate(part, cos, sin) for part in (q, k))
             out = F.scaled_dot_product_attention(
                 q, k, v, scale=attention.scale
             )
             return linear(merge_heads(out), *cast(attention.proj, dtype))
-
-    def _rotation(
-        self, size: tuple[int, int], device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Cosine and sine (H * W, d) for a grid."""
-        # A copy: the stock module would change its buffers, which are part of
-        # the state of the trunk, with the size of the picture.
-        rope = copy.copy(self.attention.rope)
-        rope.patch_resolution = size
-        cos, sin = rope.compute_position_embedding()
-        return cos.to(device), sin.to(device)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(B, heads, N, d) -> the same; the class token stays."""

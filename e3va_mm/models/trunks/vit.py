@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,9 +12,11 @@ from .base import Size, StageEnd
 from .layout import Layout
 from .options import TrunkOptions
 from .relative_tables import resize_relative_tables
+from .rotary import fit_rotations
 from .stock import StockTrunk
 
 MAPS = ('featmap',)
+NOT_IN_MAE = dict(gamma_1=1, gamma_2=1, relative_position_bias_table=0)
 
 
 class VitTrunk(StockTrunk):
@@ -104,12 +107,40 @@ class VitTrunk(StockTrunk):
         """Fit position embeddings and tables as the stock classes do."""
         notes = self._fit_positions(expected, found)
         notes += resize_relative_tables(expected, found)
-        notes += super().adapt_state(expected, found)
-        for key, ours in expected.items():
-            # Rotary embeddings follow from the grid alone.
-            if key.rpartition('.')[2] in ('freqs_cos', 'freqs_sin'):
-                found[key] = ours
-        return notes
+        if hasattr(self.stock, 'rope'):
+            size = tuple(self.stock.patch_resolution)
+            notes += fit_rotations(expected, found, size)
+        notes += self._fill_in(expected, found)
+        return notes + super().adapt_state(expected, found)
+
+    def _fill_in(
+        self, expected: Mapping[str, Tensor], found: dict[str, Tensor]
+    ) -> list[str]:
+        """What a kind of file never has, and what the stock hooks need."""
+        table, index = (
+            f'rel_pos_bias.relative_position_{name}'
+            for name in ('bias_table', 'index')
+        )
+        for key, value in expected.items():
+            if key.endswith('.relative_position_index') and table in found:
+                found.setdefault(index, value)
+        # MAE was trained without layer scales and relative positions.
+        added = [
+            key
+            for key in expected
+            if self.family == 'mmseg.MAE'
+            and key not in found
+            and key.rpartition('.')[2] in NOT_IN_MAE
+        ]
+        none_at_all = not any(
+            key.rpartition('.')[2] in NOT_IN_MAE for key in found
+        )
+        if not (added and none_at_all):
+            return []
+        for key in added:
+            fill = NOT_IN_MAE[key.rpartition('.')[2]]
+            found[key] = torch.full_like(expected[key], fill)
+        return ['no layer scales and relative positions in the file: 1 and 0']
 
     def _fit_positions(
         self, expected: Mapping[str, Tensor], found: dict[str, Tensor]
@@ -143,7 +174,8 @@ class VitTrunk(StockTrunk):
         """Also the decoder and masks of pre-training, unused norms."""
         return [
             *super().leftovers(holder),
-            r'decoder.*',
+            r'(decoder|lm_head|attn_pool).*',
+            r'.*\.k_bias',
             r'(ln1|ln2|norm|fc_norm)\.(weight|bias)',
             r'.*\.(freqs_cos|freqs_sin|relative_position_index)',
         ]

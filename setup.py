@@ -73,6 +73,7 @@ setup(
         'openmmlab': requirements('openmmlab'),
         'digits': requirements('digits'),
         'export': requirements('export'),
+        'mmpretrain': requirements('mmpretrain'),
         'tests': requirements('digits') + requirements('tests'),
     },
     cmdclass={'build_py': BuildWithConfigs},

@@ -10,6 +10,10 @@ from torch.torch_version import TorchVersion
 
 from e3va_mm.errors import E3VAError
 from e3va_mm.measure.live_bytes import OLDEST_TORCH
+from e3va_mm.utils.torchvision import declare_missing_ops
+
+# Tests import the frameworks in any order.
+declare_missing_ops()
 
 if TorchVersion(torch.__version__) < OLDEST_TORCH:
 

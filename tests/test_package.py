@@ -72,6 +72,7 @@ def test_one_distribution_each_is_accepted_cheaply(tmp_path, distributions):
         ('onedl-mmcv', 'mmcv-lite'),
         ('onedl-mmdetection', 'mmdet'),
         ('onedl-mmsegmentation', 'mmsegmentation'),
+        ('onedl-mmpretrain', 'mmpretrain'),
     ],
 )
 def test_two_distributions_of_one_package_are_refused(tmp_path, first, second):
@@ -178,6 +179,7 @@ def test_the_wheel_requires_no_framework_and_no_torch(wheel):
         ),
         ('openmmlab', ['mmengine', 'mmcv', 'mmdet', 'mmsegmentation']),
         ('export', ['onnx', 'onnxruntime', 'onnxscript']),
+        ('mmpretrain', ['onedl-mmpretrain', 'timm', 'torchvision']),
         ('tests', ['pytest', 'pytest-xdist', 'hypothesis', 'scikit-learn']),
     ],
 )

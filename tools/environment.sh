@@ -434,7 +434,7 @@ prepare_environment() {
             pip install -e . --no-deps --no-build-isolation
         step 'importing torch, mmcv, mmdet, mmseg and e3va_mm' \
             "Remove $venv and run the same command again." \
-            "$python" -c 'import torch, mmcv.ops, mmdet.apis, mmseg.apis, e3va_mm'
+            "$python" -c 'import e3va_mm.registry, mmcv.ops, mmdet.apis, mmseg.apis'
         remember project "$key"
     fi
     unlock

@@ -13,6 +13,8 @@ heading 'Environment'
 groups='digits tests'
 # The originals' torch is older than the exporter of ONNX that is used.
 [ "${E3VA_STACK:-onedl}" != onedl ] || groups+=' export'
+# The torchvision that is pinned belongs to the default torch of that stack.
+[ "${E3VA_STACK:-onedl}${E3VA_TORCH:-}" != onedl ] || groups+=' mmpretrain'
 prepare_environment $groups
 
 heading 'Tests'

@@ -1,3 +1,4 @@
+from ..utils.torchvision import declare_missing_ops
 from .loaders import read_checkpoint, register_safe_loaders
 from .matching import LoadReport, match_state
 from .source_weights import SourceWeights
@@ -20,3 +21,5 @@ __all__ = [
 ]
 
 register_safe_loaders()
+# What configs import first, with the frameworks' own tools too.
+declare_missing_ops()

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from .snapshot import DISTRIBUTIONS, Snapshot, numbers
 
+# How importing torchvision ends where its library does not load.
+NO_OPERATORS = 'torchvision::nms does not exist'
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -316,22 +319,51 @@ def opencv(seen: Snapshot) -> Iterator[Problem]:
 
 def torchvision(seen: Snapshot) -> Iterator[Problem]:
     """Find a torchvision built for another torch, or missing."""
-    if seen.failing('torchvision::nms does not exist'):
+    needed = [name for p in ('mmpretrain', 'timm') for name in seen.of(p)]
+    minor = (seen.version('torch') + (0, 0))[1]
+    release = f'torchvision==0.{minor + 15}.0'
+    failing = seen.failing(NO_OPERATORS)
+    if failing and (failing != ['torchvision'] or not needed):
         yield Problem(
             'torchvision was built for another torch (operator '
-            'torchvision::nms does not exist), which makes timm, and with it '
-            'mmdet and mmseg, fail. Nothing here needs it.',
+            'torchvision::nms does not exist), which makes timm and '
+            'mmpretrain, and with them mmdet and mmseg, fail. Without '
+            'torchvision they do without these two.',
             'pip uninstall -y torchvision',
         )
-    elif seen.of('mmpretrain') and 'torchvision' not in seen.modules:
-        minor = (seen.version('torch') + (0, 0))[1]
+    elif failing:
         yield Problem(
-            'mmpretrain needs torchvision, in a build for the same torch. '
-            'Where there is none, do without mmpretrain.',
-            f'pip install --no-deps torchvision==0.{minor + 15}.0'
-            if seen.torch_cuda
-            else f'pip uninstall -y {next(iter(seen.of("mmpretrain")))}',
+            'torchvision was built for another torch: its operators do not '
+            f'load. {" and ".join(needed)} can be used all the same, with '
+            'the tools of this repository and after `import '
+            "e3va_mm.registry`; the frameworks' own tools end in "
+            '"operator torchvision::nms does not exist". They work too with '
+            'a build for this torch, where pip finds one.',
+            f'pip install --force-reinstall --no-deps {release}'
+            + ('' if seen.torch_cuda else '+cpu'),
             blocks=False,
+        )
+    elif seen.of('mmpretrain') and minor and 'torchvision' not in seen.modules:
+        yield Problem(
+            'mmpretrain needs torchvision, which is not installed. Beside a '
+            'torch for CPUs a build for CUDA will do; --no-deps lets torch '
+            'stay.',
+            f'pip install --no-deps {release}',
+        )
+
+
+def new_transformers(seen: Snapshot) -> Iterator[Problem]:
+    """Find a transformers that mmpretrain cannot be imported beside."""
+    failing = seen.failing('NoneType takes no arguments')
+    found = seen.version('transformers') >= (5,) and seen.of('mmpretrain')
+    if failing and found:
+        name, version = next(iter(found.items()))
+        yield Problem(
+            f'{name} {version} cannot be imported beside transformers '
+            f'{seen.distributions["transformers"]}, which has dropped what '
+            'it uses (TypeError: NoneType takes no arguments); nor can '
+            'mmdet, which imports it. 4.57 works, and so does 4.44.',
+            "pip install 'transformers<5'",
         )
 
 
@@ -362,6 +394,8 @@ def not_installed(seen: Snapshot) -> Iterator[Problem]:
 def unexplained(seen: Snapshot) -> Iterator[Problem]:
     """Report what fails for a reason that no other check knows."""
     for module, line in seen.failures.items():
+        if NO_OPERATORS in line:  # explained, though it need not block
+            continue
         package = module.partition('.')[0]
         found = seen.of(package)
         pins = [f'{name}=={version}' for name, version in found.items()]
@@ -385,6 +419,7 @@ CHECKS = (
     numpy_line,
     opencv,
     torchvision,
+    new_transformers,
     other_gpus_torch,
     without_ops,
     without_cuda_ops,

@@ -33,6 +33,7 @@ OTHERS = {
     'cv2': ('opencv-python-headless', 'opencv-python'),
     'setuptools': ('setuptools',),
     'timm': ('timm',),
+    'transformers': ('transformers',),
     'imaug': ('imaug',),
 }
 
@@ -121,18 +122,21 @@ for device in ['cpu'] + ['cuda'] * torch.cuda.is_available():
     nms(torch.tensor([[0., 0., 8., 8.]], device=device),
         torch.ones(1, device=device), 0.5)
 """
+# As our tools import the frameworks, wherever the package can be imported.
+_FRAMEWORK = """
+try:
+    import e3va_mm.registry
+except Exception:
+    pass
+import {}
+"""
 _PROBES = {
     'torch': _TORCH,
     'mmcv.ops': _OPS,
+    **{name: f'import {name}' for name in ('cv2', 'torchvision')},
     **{
-        name: f'import {name}'
-        for name in (
-            'cv2',
-            'mmdet.apis',
-            'mmseg.apis',
-            'torchvision',
-            'mmpretrain',
-        )
+        name: _FRAMEWORK.format(name)
+        for name in ('mmdet.apis', 'mmseg.apis', 'mmpretrain.models')
     },
 }
 

@@ -1,7 +1,9 @@
 """A checkpoint of ours through the frameworks' own ways to use one."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import torch
 from e3va_mm.errors import CheckpointError
 from tests.test_checkpoint.hostile import FORMS, touch
 from tests.test_configs import CONFIGS
+
+ROOT = Path(__file__).parents[2]
 
 
 def assert_loaded(model, checkpoint):
@@ -111,6 +115,10 @@ def test_a_hostile_file_alone_in_a_process(
     done = subprocess.run(
         [sys.executable, '-c', code, CONFIGS / config, path],
         cwd=tmp_path,
+        env={
+            **os.environ,
+            'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT}/tests/torchvision_first',
+        },
         capture_output=True,
         text=True,
     )

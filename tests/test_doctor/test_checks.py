@@ -78,6 +78,19 @@ def snapshot(line=MAINTAINED, without=(), modules=(), ops_too=True, **fields):
         snapshot(without=['onedl-mmdetection'], modules=['-mmdet']),
         snapshot(without=['onedl-mmsegmentation'], modules=['-mmseg']),
         snapshot(torchvision='0.28.0', timm='1.0.0', modules=['+torchvision']),
+        snapshot(
+            onedl_mmpretrain='1.3.6',
+            torchvision='0.28.0',
+            transformers='4.57.6',
+            modules=['+torchvision', '+mmpretrain'],
+        ),
+        # Without pycocotools mmpretrain leaves alone what it cannot import.
+        snapshot(
+            onedl_mmpretrain='1.3.6',
+            torchvision='0.28.0',
+            transformers='5.0.0',
+            modules=['+torchvision', '+mmpretrain'],
+        ),
         # setuptools 82 matters only while mmcv has to be built.
         snapshot(setuptools='82.0.0'),
         snapshot(
@@ -103,6 +116,7 @@ MOVE = (
     'pip install --no-build-isolation onedl-mmengine onedl-mmcv '
     'onedl-mmdetection onedl-mmsegmentation'
 )
+NO_OPERATORS = 'RuntimeError: operator torchvision::nms does not exist'
 CASES = {
     'both lines of distributions': (
         snapshot(mmcv='2.1.0', mmdet='3.3.0'),
@@ -242,12 +256,62 @@ CASES = {
             timm='1.0.0',
             modules=['+torchvision', '+timm'],
             failures=dict.fromkeys(
-                ('torchvision', 'mmdet.apis', 'mmseg.apis'),
-                'RuntimeError: operator torchvision::nms does not exist',
+                ('torchvision', 'mmdet.apis', 'mmseg.apis'), NO_OPERATORS
             ),
+        ),
+        'and with them mmdet and mmseg, fail',
+        'pip uninstall -y torchvision',
+    ),
+    'torchvision for another torch that nothing needs': (
+        snapshot(
+            torchvision='0.28.0',
+            modules=['+torchvision'],
+            failures={'torchvision': NO_OPERATORS},
         ),
         'torchvision was built for another torch',
         'pip uninstall -y torchvision',
+    ),
+    'mmpretrain without torchvision': (
+        snapshot(
+            onedl_mmpretrain='1.3.6',
+            modules=['+mmpretrain'],
+            failures={
+                'mmpretrain.models': 'ModuleNotFoundError: No module named '
+                "'torchvision'"
+            },
+        ),
+        'mmpretrain needs torchvision, which is not installed',
+        'pip install --no-deps torchvision==0.28.0',
+    ),
+    'the original mmpretrain without torchvision': (
+        snapshot(ORIGINALS, mmpretrain='1.2.0', modules=['+mmpretrain']),
+        'mmpretrain needs torchvision, which is not installed',
+        'pip install --no-deps torchvision==0.16.0',
+    ),
+    'two distributions of mmpretrain': (
+        snapshot(
+            onedl_mmpretrain='1.3.6',
+            mmpretrain='1.2.0',
+            torchvision='0.28.0',
+            modules=['+torchvision', '+mmpretrain'],
+        ),
+        'mmpretrain from onedl-mmpretrain 1.3.6 and mmpretrain 1.2.0.',
+        'pip uninstall -y onedl-mmpretrain mmpretrain && '
+        'pip install --no-build-isolation onedl-mmpretrain',
+    ),
+    'transformers 5 beside mmpretrain': (
+        snapshot(
+            onedl_mmpretrain='1.3.6',
+            torchvision='0.28.0',
+            transformers='5.0.0',
+            modules=['+torchvision', '+mmpretrain', '+transformers'],
+            failures=dict.fromkeys(
+                ('mmdet.apis', 'mmpretrain.models'),
+                'TypeError: NoneType takes no arguments',
+            ),
+        ),
+        'onedl-mmpretrain 1.3.6 cannot be imported beside transformers 5.0.0',
+        "pip install 'transformers<5'",
     ),
     'mmcv-lite': (
         snapshot(
@@ -338,19 +402,27 @@ CASES = {
     ),
 }
 NOTES = {
-    'mmpretrain without torchvision': (
+    'torchvision whose operators do not load': (
         snapshot(
-            **{'onedl-mmpretrain': '1.3.6'},
-            torch_cuda='12.6',
-            modules=['+mmpretrain'],
+            onedl_mmpretrain='1.3.6',
+            torchvision='0.28.0',
+            timm='1.0.31',
+            modules=['+torchvision', '+mmpretrain', '+timm'],
+            failures={'torchvision': NO_OPERATORS},
         ),
-        'mmpretrain needs torchvision',
-        'pip install --no-deps torchvision==0.28.0',
+        'onedl-mmpretrain and timm can be used all the same',
+        'pip install --force-reinstall --no-deps torchvision==0.28.0+cpu',
     ),
-    'mmpretrain on a CPU': (
-        snapshot(**{'onedl-mmpretrain': '1.3.6'}, modules=['+mmpretrain']),
-        'Where there is none, do without mmpretrain',
-        'pip uninstall -y onedl-mmpretrain',
+    'torchvision for another CUDA': (
+        snapshot(
+            torchvision='0.27.0',
+            timm='1.0.31',
+            torch_cuda='12.6',
+            modules=['+torchvision', '+timm'],
+            failures={'torchvision': NO_OPERATORS},
+        ),
+        'timm can be used all the same',
+        'pip install --force-reinstall --no-deps torchvision==0.28.0',
     ),
     'an older maintained mmcv': (
         snapshot(onedl_mmcv='2.3.5'),

@@ -5,6 +5,7 @@ import struct
 import pytest
 
 from e3va_mm.doctor.snapshot import (
+    _FRAMEWORK,
     DISTRIBUTIONS,
     Snapshot,
     _probe,
@@ -82,6 +83,24 @@ def test_probes_tell_the_last_line_of_an_error():
         'ill': "ModuleNotFoundError: No module named 'no_such_module'",
         'killed': 'exit status 7',
     }
+
+
+@pytest.mark.parametrize('importable', [True, False])
+def test_frameworks_are_probed_as_our_tools_import_them(
+    tmp_path, monkeypatch, importable
+):
+    (tmp_path / 'e3va_mm').mkdir()
+    (tmp_path / 'e3va_mm' / '__init__.py').write_text(
+        '' if importable else 'raise RuntimeError'
+    )
+    (tmp_path / 'e3va_mm' / 'registry.py').write_text(
+        'import sys; sys.prepared = True'
+    )
+    (tmp_path / 'framework.py').write_text('import sys; sys.prepared')
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    _, failures = _probe({'framework': _FRAMEWORK.format('framework')})
+    assert bool(failures) is not importable
 
 
 def test_a_folder_that_was_left_behind_is_no_package(tmp_path, monkeypatch):

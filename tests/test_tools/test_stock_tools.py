@@ -24,8 +24,11 @@ def stock_train(framework, config):
     package = Path(importlib.util.find_spec(framework).origin).parent
     return subprocess.run(
         [sys.executable, package / '.mim' / 'tools' / 'train.py', config],
-        # In place of an installed package.
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        # In place of an installed package, and of a torchvision that loads.
+        env={
+            **os.environ,
+            'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT}/tests/torchvision_first',
+        },
         cwd=config.parent,
         capture_output=True,
         text=True,

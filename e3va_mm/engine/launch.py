@@ -17,6 +17,7 @@ from json import JSONDecodeError
 import torch.distributed
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
+from mmengine.evaluator import DumpResults
 from mmengine.logging import print_log
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import (
@@ -36,6 +37,7 @@ from .hooks.dataset_check_hook import Leaf, check_classes, check_not_empty
 FRAMEWORKS = {
     'mmdet': 'onedl-mmdetection',
     'mmseg': 'onedl-mmsegmentation',
+    'mmpretrain': 'onedl-mmpretrain',
 }
 # What a COCO-like annotation file must hold.
 COCO_KEYS = {
@@ -45,7 +47,7 @@ COCO_KEYS = {
 
 
 def train(argv: Sequence[str] | None = None) -> int:
-    """Train a detector or segmentor.
+    """Train a detector, segmentor or classifier.
 
     Args:
         argv (Sequence[str], optional): Arguments of the command line.
@@ -196,6 +198,9 @@ def _test(args: argparse.Namespace) -> None:
             from mmdet.evaluation import DumpDetResults
             runner.test_evaluator.metrics.append(
                 DumpDetResults(out_file_path=args.out))
+        elif args.out is not None and cfg.default_scope == 'mmpretrain':
+            runner.test_evaluator.metrics.append(
+                DumpResults(out_file_path=args.out))
         runner.test()
 
     _add_hooks(cfg, DatasetCheckHook)
@@ -216,12 +221,14 @@ def _load_config(args: argparse.Namespace) -> Config:
     scope = cfg.get('default_scope')
     if scope not in FRAMEWORKS:
         raise ConfigError(
-            "`default_scope` in the config should be 'mmdet' or 'mmseg', "
-            f'but got {scope!r}.')
+            f'`default_scope` in the config should be one of '
+            f'{tuple(FRAMEWORKS)}, but got {scope!r}.')
     if importlib.util.find_spec(scope) is None:
         raise ConfigError(
             f'{args.config} is a config of {scope}, which is not installed. '
             f'Install it: pip install {FRAMEWORKS[scope]}')
+    if scope == 'mmpretrain':
+        _set_collating(cfg)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -246,6 +253,13 @@ def _load_config(args: argparse.Namespace) -> Config:
             _set_slurm_variables()
             _prepare_cpu_processes(cfg)
     return cfg
+
+
+def _set_collating(cfg: Config) -> None:
+    """What mmpretrain's own tools set: batches are stacked by the loader."""
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        if cfg.get(name):
+            cfg[name].setdefault('collate_fn', dict(type='default_collate'))
 
 
 def _prepare_cpu_processes(cfg: Config) -> None:
@@ -357,14 +371,19 @@ def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
         raise ConfigError(
             '--show and --show-dir need '
             "`default_hooks.visualization=dict(type='DetVisualizationHook')` "
-            "(mmdet) or `'SegVisualizationHook'` (mmseg) in the config.")
-    hook.draw = True
+            "(mmdet), `'SegVisualizationHook'` (mmseg) or "
+            "`'VisualizationHook'` (mmpretrain) in the config.")
+    if cfg.default_scope == 'mmpretrain':
+        hook.enable = True
+        hook.out_dir = args.show_dir
+    else:
+        hook.draw = True
     if args.show:
         hook.show = True
         hook.wait_time = args.wait_time
     if args.show_dir and cfg.default_scope == 'mmdet':
         hook.test_out_dir = args.show_dir
-    elif args.show_dir:
+    elif args.show_dir and cfg.default_scope == 'mmseg':
         cfg.visualizer.save_dir = args.show_dir
 
 
@@ -375,6 +394,14 @@ def _set_test_time_augmentation(cfg: Config) -> None:
         dataset = dataset.dataset
     if cfg.default_scope == 'mmseg':
         _require(cfg, 'tta_model', 'tta_pipeline')
+    elif cfg.default_scope == 'mmpretrain':
+        cfg.setdefault('tta_model', dict(type='AverageClsScoreTTA'))
+        flips = [dict(type='RandomFlip', prob=p) for p in (1., 0.)]
+        *steps, pack = dataset.pipeline
+        cfg.setdefault('tta_pipeline', [
+            *copy.deepcopy(steps),
+            dict(type='TestTimeAug', transforms=[flips, [pack]])
+        ])
     else:
         cfg.setdefault(
             'tta_model',
@@ -397,8 +424,9 @@ def _set_test_time_augmentation(cfg: Config) -> None:
 
 def _check_out(scope: str, out: str) -> None:
     is_pickle = out.endswith(('.pkl', '.pickle'))
-    if scope == 'mmdet' and not is_pickle:
-        raise ConfigError('--out of a detector should end in .pkl or '
+    if scope != 'mmseg' and not is_pickle:
+        kind = 'detector' if scope == 'mmdet' else 'classifier'
+        raise ConfigError(f'--out of a {kind} should end in .pkl or '
                           f'.pickle, but got {out!r}.')
     if scope == 'mmseg' and (is_pickle or osp.isfile(out)):
         raise ConfigError('--out of a segmentor should be a directory, but '

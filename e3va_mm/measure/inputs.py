@@ -113,10 +113,13 @@ def generate_batch(
             _segmentation_sample(size, classes, annotations)
             for _ in range(batch)
         ]
+    elif 'mmpretrain' in origins:
+        samples = [_classification_sample(size, classes) for _ in range(batch)]
     else:
         raise ConfigError(
             'Expected the model of the config to be a detector of '
-            'MMDetection or a segmentor of MMSegmentation, but got '
+            'MMDetection, a segmentor of MMSegmentation or a classifier of '
+            'mmpretrain, but got '
             f'{type(model).__module__}.{type(model).__name__}.'
         )
     pictures = [
@@ -295,6 +298,13 @@ def _segmentation_sample(size: Size, num_classes: int, annotations: set[str]):
     if 'edges' in annotations:
         sample.gt_edge_map = PixelData(data=_semantic_map(size, 2))
     return sample
+
+
+def _classification_sample(size: Size, num_classes: int):
+    from mmpretrain.structures import DataSample
+
+    sample = DataSample(metainfo=_meta(size))
+    return sample.set_gt_label(int(torch.randint(num_classes, ())))
 
 
 def _semantic_map(size: Size, num_classes: int) -> Tensor:

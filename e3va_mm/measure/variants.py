@@ -7,7 +7,9 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from ..errors import ConfigError
+from ..models.backbones.e3va_vit import vit_trunk_config
 from ..models.backbones.presets import PRESETS
+from ..models.trunks.families import FAMILIES, VITS
 from ..utils import mark_trainable
 from .lora import add_lora
 
@@ -24,10 +26,13 @@ VARIANTS = {
 # These work with any backbone.
 GENERIC = ('as-is', 'full', 'frozen')
 
-OURS = 'e3va_mm.E3VASwinTransformer'
-STOCK = ('mmdet.SwinTransformer', 'mmseg.SwinTransformer')
+SWIN = 'e3va_mm.E3VASwinTransformer'
+VIT = 'e3va_mm.E3VAVisionTransformer'
+ANY = 'e3va_mm.E3VABackbone'
+OURS = (SWIN, VIT, ANY)
+STOCK_SWINS = ('mmdet.SwinTransformer', 'mmseg.SwinTransformer')
 # Arguments of our backbones that the stock class does not know.
-OWN_ARGUMENTS = ('side_path', 'allow_random_trunk')
+OWN_ARGUMENTS = ('side_path', 'allow_random_trunk', 'layout')
 # Where weights come from.
 WEIGHTS = ('init_cfg', 'pretrained')
 
@@ -71,18 +76,20 @@ def variant_config(config: Config, variant: str) -> Config:
             'Measure it as-is.'
         )
     kind = _type_name(config, backbone)
-    if kind not in (OURS, *STOCK) and variant not in GENERIC:
+    if not _is_known(kind) and variant not in GENERIC:
         raise ConfigError(
-            f'The variant {variant} needs model.backbone.type to be '
-            f'{OURS!r} or a stock SwinTransformer, but got {kind!r}. Other '
-            f'backbones have the variants {", ".join(GENERIC)}.'
+            f'The variant {variant} needs model.backbone.type to be one of '
+            f'{", ".join(OURS)} or a stock backbone of their families, but '
+            f'got {kind!r}. Other backbones have the variants '
+            f'{", ".join(GENERIC)}.'
         )
     if variant in ('full', 'frozen', 'lora'):
-        _make_stock(config, backbone, kind)
+        config.model.backbone = _stock(backbone, kind, framework(config))
     else:
-        backbone.type = OURS
+        backbone = _ours(backbone, kind)
         backbone.allow_random_trunk = True
         backbone.side_path = _side_path(variant, backbone.get('side_path'))
+        config.model.backbone = backbone
     return config
 
 
@@ -111,7 +118,7 @@ def _drop_weights(node) -> None:
     if isinstance(node, Mapping):
         for key in WEIGHTS:
             node.pop(key, None)
-        if _class_name(node.get('type', '')) == OURS:
+        if _class_name(node.get('type', '')) in OURS:
             node['allow_random_trunk'] = True
         node = list(node.values())
     if isinstance(node, list | tuple):
@@ -132,16 +139,40 @@ def _class_name(kind: str | type) -> str:
     return str(kind)
 
 
-def _make_stock(config: Config, backbone: ConfigDict, kind: str) -> None:
-    """Turn a backbone into the stock one, of which everything trains."""
-    if kind == OURS:
-        backbone.type = f'{framework(config)}.SwinTransformer'
-        for key in OWN_ARGUMENTS:
-            backbone.pop(key, None)
-        if framework(config) != 'mmdet':
-            backbone.pop('convert_weights', None)
-    if 'frozen_stages' in backbone:
-        backbone.frozen_stages = -1
+def _is_known(kind: str) -> bool:
+    """Whether a backbone is ours, or a stock one that can become ours."""
+    timm = kind.endswith('.TIMMBackbone')
+    return kind in (*OURS, *STOCK_SWINS, *FAMILIES) or timm
+
+
+def _stock(backbone: ConfigDict, kind: str, scope: str) -> ConfigDict:
+    """The stock backbone, of which everything trains."""
+    own = {key: v for key, v in backbone.items() if key not in OWN_ARGUMENTS}
+    if kind == SWIN:
+        own['type'] = f'{scope}.SwinTransformer'
+        if scope != 'mmdet':
+            own.pop('convert_weights', None)
+    elif kind == VIT:
+        del own['type']
+        own = vit_trunk_config(own, scope)
+    elif kind == ANY:
+        own = dict(backbone.trunk)
+    else:
+        own = dict(backbone)
+    if 'frozen_stages' in own:
+        own['frozen_stages'] = -1
+    return ConfigDict(own)
+
+
+def _ours(backbone: ConfigDict, kind: str) -> ConfigDict:
+    """The backbone as ours, whichever it is."""
+    if kind in OURS:
+        return backbone
+    if kind in STOCK_SWINS:
+        return ConfigDict(backbone, type=SWIN)
+    if kind in VITS:
+        return ConfigDict(backbone, type=VIT, trunk_type=kind)
+    return ConfigDict(type=ANY, trunk=dict(backbone, type=kind))
 
 
 def _side_path(variant: str, given: Mapping | None) -> dict:

@@ -68,7 +68,7 @@ def test_config_that_cannot_be_read(tmp_path, error):
     path.write_text('model = dict(')
     assert f'{path} cannot be read: ' in error(launch.train, path)
     path.write_text("default_scope = 'mmpose'")
-    assert "should be 'mmdet' or 'mmseg', but got 'mmpose'" in error(
+    assert "'mmseg', 'mmpretrain'), but got 'mmpose'" in error(
         launch.test, path, 'x.pth')
     path.write_text("default_scope = 'mmdet'\ntrain_cfg = dict()")
     assert 'train_dataloader, optim_wrapper is missing' in error(

@@ -161,15 +161,57 @@ def test_other_backbones_have_the_generic_variants(kind):
     assert not any(p.requires_grad for p in frozen.parameters())
     with pytest.raises(
         ConfigError,
-        match="stock SwinTransformer, but got 'mmdet.ResNet'. Other "
+        match="their families, but got 'mmdet.ResNet'. Other "
         'backbones have the variants as-is, full, frozen.',
     ):
         variant_config(given, 'lora')
 
 
-def test_a_swin_of_another_library_is_no_stock_swin():
-    with pytest.raises(ConfigError, match="got 'mmpretrain.SwinTransformer'"):
-        variant_config(config(type='mmpretrain.SwinTransformer'), 'exact')
+@pytest.mark.parametrize(
+    'stock, kind',
+    [
+        (dict(type='mmdet.PyramidVisionTransformerV2'), 'E3VABackbone'),
+        (
+            dict(type='mmseg.VisionTransformer', frozen_stages=1),
+            'E3VAVisionTransformer',
+        ),
+        (dict(type='mmpretrain.TIMMBackbone', model_name='x'), 'E3VABackbone'),
+    ],
+)
+def test_any_known_family_has_all_variants(stock, kind):
+    """There and back again, whichever of the two a config has."""
+    given = Config(
+        dict(model=dict(type='Any', backbone=stock), default_scope='mmdet')
+    )
+    lean = variant_config(given, 'lean').model.backbone
+    assert lean.type == f'e3va_mm.{kind}'
+    assert lean.side_path == dict(preset='lean')
+    assert lean.allow_random_trunk
+    ours = Config(
+        dict(model=dict(type='Any', backbone=lean), default_scope='mmdet')
+    )
+    full = variant_config(ours, 'full').model.backbone
+    expected = dict(stock)
+    if 'frozen_stages' in stock:
+        expected['frozen_stages'] = -1
+    assert full.to_dict() == expected
+    nothing = variant_config(ours, 'frozen-lean').model.backbone.side_path
+    assert nothing.type == 'e3va_mm.NoSidePath'
+
+
+def test_the_stock_vit_gives_what_ours_gives():
+    ours = Config(
+        dict(
+            model=dict(
+                type='Any',
+                backbone=dict(type='e3va_mm.E3VAVisionTransformer', arch='b'),
+            ),
+            default_scope='mmdet',
+        )
+    )
+    assert variant_config(ours, 'full').model.backbone == dict(
+        type='mmpretrain.VisionTransformer', arch='b', out_type='featmap'
+    )
 
 
 def test_what_cannot_be_compared_is_refused():

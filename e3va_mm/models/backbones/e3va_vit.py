@@ -67,12 +67,10 @@ class E3VAVisionTransformer(SidePathBackbone):
         pretrained: str | None = None,
         **stock,
     ) -> None:
-        scope = current_scope()
-        if trunk_type is None:
-            owner = 'mmseg' if scope == 'mmseg' else 'mmpretrain'
-            trunk_type = f'{owner}.VisionTransformer'
-        if trunk_type.startswith('mmpretrain.') and scope != 'mmpretrain':
-            stock.setdefault('out_type', 'featmap')
+        if trunk_type is not None:
+            stock['trunk_type'] = trunk_type
+        stock = vit_trunk_config(stock, current_scope())
+        trunk_type = stock.pop('type')
         say_without_effect(type(self).__name__, stock)
         side_path, options = resolve_side_path(side_path, plain=True)
         trunk = build_trunk(
@@ -87,3 +85,19 @@ class E3VAVisionTransformer(SidePathBackbone):
             init_cfg=init_cfg_of(init_cfg, pretrained),
         )
         self.out_indices = trunk.out_indices
+
+
+def vit_trunk_config(arguments: Mapping, scope: str | None) -> dict:
+    """The stock backbone that :class:`E3VAVisionTransformer` takes.
+
+    Args:
+        arguments (Mapping): ``trunk_type``, if given, and those of the stock
+            class.
+        scope (str, optional): The framework whose tools run.
+    """
+    stock = dict(arguments)
+    owner = 'mmseg' if scope == 'mmseg' else 'mmpretrain'
+    kind = stock.pop('trunk_type', None) or f'{owner}.VisionTransformer'
+    if kind.startswith('mmpretrain.') and scope != 'mmpretrain':
+        stock.setdefault('out_type', 'featmap')
+    return dict(stock, type=kind)

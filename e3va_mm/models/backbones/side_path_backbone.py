@@ -357,13 +357,15 @@ class SidePathBackbone(BaseModule):
                     output, kept = self._output(stage, total, end)
                     outputs.append(output)
                 if stage < last:
-                    inherited = self.side_path.inherit(
-                        highway,
-                        total,
-                        end.tokens,
-                        self.trunk.downsampling(self, stage, end.size),
-                        kept,
-                    )
+                    inherited = None
+                    if self.trunk.highway_goes_on():
+                        inherited = self.side_path.inherit(
+                            highway,
+                            total,
+                            end.tokens,
+                            self.trunk.downsampling(self, stage, end.size),
+                            kept,
+                        )
                     highway = self.side_path.start(
                         stage + 1, inherited, replay
                     )

@@ -110,6 +110,10 @@ class Trunk(ABC):
         None if the next stage has the same tokens.
         """
 
+    def highway_goes_on(self) -> bool:
+        """Whether there is a way for it from one stage to the next."""
+        return True
+
     @abstractmethod
     def output_norm(self, holder: nn.Module, stage: int) -> str | None:
         """Path of the stock norm at the output of a stage, if there is one."""

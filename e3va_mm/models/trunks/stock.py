@@ -333,6 +333,10 @@ class StockTrunk(Trunk):
                 size = _size_among(parts[1:], tokens.shape[1])
         return tokens
 
+    def highway_goes_on(self) -> bool:
+        """See :class:`Trunk`."""
+        return self.layout.plain or bool(self.layout.downsampling)
+
     def output_norm(self, holder: nn.Module, stage: int) -> str | None:
         """See :class:`Trunk`."""
         if self.layout.output_norm is None:
@@ -368,10 +372,15 @@ class StockTrunk(Trunk):
         """See :class:`Trunk`."""
         # Stock code draws all that is below it: the side path is not.
         side_path = holder._modules.pop('side_path')
+        # What a whole model notes about its initialisation.
+        notes = vars(holder).get('_params_init_info')
+        if notes is not None:
+            self.stock._params_init_info = notes
         try:
             self.stock.init_weights()
         finally:
             holder._modules['side_path'] = side_path
+            vars(self.stock).pop('_params_init_info', None)
 
     def to_stock_state(
         self, checkpoint: Mapping

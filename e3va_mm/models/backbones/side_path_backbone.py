@@ -10,6 +10,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ...checkpoint import SourceWeights, match_state, read_checkpoint
+from ...engine.optim import cover_layer_decay
 from ...errors import CheckpointError, ConfigError
 from ...registry import MODELS
 from ...utils import mark_trainable
@@ -97,6 +98,7 @@ class SidePathBackbone(BaseModule):
             self._add_norm_offsets()
         mark_trainable(self, (part for _, part in self.trainable_children()))
         self.train()
+        cover_layer_decay()
 
     def _adopt(self, stock: nn.Module) -> None:
         """Take over the children, parameters and buffers of ``stock``."""

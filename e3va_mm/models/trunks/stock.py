@@ -16,7 +16,7 @@ from .attention import ENGINES
 from .base import Downsampling, OnEnd, OnTap, Size, StageEnd, StageSpec, Trunk
 from .engine import FeedForward, GatedFeedForward, Product, Wide, install
 from .layout import Layout, find, length_of
-from .options import TrunkOptions
+from .options import TrunkOptions, autocast_dtype
 from .stored_weights import linear_layers
 
 GATED = 'mmpretrain.models.utils.swiglu_ffn.SwiGLUFFN'
@@ -146,13 +146,16 @@ class StockTrunk(Trunk):
         on_end: OnEnd | None = None,
     ) -> None:
         """See :class:`Trunk`."""
-        dtype = self.options.dtype(self._weight())
-        low = dtype in (torch.bfloat16, torch.float16)
+        inner = self.options.dtype(self._weight())
+        if inner not in (torch.bfloat16, torch.float16):
+            inner = None
+        # The side path is none of the trunk's business.
+        outer = autocast_dtype(image)
+        on_tap = _under(on_tap, image, outer)
+        on_end = on_end and _under(on_end, image, outer)
         with (
             self._hooked(image, last, taps, on_tap, on_end),
-            torch.autocast(
-                image.device.type, dtype if low else None, enabled=low
-            ),
+            _autocast(image, inner),
         ):
             try:
                 self.stock.forward(image)
@@ -471,6 +474,23 @@ class TimmTrunk(StockTrunk):
 
 class _LastStage(Exception):
     """Ends a stock forward behind the last stage that is wanted."""
+
+
+def _autocast(like: Tensor, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to a type, None for off."""
+    return torch.autocast(like.device.type, dtype, enabled=dtype is not None)
+
+
+def _under(
+    function: Callable, like: Tensor, dtype: torch.dtype | None
+) -> Callable:
+    """A function that runs under an autocast of its own."""
+
+    def run(*args):
+        with _autocast(like, dtype):
+            return function(*args)
+
+    return run
 
 
 def _is_norm(module: object) -> bool:

@@ -241,6 +241,34 @@ def test_presets_are_close_to_the_exact_gradient(name, preset):
 
 
 @pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('autocast', [False, True])
+def test_types_of_what_comes_out(name, autocast):
+    """However the trunk computes: outputs are as the caller's autocast says.
+
+    The residual stream, which stages end with, stays in single precision.
+    """
+    ours = build_ours(name, side_path=dict(preset='lean'))
+    ours.train()
+    ends = []
+    run = ours.trunk.run
+
+    def spied(holder, image, last, taps, on_tap, on_end=None):
+        def seen(stage, end):
+            ends.append(end.tokens.dtype)
+            on_end(stage, end)
+
+        run(holder, image, last, taps, on_tap, on_end and seen)
+
+    ours.trunk.run = spied
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        outputs = flat(ours(image_for(name)))
+    assert set(ends) == {torch.float32}
+    if ours.trunk.gives_maps(ours):
+        wanted = torch.bfloat16 if autocast else torch.float32
+        assert {o.dtype for o in outputs} == {wanted}
+
+
+@pytest.mark.parametrize('name', CASES)
 def test_loading_is_strict(name):
     ours, stock = ours_and_stock(name)
     state = stock.state_dict()

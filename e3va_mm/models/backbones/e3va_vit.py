@@ -98,6 +98,8 @@ def vit_trunk_config(arguments: Mapping, scope: str | None) -> dict:
     stock = dict(arguments)
     owner = 'mmseg' if scope == 'mmseg' else 'mmpretrain'
     kind = stock.pop('trunk_type', None) or f'{owner}.VisionTransformer'
+    if isinstance(kind, type):  # in configs of the new style
+        kind = f'{kind.__module__.partition(".")[0]}.{kind.__name__}'
     if kind.startswith('mmpretrain.') and scope != 'mmpretrain':
         stock.setdefault('out_type', 'featmap')
     return dict(stock, type=kind)

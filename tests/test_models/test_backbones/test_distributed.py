@@ -16,6 +16,7 @@ from torch.torch_version import TorchVersion
 
 from e3va_mm.models.side_path.kept_taps import TAP_CODECS
 from tests.helpers import build_e3va, randomised
+from tests.trunk_cases import CASES, build_ours, need
 
 WORLD = 2
 MODES = list(TAP_CODECS)
@@ -35,9 +36,12 @@ def begin(rank, port):
     torch.manual_seed(0)
 
 
-def work(rank, port, out_indices, folder):
+def work(rank, port, which, folder):
     begin(rank, port)
-    backbone = build_e3va(out_indices=out_indices)
+    if isinstance(which, str):
+        backbone = build_ours(which)
+    else:
+        backbone = build_e3va(out_indices=which)
     backbone.init_weights()
     model = DistributedDataParallel(backbone)
     model.train()
@@ -58,9 +62,14 @@ def work(rank, port, out_indices, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (1, 2)])
-def test_ranks_train_together(out_indices, tmp_path):
-    mp.spawn(work, (free_port(), out_indices, str(tmp_path)), nprocs=WORLD)
+@pytest.mark.parametrize(
+    'which', [(0, 1, 2, 3), (1, 2), 'dinov2', 'mit'], ids=str
+)
+def test_ranks_train_together(which, tmp_path):
+    """Swin by its outputs, others by their names."""
+    if isinstance(which, str):
+        need(CASES[which])
+    mp.spawn(work, (free_port(), which, str(tmp_path)), nprocs=WORLD)
     first, second = (torch.load(tmp_path / f'{r}.pt') for r in range(WORLD))
     assert first
     for name, value in first.items():

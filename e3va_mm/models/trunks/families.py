@@ -17,9 +17,9 @@ _VIT = Layout(
     blocks='layers.{block}',
     taps=dict(attn='attn', ffn='ffn.dropout_layer'),
     channels='ln1',
-    output_norm='ln1',
+    output_norm='ln1?',
     embedding=('patch_embed',),
-    extra_tokens='num_extra_tokens',
+    extra_tokens='num_extra_tokens?',  # mmseg's say it another way
     cut='layers',
 )
 _SWIN = Layout(
@@ -43,9 +43,9 @@ _TWINS = Layout(
     # A position encoding follows the first block, so that a stage needs two.
     blocks='layers.{stage}.{block}',
     taps=SHARED_BRANCHES,
-    output_norm='norm_list.{stage}',
+    output_norm='norm_list.{stage}?',
     norm_goes_on=True,
-    downsampling=('norm_list.{stage}', 'patch_embeds.{next}'),
+    downsampling=('norm_list.{stage}?', 'patch_embeds.{next}'),
     embedding=('patch_embeds.0',),
     cut='layers',
 )

@@ -1,6 +1,6 @@
 """Where a stock backbone has its blocks, taps, outputs and downsamplings."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -15,6 +15,7 @@ class Layout(NamedTuple):
     ``{stage}`` is the number of a stage and ``{next}`` that of the one behind
     it; ``{block}`` is the place of a block in its list. What has no
     ``channels`` norm (a position encoding in the list of blocks) is no block.
+    A path must lead somewhere, but for one that ends in ``?``.
 
     Without ``{stage}`` in ``blocks`` the backbone has one resolution, as a
     plain ViT: ``out_indices`` count blocks then, and a stage of the side path
@@ -86,10 +87,43 @@ class Layout(NamedTuple):
         """Whether there is one resolution."""
         return '{stage}' not in self.blocks
 
-    def path(self, template: str, stage: int, block: int = 0) -> str:
+    def path(self, template: str, stage: int = 0, block: int = 0) -> str:
         """A template filled in for a stage, counted from 0."""
         number = stage + self.first_stage
+        template = template.removesuffix('?')
         return template.format(stage=number, next=number + 1, block=block)
+
+    def check(self, root: nn.Module, stages: int, outputs: Iterable[int]):
+        """Check that what is named is there.
+
+        Args:
+            root (nn.Module): The stock backbone.
+            stages (int): Number of stages up to the last output.
+            outputs (Iterable[int]): Stages that have an output.
+
+        Raises:
+            ConfigError: If a path leads nowhere.
+        """
+        named = [
+            ('extra_tokens', self.extra_tokens, [0]),
+            ('cut', self.cut, [0]),
+            ('pools', self.pools, [0]),
+            ('output_norm', self.output_norm, outputs),
+            *(('embedding', path, [0]) for path in self.embedding),
+            *(
+                ('downsampling', path, range(stages - 1))
+                for path in self.downsampling
+            ),
+        ]
+        for field, template, where in named:
+            for stage in where if template else ():
+                path = self.path(template, stage)
+                if find(root, path) is None and not template.endswith('?'):
+                    raise ConfigError(
+                        f'`layout.{field}` is {template!r}, but '
+                        f'{type(root).__name__} has no {path!r}. Put a `?` '
+                        'behind it if it may be missing.'
+                    )
 
     def find_blocks(self, root: nn.Module) -> list[list[str]]:
         """Paths of the blocks of each stage.

@@ -71,6 +71,8 @@ class StockTrunk(Trunk):
         else:
             self.blocks = blocks[: self.out_indices[-1] + 1]
             self.out_stages = self.out_indices
+        outputs = () if layout.plain else self.out_stages
+        layout.check(stock, len(self.blocks), outputs)
         self._cut()
 
     def _cut(self) -> None:
@@ -283,7 +285,7 @@ class StockTrunk(Trunk):
         """Tokens before those of the picture."""
         if self.layout.extra_tokens is None:
             return 0
-        return find(self.stock, self.layout.extra_tokens) or 0
+        return find(self.stock, self.layout.path(self.layout.extra_tokens))
 
     # -- between and behind stages ------------------------------------------
 
@@ -428,7 +430,7 @@ class StockTrunk(Trunk):
             *map(re.escape, self.removed),
         ]
         if self.layout.output_norm is not None:
-            norm = re.escape(self.layout.output_norm)
+            norm = re.escape(self.layout.output_norm.removesuffix('?'))
             norm = norm.replace(re.escape('{stage}'), r'\d+')
             patterns.append(norm + r'\.(weight|bias)')
         return patterns

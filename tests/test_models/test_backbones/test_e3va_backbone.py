@@ -121,6 +121,10 @@ def test_without_a_downsampling_the_highway_ends_with_its_stage():
         (dict(taps=dict(a='mlp')), '`layout.taps.a` is .* has no such module'),
         (dict(taps={}), 'side_path.taps'),
         (dict(channels='bn'), "no such modules with a 'bn' in them"),
+        (dict(output_norm='norm{stage}'), "UnheardOf has no 'norm0'. Put a"),
+        (dict(downsampling=['merge{next}']), "layout.downsampling.*'merge1'"),
+        (dict(embedding=['patches']), "`layout.embedding` is 'patches'"),
+        (dict(cut='stages'), "`layout.cut` is 'stages'"),
         (dict(cuts='parts'), '`layout.cuts` is unknown. A layout has blocks'),
     ],
 )

@@ -1,9 +1,11 @@
 """Every config of the repository trains, and is what it says."""
 
+import contextlib
 import copy
 import functools
 import json
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from e3va_mm.utils import count_parameters
 from tests.helpers import SWIN, TINY
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
-SIZE = (64, 64)
+SIDE = 64
 WIDTH = 32
 SAMPLES = 16
 ALL = sorted(CONFIGS.glob('*.py'))
@@ -40,6 +42,55 @@ WEIGHTS = dict(
     l='swin_large_patch4_window7_224_22k.pth',
 )
 PUBLISHED = dict(t=440_064, s=896_256, b=1_195_008, l=1_792_512)
+# Family -> (its files, by size; the blocks that are outputs, by size)
+MAE = 'https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_{}.pth'
+DINOV2 = (
+    'https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{0}14/'
+    'dinov2_vit{0}14_pretrain.pth'
+)
+BEIT = (
+    'https://github.com/addf400/files/releases/download/v1.0/'
+    'beit_{}_patch16_224_pt22k_ft22k.pth'
+)
+LAST, QUARTERS = ((11,), (23,)), ((2, 5, 8, 11), (5, 11, 17, 23))
+VIT_FAMILIES = {
+    'cascade_e3va_vit_{}_mae_coco': (MAE, LAST),
+    'cascade_e3va_dinov2_{}_coco': (DINOV2, LAST),
+    'upernet_e3va_dinov2_{}_ade20k': (DINOV2, QUARTERS),
+    'upernet_e3va_dinov2_{}_voc12': (DINOV2, QUARTERS),
+    'upernet_e3va_beit_{}_ade20k': (BEIT, ((3, 5, 7, 11), (7, 11, 15, 23))),
+    'upernet_e3va_beit_{}_voc12': (BEIT, ((3, 5, 7, 11), (7, 11, 15, 23))),
+}
+# Stock configs of other trunks and heads.
+OTHERS = [
+    'dino_e3va_swin_l_coco',
+    'mask2former_e3va_swin_l_ade20k',
+    'mask2former_e3va_swin_l_coco_panoptic',
+    'segformer_e3va_mit_b5_ade20k',
+]
+# Those of the stock classes, whatever `arch` names.
+TINY_VIT = dict(embed_dims=32, num_layers=4, num_heads=2)
+TINY_BACKBONES = {
+    'E3VASwinTransformer': TINY,
+    'mmpretrain.VisionTransformer': dict(
+        arch=dict(TINY_VIT, feedforward_channels=64)
+    ),
+    'mmseg.BEiT': TINY_VIT,
+    'mmseg.MixVisionTransformer': dict(embed_dims=32, num_layers=[1, 2, 1, 1]),
+}
+VIT_WIDTHS = dict(base=768, large=1024)
+
+# What trains in a backbone beside the side path.
+OUTPUT_NORMS = {
+    'E3VASwinTransformer': lambda config: {
+        f'norm{stage}'
+        for stage in config.model.backbone.get('out_indices', range(4))
+    },
+    'mmpretrain.VisionTransformer': lambda config: {'ln1'},
+    # BEiT has none; that of MiT is what the next stage reads.
+    'mmseg.BEiT': lambda config: set(),
+    'mmseg.MixVisionTransformer': lambda config: set(),
+}
 
 every_config = pytest.mark.parametrize('path', ALL, ids=lambda p: p.stem)
 every_large = pytest.mark.parametrize('path', LARGE, ids=lambda p: p.stem)
@@ -47,6 +98,12 @@ every_one_card = pytest.mark.parametrize(
     'path', ONE_CARD, ids=lambda p: p.stem
 )
 every_family = pytest.mark.parametrize('family', FAMILIES)
+every_vit_family = pytest.mark.parametrize('family', VIT_FAMILIES)
+every_pyramid = pytest.mark.parametrize(
+    'path',
+    [path for path in ALL if re.match('cascade_e3va_(vit|dinov2)', path.stem)],
+    ids=lambda p: p.stem,
+)
 
 
 def header(path):
@@ -78,62 +135,139 @@ def narrow(node):
                 narrow(value)
 
 
-def shrunk(config):
-    """The config with a tiny trunk, small heads and pictures, for a CPU."""
-    model = config.model
-    if 'size' in model.data_preprocessor:
-        model.data_preprocessor.size = SIZE
-    backbone = model.pop('backbone')
-    readers = {
-        part: model[part].in_channels
-        for part in ('neck', 'decode_head', 'auxiliary_head')
-        if part in model
-    }
-    narrow(model)
-    for part, given in readers.items():
-        model[part].in_channels = (
-            given * TINY['embed_dims'] // backbone.embed_dims
-            if isinstance(given, int)
-            else [n * TINY['embed_dims'] // backbone.embed_dims for n in given]
-        )
-    backbone.update(TINY)
-    model.backbone = backbone
+def values(node, key):
+    """All values of a key, at any depth."""
+    if isinstance(node, list | tuple):
+        return [found for value in node for found in values(value, key)]
+    if not isinstance(node, dict):
+        return []
+    here = [node[key]] if key in node else []
+    return here + values(list(node.values()), key)
+
+
+def stock_arguments(backbone):
+    """Where a backbone's config has the arguments of the stock class."""
+    return backbone.get('trunk', backbone)
+
+
+def stock_name(backbone):
+    """Which stock class a backbone's config means."""
+    kind = backbone.get('trunk_type') or stock_arguments(backbone)['type']
+    # A class in a config of the new style.
+    name = kind.__name__ if isinstance(kind, type) else kind
+    return name.removeprefix('e3va_mm.')
+
+
+def needs_its_stock_class(config):
+    """Skip what is built upon mmpretrain where that is not installed."""
+    if stock_name(config.model.backbone).startswith('mmpretrain.'):
+        pytest.importorskip('mmpretrain')
+
+
+def width_of(stock):
+    """Channels of a stock backbone's first map, from its arguments."""
+    arch = stock.get('arch')
+    if arch is None:
+        return stock['embed_dims']
+    return VIT_WIDTHS[arch] if isinstance(arch, str) else arch['embed_dims']
+
+
+def picture_side(config):
+    """The smallest side from 64 pixels on that whole patches fill."""
+    stock = stock_arguments(config.model.backbone)
+    patch = stock.get('patch_size', 4)
+    return -(-SIDE // patch) * patch
+
+
+def shrink_backbone(backbone, side):
+    """Make the trunk tiny in place; by how much its maps are narrower."""
+    stock = stock_arguments(backbone)
+    before = width_of(stock)
+    stock.update(copy.deepcopy(TINY_BACKBONES[stock_name(backbone)]))
+    if 'img_size' in stock:
+        stock['img_size'] = (side, side)
+        # As many outputs as before.
+        count = len(stock['out_indices'])
+        stock['out_indices'] = (0, 1, 2, 3)[-count:]
     side_path = backbone.get('side_path', {})
     for option in ('compute', 'trunk_compute', 'trunk_weights'):
         if option in side_path:
             side_path[option] = 'bf16'
+    return Fraction(width_of(stock), before)
+
+
+def shrunk(config):
+    """The config with a tiny trunk, small heads and pictures, for a CPU."""
+    model = config.model
+    side = picture_side(config)
+    for part in (
+        model.data_preprocessor,
+        *(model.data_preprocessor.get('batch_augments') or ()),
+    ):
+        if 'size' in part:
+            part['size'] = (side, side)
+    backbone = model.pop('backbone')
+    readers = {
+        (part, key): model[part][key]
+        for part in ('neck', 'decode_head', 'auxiliary_head', 'panoptic_head')
+        for key in ('in_channels', 'embed_dim')
+        if key in model.get(part, {})
+    }
+    if 'num_queries' in model:  # no more than there are tokens
+        model.num_queries = min(model.num_queries, 4 * SAMPLES)
+    # The widths of transformers hang together, in many places.
+    if not values(model, 'embed_dims'):
+        narrow(model)
+    scale = shrink_backbone(backbone, side)
+    for (part, key), given in readers.items():
+        model[part][key] = (
+            int(given * scale)
+            if isinstance(given, int)
+            else [int(n * scale) for n in given]
+        )
+    model.backbone = backbone
     return config
 
 
 def test_the_sweep_is_not_empty():
     assert len(ONE_CARD) == 3
-    assert len(NANO) == 4
+    assert len(NANO) == 5
     assert sorted(path.stem for path in set(LARGE) - set(ONE_CARD)) == sorted(
-        family.format(size) for family in FAMILIES for size in WEIGHTS
+        [family.format(size) for family in FAMILIES for size in WEIGHTS]
+        + [family.format(size) for family in VIT_FAMILIES for size in 'bl']
+        + OTHERS
     )
 
 
 @every_config
 def test_a_step(path):
     """A step on generated input: what should train does, and stays finite."""
-    config = shrunk(load(path))
+    config = load(path)
+    needs_its_stock_class(config)
+    side = picture_side(config)
+    config = shrunk(config)
     # Batch norms of maps of 1x1 need two pictures.
-    step = TrainingStep(config, 'as-is', size=SIZE, batch=2, objects=3)
+    step = TrainingStep(config, 'as-is', size=(side, side), batch=2, objects=3)
     wrapped = any(is_checkpointed(m) for m in step.model.modules())
     assert wrapped == (path in ONE_CARD)
     before = {
         name: parameter.detach().clone()
         for name, parameter in step.model.backbone.named_parameters()
-        if 'up.q' in name or name.startswith('norm')
+        # What lies before an up projection, which is zero, waits.
+        if 'up.q' in name
+        or (parameter.requires_grad and not name.startswith('side_path.'))
     }
     assert any('up.q' in name for name in before)
+    norms = {name.split('.')[0] for name in before} - {'side_path'}
+    assert norms == OUTPUT_NORMS[stock_name(config.model.backbone)](config)
     step.run()
     for name, parameter in step.model.backbone.named_parameters():
         if name in before:
             assert not torch.equal(parameter, before[name]), name
     for name, parameter in step.model.named_parameters():
         assert parameter.isfinite().all(), name
-    for scheduler in config.param_scheduler:
+    schedulers = config.param_scheduler
+    for scheduler in [schedulers] if 'type' in schedulers else schedulers:
         PARAM_SCHEDULERS.build(
             scheduler,
             default_args=dict(optimizer=step.optim_wrapper, epoch_length=100),
@@ -143,8 +277,14 @@ def test_a_step(path):
 @functools.cache
 def counts(scope, backbone):
     """Trainable and stock values of a backbone of full size."""
-    with DefaultScope.overwrite_default_scope(scope):
-        backbone = MODELS.build(json.loads(backbone))
+    backbone = json.loads(backbone)
+    # Drawing takes long; that the others do they need numbers for.
+    abstract = stock_name(backbone).startswith('mmpretrain.')
+    with (
+        DefaultScope.overwrite_default_scope(scope),
+        torch.device('meta') if abstract else contextlib.nullcontext(),
+    ):
+        backbone = MODELS.build(backbone)
     total, trainable = count_parameters(backbone)
     return trainable, total - count_parameters(backbone.side_path)[0]
 
@@ -174,11 +314,12 @@ def test_header_says_what_trains(path):
         r'Trains ([\d,]+) values in the backbone \((.+) %\)', text
     ).groups()
     config = load(path)
+    needs_its_stock_class(config)
     backbone = config.model.backbone.to_dict()
-    # A class in a config of the new style.
-    backbone['type'] = 'e3va_mm.E3VASwinTransformer'
+    if isinstance(backbone['type'], type):  # in a config of the new style
+        backbone['type'] = f'e3va_mm.{backbone["type"].__name__}'
     # Weights are out of reach, and how the trunk computes does not count.
-    del backbone['init_cfg']
+    del stock_arguments(backbone)['init_cfg']
     backbone.pop('side_path', None)
     trainable, stock = counts(
         config.default_scope, json.dumps(backbone, sort_keys=True)
@@ -240,6 +381,117 @@ def test_sizes_differ_in_their_trunk_alone(family):
     assert rest[0] == rest[1] == rest[2] == rest[3]
 
 
+@every_vit_family
+@pytest.mark.parametrize('size', 'bl')
+def test_a_vit_family_has_both_sizes(family, size):
+    path = CONFIGS / f'{family.format(size)}.py'
+    model = parsed(path).model
+    backbone = model.backbone
+    files, outputs = VIT_FAMILIES[family]
+    arch, width, blocks, outputs = dict(
+        b=('base', 768, 12, outputs[0]), l=('large', 1024, 24, outputs[1])
+    )[size]
+    assert backbone.type == 'e3va_mm.E3VAVisionTransformer'
+    assert backbone.init_cfg.checkpoint == files.format(
+        size if files == DINOV2 else arch
+    )
+    assert tuple(backbone.out_indices) == outputs
+    if files == BEIT:
+        assert backbone.embed_dims == width
+        assert backbone.num_layers == blocks
+        assert backbone.img_size == model.data_preprocessor.size
+    else:
+        assert backbone.arch == arch
+        # Of the positions in the file.
+        patch, side = {MAE: (16, 224), DINOV2: (14, 518)}[files]
+        assert (backbone.patch_size, backbone.img_size) == (patch, side)
+        assert (files == DINOV2) == ('layer_scale_init_value' in backbone)
+        assert 'Needs mmpretrain.' in header(path)
+    if len(outputs) == 1:
+        assert model.neck.in_channels == width
+    else:
+        assert model.neck.embed_dim == width
+        assert model.decode_head.in_channels == [width] * 4
+        assert model.auxiliary_head.in_channels == width
+    assert f'-{size.upper()} (' in header(path).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    'family',
+    # The stock configs of BEiT differ in batches and rates.
+    [name for name in VIT_FAMILIES if 'beit_{}_ade20k' not in name],
+)
+def test_vit_sizes_differ_in_their_trunk_alone(family):
+    rest = []
+    for size in 'bl':
+        config = load(CONFIGS / f'{family.format(size)}.py').to_dict()
+        model = config['model']
+        del model['backbone']
+        for part in ('neck', 'decode_head', 'auxiliary_head'):
+            for key in ('in_channels', 'embed_dim'):
+                model.get(part, {}).pop(key, None)
+        for name in ('trunk', 'width', 'quarters'):
+            config.pop(name, None)
+        rest.append(config)
+    assert rest[0] == rest[1]
+
+
+@every_pyramid
+def test_strides_are_those_of_the_maps(path):
+    """A whole patch of 14 pixels is no power of two."""
+    config = load(path)
+    needs_its_stock_class(config)
+    model = config.model
+    anchors = model.rpn_head.anchor_generator.strides
+    rois = model.roi_head.bbox_roi_extractor.featmap_strides
+    assert rois == model.roi_head.mask_roi_extractor.featmap_strides
+    assert rois == anchors[: len(rois)]
+    divisor = model.data_preprocessor.pad_size_divisor
+    height, width = 2 * divisor, 3 * divisor
+    shrink_backbone(model.backbone, picture_side(config))
+    model.backbone.allow_random_trunk = True
+    model.neck.update(in_channels=TINY_VIT['embed_dims'], out_channels=WIDTH)
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        backbone, neck = (MODELS.build(model[p]) for p in ('backbone', 'neck'))
+    with torch.no_grad():
+        maps = neck(backbone(torch.zeros(1, 3, height, width)))
+    assert len(maps) == len(anchors)
+    for stride, found in zip(anchors, maps, strict=True):
+        cells = [-(-side // stride) for side in (height, width)]
+        assert list(found.shape[-2:]) == cells
+        if stride in rois:
+            assert [n * stride for n in cells] == [height, width]
+
+
+@pytest.mark.parametrize(
+    'path',
+    [path for path in ALL if path.stem.startswith('upernet_e3va_dinov2')],
+    ids=lambda p: p.stem,
+)
+def test_pictures_are_padded_to_whole_patches(path):
+    config = parsed(path)
+    patch = config.model.backbone.patch_size
+    preprocessor = config.model.data_preprocessor
+    for side, crop in zip(preprocessor.size, config.crop_size, strict=True):
+        assert side == -(-crop // patch) * patch
+    assert preprocessor.test_cfg.size_divisor == patch
+    assert f'padded to {preprocessor.size[0]}x' in header(path)
+
+
+@pytest.mark.parametrize('size', 'bl')
+def test_beit_segmentors_test_on_pictures_of_one_size(size):
+    for data in ('ade20k', 'voc12'):
+        path = CONFIGS / f'upernet_e3va_beit_{size}_{data}.py'
+        config = parsed(path)
+        cfg = config.model.test_cfg
+        assert cfg.mode == 'slide'
+        assert cfg.crop_size == config.model.backbone.img_size
+        assert config.crop_size == config.model.backbone.img_size
+        wrapper = config.optim_wrapper
+        assert wrapper.constructor == 'e3va_mm.SidePathOptimWrapperConstructor'
+        assert wrapper.paramwise_cfg == dict(norm_decay_mult=0.0)
+
+
 def test_the_recipe_of_swins_authors():
     config = parsed(CONFIGS / 'cascade_e3va_swin_b_coco_3x.py')
     heads = config.model.roi_head.bbox_head
@@ -264,16 +516,6 @@ def test_the_recipe_of_swins_authors():
     )
 
 
-def values(node, key):
-    """All values of a key, at any depth."""
-    if isinstance(node, list | tuple):
-        return [found for value in node for found in values(value, key)]
-    if not isinstance(node, dict):
-        return []
-    here = [node[key]] if key in node else []
-    return here + values(list(node.values()), key)
-
-
 @every_config
 def test_heads_know_the_classes_of_the_data(path):
     config = parsed(path)
@@ -282,7 +524,13 @@ def test_heads_know_the_classes_of_the_data(path):
     if classes is None:
         with DATASETS.switch_scope_and_registry(config.default_scope) as found:
             classes = found.get(dataset.type).METAINFO['classes']
-    assert set(values(config.model, 'num_classes')) == {len(classes)}
+    known = values(config.model, 'num_classes')
+    things, stuff = (
+        values(config.model, f'num_{kind}_classes')
+        for kind in ('things', 'stuff')
+    )
+    known += [sum(pair) for pair in zip(things, stuff, strict=True)]
+    assert set(known) == {len(classes)}
 
 
 def levels(path):

@@ -1,10 +1,11 @@
-"""Pre-train the nano trunk of the digits configs and write its weights.
+"""Pre-train a nano trunk of the digits configs and write its weights.
 
-    OMP_NUM_THREADS=1 python tools/pretrain_nano.py
+    OMP_NUM_THREADS=1 python tools/pretrain_nano.py [--trunk vit]
 
 The task is another one than the data set's: pictures of 56, later 112 pixels
-hold one digit each, and every cell of all four stages says which digit's box
-covers it, or none (a linear classifier per stage, dropped afterwards). Only
+hold one digit each, and every cell of all four stages, with the ViT of every
+second block, says which digit's box covers it, or none (a linear classifier
+for each of these maps, dropped afterwards). Only
 the `pretrain` digit samples and regions of photographs are used, a sixth of
 those samples being kept for the accuracy that is printed and stored.
 
@@ -35,6 +36,7 @@ from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import e3va_mm.registry  # noqa: F401 (before a framework is imported)
 from e3va_mm.datasets.digits import (
     CLASSES,
     digit_partition,
@@ -44,10 +46,15 @@ from e3va_mm.datasets.digits import (
 from e3va_mm.errors import ConfigError, E3VAError
 
 ROOT = Path(__file__).resolve().parents[1]
-TASK = ('dense classification of cells at four stages, one digit a picture '
-        'of 56 or 112 pixels')
+TASKS = dict(
+    swin='dense classification of cells at four stages, one digit a picture '
+    'of 56 or 112 pixels',
+    vit='dense classification of cells at three depths, one digit a picture '
+    'of 56 or 112 pixels')
 # (until this share of the steps, pictures a step, size, digit heights)
-PHASES = ((0.6, 64, 56, (24, 50)), (1, 32, 112, (24, 72)))
+PHASES = dict(
+    swin=((0.6, 64, 56, (24, 50)), (1, 32, 112, (24, 72))),
+    vit=((0.6, 32, 56, (24, 50)), (1, 16, 112, (24, 72))))
 # The pictures of held-out samples have numbers that training never reaches.
 HELD_OUT = 10**9
 # Background cells are many and easy.
@@ -57,9 +64,23 @@ MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
 
 
-def build_trunk():
-    """Build the stock SwinTransformer with the arguments of the config."""
+def build_trunk(kind='swin'):
+    """Build the stock class with the arguments of the config.
+
+    Args:
+        kind (str): A SwinTransformer, ``'swin'``, or the VisionTransformer of
+            mmpretrain, ``'vit'``; that one gives a map of every second block.
+
+    Returns:
+        BaseModule: In training mode, its weights as drawn.
+    """
     from mmengine.config import Config
+    if kind == 'vit':
+        from e3va_mm.models.backbones.stock_arguments import build_stock
+        cfg = Config.fromfile(ROOT / 'configs/_base_/vit_nano.py').vit_nano
+        cfg.pop('init_cfg')
+        cfg.update(out_type='featmap', out_indices=(1, 3, 5))
+        return build_stock(cfg.pop('trunk_type'), cfg)
     try:
         from mmdet.models.backbones import SwinTransformer
     except ImportError:
@@ -111,24 +132,29 @@ def make_batch(numbers, samples, size, digit_size, seed):
 
 
 class DenseClassifier(torch.nn.Module):
-    """The trunk with a linear classifier of cells on every stage."""
+    """The trunk with a linear classifier of cells on each of its maps."""
 
-    def __init__(self):
+    def __init__(self, kind='swin'):
         super().__init__()
-        self.backbone = build_trunk()
+        self.kind = kind
+        self.backbone = build_trunk(kind)
         self.backbone.init_weights()
+        if kind == 'vit':
+            channels = [self.backbone.embed_dims] * len(
+                self.backbone.out_indices)
+        else:
+            channels = self.backbone.num_features
         self.heads = torch.nn.ModuleList(
-            torch.nn.Conv2d(c, len(CLASSES) + 1, 1)
-            for c in self.backbone.num_features)
+            torch.nn.Conv2d(c, len(CLASSES) + 1, 1) for c in channels)
 
     def forward(self, images):
-        """(B, 3, H, W) -> for each stage the logits (B, 11, h, w)."""
+        """(B, 3, H, W) -> for each map the logits (B, 11, h, w)."""
         return [head(x) for head, x in
                 zip(self.heads, self.backbone(images), strict=True)]
 
 
 def dense_loss(logits, cover):
-    """Mean cross entropy of the cells, averaged over the stages.
+    """Mean cross entropy of the cells, averaged over the maps.
 
     A cell's target is the share of its area that each class covers.
     """
@@ -150,16 +176,16 @@ def learning_rate(step, steps, peak):
     return peak * (0.5 + 0.5 * math.cos(math.pi * share)) + 1e-6
 
 
-def phase_of(step, steps):
+def phase_of(step, steps, kind='swin'):
     """Find pictures a step, size and heights of the digits at a step."""
-    for until, *phase in PHASES:
+    for until, *phase in PHASES[kind]:
         if step < until * steps:
             return phase
 
 
 @torch.no_grad()
 def accuracy(model, samples, seed, repeats=4):
-    """Share of held-out pictures whose digit the last stage names.
+    """Share of held-out pictures whose digit the last map names.
 
     A picture is given the digit with the largest summed probability over
     the cells. Every sample is shown ``repeats`` times, at the size of the
@@ -169,7 +195,7 @@ def accuracy(model, samples, seed, repeats=4):
         float: Between 0 and 1; chance is 0.1.
     """
     model.eval()
-    _, batch, size, digit_size = PHASES[-1]
+    _, batch, size, digit_size = PHASES[model.kind][-1]
     shown = np.tile(samples, repeats)
     right = 0
     for start in range(0, len(shown), batch):
@@ -232,7 +258,8 @@ def train(model, steps, seed, peak, state_path, console, save_every=100):
     Returns:
         list[float]: Loss of each step that this call made.
     """
-    settings = json.dumps(dict(steps=steps, seed=seed, peak=peak))
+    settings = json.dumps(
+        dict(trunk=model.kind, steps=steps, seed=seed, peak=peak))
     samples = split_samples()[0]
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=peak, weight_decay=0.05)
@@ -262,7 +289,7 @@ def train(model, steps, seed, peak, state_path, console, save_every=100):
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task('pre-training', total=steps, completed=first)
         for step in range(first, steps):
-            batch, size, digit_size = phase_of(step, steps)
+            batch, size, digit_size = phase_of(step, steps, model.kind)
             numbers = range(step * 1000, step * 1000 + batch)
             images, cover, _ = make_batch(
                 numbers, samples, size, digit_size, seed)
@@ -291,17 +318,22 @@ def parse_args(argv=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--trunk', choices=tuple(TASKS), default='swin',
+                        help='(default: %(default)s)')
     parser.add_argument(
         '--out', type=Path,
-        default=ROOT / 'e3va_mm/assets/swin_nano_digits.safetensors',
-        help='file to write (default: %(default)s)')
+        help='file to write (default: that of the package)')
     parser.add_argument('--steps', type=int, default=2300,
                         help='(default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0,
                         help='(default: %(default)s)')
     parser.add_argument('--lr', type=float, default=1e-3,
                         help='largest learning rate (default: %(default)s)')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.out is None:
+        name = f'{args.trunk}_nano_digits.safetensors'
+        args.out = ROOT / 'e3va_mm/assets' / name
+    return args
 
 
 def main(argv=None):
@@ -315,7 +347,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     console = Console()
-    model = DenseClassifier()
+    model = DenseClassifier(args.trunk)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     state_path = args.out.with_suffix('.state.pt')
     train(model, args.steps, args.seed, args.lr, state_path, console)
@@ -323,11 +355,12 @@ def main(argv=None):
     round_to_half(model)
     held_out = split_samples()[1]
     share = accuracy(model, held_out, args.seed)
+    trunk = '' if args.trunk == 'swin' else f'--trunk {args.trunk} '
     save_weights(model, args.out, dict(
-        task=TASK, seed=str(args.seed), torch=torch.__version__,
+        task=TASKS[args.trunk], seed=str(args.seed), torch=torch.__version__,
         accuracy=f'{share:.4f} on {len(held_out)} held-out digit samples, '
         'each shown 4 times; chance 0.1',
-        command=f'python tools/pretrain_nano.py --steps {args.steps} '
+        command=f'python tools/pretrain_nano.py {trunk}--steps {args.steps} '
         f'--seed {args.seed} --lr {args.lr}'))
     state_path.unlink(missing_ok=True)
     console.print(

@@ -16,8 +16,11 @@ from e3va_mm.datasets.digits import digit_partition
 from e3va_mm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ROOT / 'e3va_mm/assets/swin_nano_digits.safetensors'
-TINY = ((0.5, 2, 56, (24, 50)), (1, 3, 64, (24, 60)))
+SHIPPED = {
+    kind: ROOT / f'e3va_mm/assets/{kind}_nano_digits.safetensors'
+    for kind in ('swin', 'vit')}
+TINY = dict.fromkeys(
+    SHIPPED, ((0.5, 2, 56, (24, 50)), (1, 3, 64, (24, 60))))
 
 
 @pytest.fixture
@@ -37,9 +40,16 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def new_model(tool):
+@pytest.fixture(params=sorted(SHIPPED))
+def kind(request):
+    if request.param == 'vit':
+        pytest.importorskip('mmpretrain')
+    return request.param
+
+
+def new_model(tool, kind='swin'):
     torch.manual_seed(0)
-    return tool.DenseClassifier()
+    return tool.DenseClassifier(kind)
 
 
 def quiet():
@@ -98,12 +108,13 @@ def test_learning_rate_is_one_cycle(tool):
     assert rates[-1] < 5e-6
 
 
-def test_loss_falls_and_every_parameter_moves(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, 'PHASES', ((1, 8, 56, (24, 50)),))
+def test_loss_falls_and_every_parameter_moves(
+        tool, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, 'PHASES', {kind: ((1, 8, 56, (24, 50)),)})
     images, cover, _ = tool.make_batch(
         range(tool.HELD_OUT, tool.HELD_OUT + 24), tool.split_samples()[1],
         56, (24, 50), seed=0)
-    model, start = new_model(tool), new_model(tool)
+    model, start = new_model(tool, kind), new_model(tool, kind)
     tool.train(model, 14, 0, 1e-3, tmp_path / 's.pt', quiet())
     with torch.no_grad():
         before = tool.dense_loss(start(images), cover)
@@ -159,6 +170,8 @@ def test_accuracy_counts_named_digits(tool, monkeypatch):
     samples = tool.split_samples()[1][:30]
 
     class Always(torch.nn.Module):
+        kind = 'swin'
+
         def forward(self, images):
             logits = torch.zeros(len(images), 11, 2, 2)
             logits[:, 3] = 1
@@ -184,12 +197,13 @@ def test_failed_write_keeps_the_old_file(tool, tmp_path):
     assert os.listdir(tmp_path) == ['weights']
 
 
-def check_file(path, tool):
-    assert path.stat().st_size <= 6_000_000
+def check_file(path, tool, kind='swin'):
+    assert path.stat().st_size <= dict(swin=6_000_000, vit=3_000_000)[kind]
     weights = load_file(path)
-    trunk = tool.build_trunk()
+    trunk = tool.build_trunk(kind)
     assert set(weights) == {f'backbone.{k}' for k in trunk.state_dict()}
-    assert {f'backbone.norm{i}.weight' for i in range(4)} < set(weights)
+    norms = dict(swin=[f'norm{i}' for i in range(4)], vit=['ln1'])[kind]
+    assert {f'backbone.{norm}.weight' for norm in norms} < set(weights)
     for key, x in weights.items():
         if x.is_floating_point():
             assert x.dtype == torch.float16 and x.isfinite().all(), key
@@ -202,17 +216,21 @@ def check_file(path, tool):
     return trunk, metadata
 
 
-def test_main_writes_a_loadable_file(tool, tmp_path, monkeypatch, capsys):
+def test_main_writes_a_loadable_file(
+        tool, kind, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool, 'PHASES', TINY)
     monkeypatch.setattr(
         tool, 'split_samples', lambda f=tool.split_samples: (
             f()[0], f()[1][:10]))
     out = tmp_path / 'new' / 'w.safetensors'
-    tool.main(['--out', str(out), '--steps', '2', '--seed', '5'])
+    # The Swin is what is trained where nothing is said.
+    choice = dict(swin=[], vit=['--trunk', 'vit'])[kind]
+    tool.main([*choice, '--out', str(out), '--steps', '2', '--seed', '5'])
     assert os.listdir(out.parent) == ['w.safetensors']
-    _, metadata = check_file(out, tool)
-    assert metadata['command'] == (
-        'python tools/pretrain_nano.py --steps 2 --seed 5 --lr 0.001')
+    _, metadata = check_file(out, tool, kind)
+    assert metadata['command'] == ' '.join([
+        'python tools/pretrain_nano.py', *choice,
+        '--steps 2 --seed 5 --lr 0.001'])
     assert '10 held-out digit samples' in metadata['accuracy']
     assert 'named correctly (chance: 10 %)' in capsys.readouterr().out
 
@@ -227,8 +245,19 @@ def test_bad_options(tool, tmp_path):
     assert done.stderr.startswith('error: Expected --steps of at least 1')
 
 
+def test_default_file_is_that_of_the_package(tool):
+    assert tool.parse_args([]).out == SHIPPED['swin']
+    assert tool.parse_args(['--trunk', 'vit']).out == SHIPPED['vit']
+
+
+def test_vit_gives_maps_of_every_second_block(tool):
+    pytest.importorskip('mmpretrain')
+    maps = tool.build_trunk('vit')(torch.zeros(2, 3, 56, 56))
+    assert [m.shape for m in maps] == [(2, 128, 7, 7)] * 3
+
+
 def probe(tool, trunk):
-    """Name held-out digits by the nearest mean feature of the last stage."""
+    """Name held-out digits by the nearest mean feature of the last map."""
     trunk.eval()
     used, held_out = tool.split_samples()
 
@@ -248,12 +277,12 @@ def probe(tool, trunk):
     return ((x @ means.T).argmax(1) == digits).float().mean().item()
 
 
-def test_shipped_weights_know_digits(tool):
-    trunk, metadata = check_file(SHIPPED, tool)
+def test_shipped_weights_know_digits(tool, kind):
+    trunk, metadata = check_file(SHIPPED[kind], tool, kind)
     stated = float(metadata['accuracy'].split()[0])
-    assert stated > 0.5
+    assert stated > dict(swin=0.5, vit=0.4)[kind]
     torch.manual_seed(0)
-    untrained = tool.build_trunk()
+    untrained = tool.build_trunk(kind)
     untrained.init_weights()
     assert probe(tool, untrained) < 0.3
     assert probe(tool, trunk) > stated - 0.2
@@ -267,7 +296,7 @@ def test_shipped_weights_fit_both_frameworks(tool, framework):
     cfg = Config.fromfile(ROOT / 'configs/_base_/swin_nano.py').swin_nano
     cfg.pop('init_cfg')
     trunk = backbones.SwinTransformer(**cfg)
-    weights = load_file(SHIPPED)
+    weights = load_file(SHIPPED['swin'])
     trunk.load_state_dict(
         {k.removeprefix('backbone.'): x for k, x in weights.items()})
     assert sum(p.numel() for p in trunk.parameters()) == 2_680_822

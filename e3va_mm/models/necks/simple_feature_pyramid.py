@@ -84,7 +84,8 @@ class SimpleFeaturePyramid(BaseModule):
         if len(inputs) != len(self.convs):
             inputs = [inputs[-1]] * len(self.convs)
         outputs = [
-            conv(resample(maps))
+            # RoIAlign of mmcv reads memory in the order of a contiguous map.
+            conv(resample(maps)).contiguous()
             for resample, conv, maps in zip(
                 self.resamplings, self.convs, inputs, strict=True
             )

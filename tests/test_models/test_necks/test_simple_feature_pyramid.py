@@ -132,3 +132,9 @@ def test_it_stands_before_an_fpn():
 def test_impossible_options(kwargs, match):
     with pytest.raises(ConfigError, match=match):
         SimpleFeaturePyramid(C, OUT, **kwargs)
+
+
+def test_maps_are_contiguous():
+    """RoIAlign of mmcv reads any map as if it were, without a word."""
+    neck = SimpleFeaturePyramid(32, 16, num_outs=5)
+    assert all(m.is_contiguous() for m in neck([torch.rand(1, 32, 8, 8)]))

@@ -1,0 +1,21 @@
+"""DINOv2 ViT-L/14, distilled on LVD-142M, without labels.
+
+Names for children: the backbone, which gives the map of its last block, as
+`_base_.trunk`, the channels of that map as `_base_.width`, and four blocks at
+even distances, for heads that take four maps, as `_base_.quarters`.
+"""
+width = 1024
+quarters = (5, 11, 17, 23)
+trunk = dict(
+    type='e3va_mm.E3VAVisionTransformer',
+    trunk_type='mmpretrain.VisionTransformer',
+    arch='large',
+    img_size=518,
+    patch_size=14,
+    layer_scale_init_value=1e-5,
+    out_indices=(23, ),
+    final_norm=True,
+    init_cfg=dict(
+        type='Pretrained',
+        checkpoint='https://dl.fbaipublicfiles.com/dinov2/'
+        'dinov2_vitl14/dinov2_vitl14_pretrain.pth'))

@@ -1,0 +1,30 @@
+"""E3VA, Cascade Mask R-CNN, ViT-nano, digits in photographs.
+
+Differs from cascade_e3va_swin_nano_digits.py in: a plain ViT as the trunk, the
+simple feature pyramid of ViTDet as the neck. Needs mmpretrain.
+Data: python tools/make_digits.py
+Run: python tools/train.py configs/cascade_e3va_vit_nano_digits.py
+Test: the same with tools/test.py, and a checkpoint behind the config.
+Cost: 600 steps of about 0.5 s on one CPU core.
+Trains 76,288 values in the backbone (6.15 %), neck and heads as usual,
+at a learning rate of 1e-3; the rest of the backbone is frozen.
+Expected: 0.445 box AP, 0.369 mask AP on the test split (one run, seed 0).
+"""
+_base_ = ['./cascade_e3va_swin_nano_digits.py', './_base_/vit_nano.py']
+# Patches of 8 pixels at 2, 1 and 0.5 times their number.
+strides = [4, 8, 16]
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='e3va_mm.E3VAVisionTransformer',
+        **_base_.vit_nano),
+    neck=dict(
+        _delete_=True,
+        type='e3va_mm.SimpleFeaturePyramid',
+        in_channels=128,
+        out_channels=_base_.width,
+        scales=(2, 1, 0.5),
+        num_outs=5),
+    roi_head=dict(
+        bbox_roi_extractor=dict(featmap_strides=strides),
+        mask_roi_extractor=dict(featmap_strides=strides)))

@@ -1,14 +1,16 @@
-"""Whole training steps of the stock Swin configs, by one changed line.
+"""Whole training steps of stock configs, by one changed line.
 
     python benchmarks/stock_configs.py --json work_dirs/stock_configs.json
+    python benchmarks/stock_configs.py --families SwinTransformer
 
-In every config of MMDetection and MMSegmentation with a Swin backbone,
-``model.backbone.type`` becomes ours, and the model takes one training step on
-generated input: weights at random, nothing else changed. Left out are configs
-with a language model, whose weights and vocabulary are a download. Each
-config has a process of its own. Interrupted, the same command goes on; what
-failed is tried again. Seconds are those of the first and only step, of all
-cores together: what else a machine does hardly changes them.
+In every config of MMDetection and MMSegmentation whose backbone is a
+transformer or a ConvNeXt, the backbone becomes ours, and the model takes one
+training step on generated input, with the config's own optimizer: weights at
+random, nothing else changed. Left out are configs with a language model, whose
+weights and vocabulary are a download. Each config has a process of its own.
+Interrupted, the same command goes on; what failed is tried again. Seconds are
+those of the first and only step, of all cores together: what else a machine
+does hardly changes them.
 """
 
 import argparse
@@ -18,7 +20,14 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,14 +35,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
+from mmengine.utils import to_2tuple
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from e3va_mm.measure import TrainingStep
 from e3va_mm.measure.results import Results
+from e3va_mm.measure.variants import framework
+from e3va_mm.models import SidePathBackbone
+from e3va_mm.models.trunks.families import VITS
 
-OURS = 'e3va_mm.E3VASwinTransformer'
 FRAMEWORKS = ('mmdet', 'mmseg')
+# Stock class -> what configs with it have in their name or text; to parse all
+# takes minutes.
+FAMILIES = {
+    'SwinTransformer': 'swin',
+    'VisionTransformer': 'vit',
+    'BEiT': 'beit',
+    'MAE': 'mae',
+    'MixVisionTransformer': 'mit',
+    'PCPVT': 'pcpvt',
+    'SVT': 'svt',
+    'MSCAN': 'mscan',
+    'PyramidVisionTransformer': 'pvt',
+    'PyramidVisionTransformerV2': 'pvt',
+    'ConvNeXt': 'convnext',
+    'PoolFormer': 'poolformer',
+}
+# Names of the backbone in a model.
+BACKBONES = ('backbone', 'image_encoder')
+# Made for pictures of their `img_size`.
+OF_ONE_SIZE = ('BEiT', 'MAE')
 
 
 def root(framework: str) -> Path:
@@ -42,23 +76,21 @@ def root(framework: str) -> Path:
     return Path(package[0]) / '.mim' / 'configs'
 
 
-def stock_configs(framework: str) -> Iterator[Path]:
-    """The configs with a Swin backbone and without a language model."""
+def stock_configs(
+    framework: str, families: Collection[str] = tuple(FAMILIES)
+) -> Iterator[Path]:
+    """The configs with a backbone of some families, no language model."""
+    words = {FAMILIES[family] for family in families}
     for path in sorted(root(framework).glob('**/*.py')):
-        # Parsing all takes minutes; these say Swin in their name or text.
-        if '_base_' in path.parts or 'swin' not in _words(path):
+        text = f'{path.name} {path.read_text()}'.lower()
+        if '_base_' in path.parts or not any(word in text for word in words):
             continue
         try:
             model = parse(path).get('model', {})
         except (FileNotFoundError, ImportError):
             continue  # a parent that upstream lost, or of another package
-        backbone = model.get('backbone', {}).get('type')
-        if backbone == 'SwinTransformer' and 'language_model' not in model:
+        if family_of(model) in families and 'language_model' not in model:
             yield path
-
-
-def _words(path: Path) -> str:
-    return f'{path.name} {path.read_text()}'.lower()
 
 
 def parse(path: Path) -> Config:
@@ -68,12 +100,47 @@ def parse(path: Path) -> Config:
         return Config.fromfile(path)
 
 
+def backbone_of(model: Mapping) -> tuple[str, Mapping]:
+    """Name and config of a model's backbone; both empty without one."""
+    for name in BACKBONES:
+        if 'type' in model.get(name, {}):
+            return name, model[name]
+    return '', {}
+
+
+def family_of(model: Mapping) -> str:
+    """The stock class of a model's backbone, without a scope."""
+    return backbone_of(model)[1].get('type', '').split('.')[-1]
+
+
+def change(model: MutableMapping, framework: str) -> None:
+    """Change the line that makes a stock config one of ours.
+
+    Args:
+        model (MutableMapping): ``model`` of the config, changed in place.
+        framework (str): Of the config.
+    """
+    name, stock = backbone_of(model)
+    kind = stock['type']
+    if '.' not in kind:
+        kind = f'{framework}.{kind}'
+    if kind.endswith('.SwinTransformer'):
+        stock['type'] = 'e3va_mm.E3VASwinTransformer'
+    elif kind in VITS:
+        stock['type'] = 'e3va_mm.E3VAVisionTransformer'
+        stock['trunk_type'] = kind
+    else:
+        trunk = dict(stock, type=kind)
+        model[name] = dict(type='e3va_mm.E3VABackbone', trunk=trunk)
+
+
 def one_step(path: Path, size: int, batch: int) -> dict:
     """Change one line of a config, and take a training step.
 
     Args:
-        path (Path): A config with a stock Swin backbone.
-        size (int): Height and width of the pictures in pixels.
+        path (Path): A config with a stock backbone.
+        size (int): Height and width of the pictures in pixels, but for
+            backbones that are made for one size.
         batch (int): Pictures.
 
     Returns:
@@ -85,25 +152,54 @@ def one_step(path: Path, size: int, batch: int) -> dict:
     """
     MMLogger.get_instance('mmengine', log_level='ERROR')
     config = parse(path)
-    config.model.backbone.type = OURS
-    step = TrainingStep(config, size=(size, size), batch=batch)
+    pixels = (size, size)
+    if family_of(config.model) in OF_ONE_SIZE:
+        pixels = to_2tuple(backbone_of(config.model)[1]['img_size'])
+    change(config.model, framework(config))
+    step = TrainingStep(config, size=pixels, batch=batch)
+    ours = {
+        name: module
+        for name, module in step.model.named_modules()
+        if isinstance(module, SidePathBackbone)
+    }
+    for module in ours.values():
+        give_statistics(module, torch.randn(batch, 3, *pixels))
     # Zero before the first step; all that a gradient reaches move.
     adapters = {
-        name: parameter.detach().clone()
-        for name, parameter in step.model.backbone.named_parameters()
-        if 'up.q' in name
+        f'{name}.{inner}': parameter
+        for name, module in ours.items()
+        for inner, parameter in module.named_parameters()
+        if 'up.q' in inner
     }
+    assert adapters, 'there is no side path'
+    before = {k: v.detach().clone() for k, v in adapters.items()}
     start = time.process_time()
     step.run()
     seconds = time.process_time() - start
     for name, parameter in step.model.named_parameters():
         assert parameter.isfinite().all(), f'{name} is not finite'
-    for name, parameter in step.model.backbone.named_parameters():
-        if name in adapters:
-            assert not torch.equal(parameter, adapters[name]), (
-                f'{name} has not moved'
-            )
+    for name, parameter in adapters.items():
+        assert not torch.equal(parameter, before[name]), (
+            f'{name} has not moved'
+        )
     return dict(seconds=seconds, parameters=step.parameters())
+
+
+@torch.no_grad()
+def give_statistics(backbone: SidePathBackbone, pictures: Tensor) -> None:
+    """Batch norms of a frozen trunk get the statistics of some pictures.
+
+    Pre-trained ones have theirs. Through those that a random trunk begins
+    with, values grow from block to block until they are not finite.
+    """
+    norms = [m for m in backbone.modules() if isinstance(m, _BatchNorm)]
+    for norm in norms:
+        norm.momentum = None  # the mean of all batches, here of one
+        norm.train()
+    if norms:
+        backbone(pictures)
+    for norm in norms:
+        norm.eval()
 
 
 def in_a_process(function: Callable, *args) -> dict:
@@ -150,15 +246,25 @@ def table(rows: Mapping[str, Mapping]) -> str:
         else:
             reason = row.get('error', 'not yet').replace('|', '\\|')
             lines.append(f'| {name} | - | - | - | {reason} |')
+    families = dict.fromkeys(row['family'] for row in rows.values())
+    if len(families) > 1:
+        lines += ['', '| backbone | reached | CPU s/step |', '|---|---:|---:|']
+    for family in families if len(families) > 1 else ():
+        all_of_it = [r for r in rows.values() if r['family'] == family]
+        seconds = [r['seconds'] for r in all_of_it if 'seconds' in r]
+        span = f'{min(seconds):.1f}-{max(seconds):.1f}' if seconds else '-'
+        lines.append(
+            f'| {family} | {len(seconds)} of {len(all_of_it)} | {span} |'
+        )
     reached = sum('seconds' in row for row in rows.values())
     return '\n'.join([*lines, '', f'{reached} of {len(rows)} reached'])
 
 
 def label(path: Path) -> str:
     """A stock config as one writes it into ``_base_``, others as they are."""
-    for framework in FRAMEWORKS:
-        if path.is_relative_to(root(framework)):
-            return f'{framework}::{path.relative_to(root(framework))}'
+    for name in FRAMEWORKS:
+        if path.is_relative_to(root(name)):
+            return f'{name}::{path.relative_to(root(name))}'
     return str(path)
 
 
@@ -171,17 +277,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         'configs', nargs='*', type=Path, help='default: all stock ones'
     )
+    parser.add_argument(
+        '--families',
+        nargs='+',
+        choices=FAMILIES,
+        default=[*FAMILIES],
+        metavar='CLASS',
+        help='stock backbones, without CONFIGS; default: all of '
+        f'{", ".join(FAMILIES)}',
+    )
     # The longest stride is 64.
-    parser.add_argument('--size', type=int, default=256, help='pixels')
+    parser.add_argument(
+        '--size',
+        type=int,
+        default=256,
+        help=f'pixels; {" and ".join(OF_ONE_SIZE)} have their own',
+    )
     # Batch norms of maps of 1x1 need two.
     parser.add_argument('--batch', type=int, default=2, help='pictures')
     parser.add_argument('--json', type=Path, help='figures, to go on from')
     args = parser.parse_args(argv)
     paths = [path.resolve() for path in args.configs] or [
-        path for name in FRAMEWORKS for path in stock_configs(name)
+        path
+        for name in FRAMEWORKS
+        for path in stock_configs(name, args.families)
     ]
     results = Results(
-        {label(path): dict(config=str(path)) for path in paths},
+        {
+            label(path): dict(
+                config=str(path), family=family_of(parse(path).model)
+            )
+            for path in paths
+        },
         dict(
             environment=dict(
                 torch=torch.__version__,

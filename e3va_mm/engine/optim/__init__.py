@@ -1,3 +1,4 @@
+from .layer_decay import cover_layer_decay
 from .side_path_constructor import SidePathOptimWrapperConstructor
 
-__all__ = ['SidePathOptimWrapperConstructor']
+__all__ = ['SidePathOptimWrapperConstructor', 'cover_layer_decay']

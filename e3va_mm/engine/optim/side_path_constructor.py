@@ -1,7 +1,7 @@
 """Optimizer groups for models whose backbone has a side path."""
 
 import copy
-import re
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -9,9 +9,6 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_REGISTRY
 from torch import nn
 
 from ...registry import OPTIM_WRAPPER_CONSTRUCTORS
-
-# A key that can mean nothing else: `side_path...` or an output norm.
-NAMES_A_SIDE_PATH = re.compile(r'side_path|^(backbone\.)?norm\d')
 
 
 # Registered once more under mmengine's default name: a stock config names no
@@ -26,12 +23,13 @@ class SidePathOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     A model without a side path gets exactly the default's groups. Otherwise:
 
     * Only parameters that train are in a group.
-    * Side paths and their output norms train at the base learning rate. Most
-      stock Swin configs scale the rate of all that has ``backbone`` in its
-      name, which is meant for pre-trained weights; here those are frozen. To
-      scale a side path or an output norm, name it:
-      ``custom_keys={'side_path': dict(lr_mult=...)}``, ``'backbone.norm0'``.
-      Weight decay follows the keys as usual.
+    * Side paths and the output norms that train with them have the base
+      learning rate. Most stock configs of transformers scale the rate of all
+      that has ``backbone`` in its name, which is meant for pre-trained
+      weights; here those are frozen. To scale a side path or an output norm,
+      name it: ``custom_keys={'side_path': dict(lr_mult=...)}``,
+      ``'backbone.norm0'``, ``'backbone.ln1'`` of a ViT. Weight decay follows
+      the keys as usual.
 
     Takes the arguments of ``DefaultOptimWrapperConstructor``.
     """
@@ -39,7 +37,7 @@ class SidePathOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper of ``model``."""
         inner = model.module if hasattr(model, 'module') else model
-        if not any(_has_side_path(m) for m in inner.modules()):
+        if not any(has_side_path(m) for m in inner.modules()):
             return super().__call__(model)
         if self.paramwise_cfg:
             return super().__call__(inner)
@@ -55,13 +53,14 @@ class SidePathOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         is_dcn_module: int | float | None = None,
     ) -> None:
         """See the base class."""
-        if not _has_side_path(module):
+        if not has_side_path(module):
             super().add_params(params, module, prefix, is_dcn_module)
             return
         everywhere = self.paramwise_cfg
-        self.paramwise_cfg = _side_path_rules(everywhere)
+        children = dict(module.trainable_children())
+        self.paramwise_cfg = _side_path_rules(everywhere, prefix, children)
         try:
-            for name, child in module.trainable_children():
+            for name, child in children.items():
                 super().add_params(
                     params, child, f'{prefix}.{name}'.lstrip('.')
                 )
@@ -69,16 +68,38 @@ class SidePathOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             self.paramwise_cfg = everywhere
 
 
-def _has_side_path(module: nn.Module) -> bool:
+def has_side_path(module: nn.Module) -> bool:
+    """Whether a module is a backbone with a side path."""
     return hasattr(module, 'trainable_children')
 
 
-def _side_path_rules(paramwise_cfg: dict) -> dict:
+def names_a_part(key: str, prefix: str, part: str) -> bool:
+    """Whether a key of ``custom_keys`` can mean nothing else than a part.
+
+    Args:
+        key (str): The key.
+        prefix (str): Path of the backbone, such as ``'backbone'``.
+        part (str): Path of a part in it that trains: ``'side_path'``, or an
+            output norm. The key has to begin with it, or with the end of the
+            prefix and it; ``side_path`` may be anywhere.
+    """
+    if 'side_path' in key:
+        return True
+    parents = prefix.split('.') if prefix else []
+    return any(
+        f'{key}.'.startswith('.'.join([*parents[start:], part, '']))
+        for start in range(len(parents) + 1)
+    )
+
+
+def _side_path_rules(
+    paramwise_cfg: dict, prefix: str, parts: Iterable[str]
+) -> dict:
     """The rules without the learning rates that were meant for others."""
     rules = copy.deepcopy(paramwise_cfg)
     rules.pop('bias_lr_mult', None)
     for key, options in rules.get('custom_keys', {}).items():
-        if not NAMES_A_SIDE_PATH.search(key):
+        if not any(names_a_part(key, prefix, part) for part in parts):
             options.pop('lr_mult', None)
             options.pop('lr', None)
     return rules

@@ -7,6 +7,7 @@ from torch import nn
 
 import e3va_mm.models  # noqa: F401  (puts the constructor in force)
 from tests.helpers import build_e3va, build_stock
+from tests.trunk_cases import build_ours
 
 
 class Model(nn.Module):
@@ -98,6 +99,39 @@ def test_a_key_that_names_an_output_norm_scales_it():
     groups = groups_of(model, paramwise_cfg=dict(custom_keys=keys))
     assert groups['backbone.norm0.weight']['lr'] == 3.0
     assert groups['backbone.norm1.weight']['lr'] == 1.0
+
+
+# Trunk, key, a parameter that it is about, whether it can mean only that.
+NAMES = [
+    ('mmseg beit', 'backbone.ln1', 'ln1.weight', True),
+    ('mmseg beit', 'ln1', 'ln1.weight', True),
+    ('mmseg beit', 'backbone.ln1.bias', 'ln1.bias', True),
+    ('mmseg beit', 'backbone.ln', 'ln1.weight', False),
+    ('mmseg beit', 'n1', 'ln1.weight', False),
+    ('sam', 'backbone.channel_reduction', 'channel_reduction.0.weight', True),
+    ('sam', 'channel_reduction.1', 'channel_reduction.1.weight', True),
+    ('sam', 'backbone.channel', 'channel_reduction.0.weight', False),
+    ('convnext', 'norm2', 'norm2.weight', True),
+    ('convnext', 'norm', 'norm2.weight', False),
+    ('svt', 'side_path.output', 'side_path.output_norms.0.weight', True),
+    ('svt', 'output_norms', 'side_path.output_norms.0.weight', False),
+]
+
+
+@pytest.mark.parametrize('prefix', ['backbone', 'detector.backbone'])
+@pytest.mark.parametrize('trunk, key, parameter, named', NAMES)
+def test_parts_that_train_are_named_by_their_paths(
+    prefix, trunk, key, parameter, named
+):
+    model = Model(build_ours(trunk))
+    if prefix != 'backbone':
+        outer = nn.Module()
+        outer.detector = model
+        model = outer
+    groups = groups_of(
+        model, paramwise_cfg=dict(custom_keys={key: dict(lr_mult=3.0)})
+    )
+    assert groups[f'{prefix}.{parameter}']['lr'] == (3.0 if named else 1.0)
 
 
 @pytest.mark.parametrize('paramwise_cfg', [None, PARAMWISE[0]])

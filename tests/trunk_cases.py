@@ -228,6 +228,16 @@ OTHERS = {
         embed_dim=24,
     ),
     'timm vit': timm('vit_tiny_patch16_224', img_size=64, depth=4),
+    'timm deit': timm('deit_tiny_patch16_224', img_size=64, depth=4),
+    'timm beit': timm(
+        'beit_base_patch16_224',
+        img_size=64,
+        depth=4,
+        embed_dim=48,
+        num_heads=4,
+        out_indices=(1, 3),
+    ),
+    'timm eva02': timm('eva02_tiny_patch14_224', img_size=56, depth=4),
     'timm dinov2, registers': timm(
         'vit_small_patch14_reg4_dinov2',
         img_size=56,
@@ -249,6 +259,9 @@ SIZES = {
     'hivit': (64, 64),
     'timm swin': (64, 64),
     'timm vit': (64, 64),
+    'timm deit': (64, 64),
+    'timm beit': (64, 64),
+    'timm eva02': (56, 56),
     'timm dinov2, registers': (56, 56),
 }
 # timm's Swin gives (B, H, W, C), which no neck takes; ours gives maps.

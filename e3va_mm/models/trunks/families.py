@@ -55,6 +55,12 @@ _PRETRAIN_TWINS = _TWINS._replace(
     downsampling=('norm_after_stage{stage}', 'patch_embeds.{next}'),
     cut='stages',
 )
+_TIMM_VIT = Layout(
+    blocks='timm_model.model.blocks.{block}',
+    taps=dict(attn='drop_path1', ffn='drop_path2'),
+    embedding=('timm_model.model.patch_embed',),
+    extra_tokens='timm_model.model.num_prefix_tokens',
+)
 
 # By the class that registers under this name, of whatever framework.
 FAMILIES: Mapping[str, Layout] = {
@@ -127,12 +133,10 @@ FAMILIES: Mapping[str, Layout] = {
         downsampling=('timm_model.layers_{next}.downsample',),
         embedding=('timm_model.patch_embed',),
     ),
-    'timm.vit': Layout(
-        blocks='timm_model.model.blocks.{block}',
-        taps=dict(attn='drop_path1', ffn='drop_path2'),
-        embedding=('timm_model.model.patch_embed',),
-        extra_tokens='timm_model.model.num_prefix_tokens',
-    ),
+    'timm.vit': _TIMM_VIT,
+    'timm.deit': _TIMM_VIT,
+    'timm.beit': _TIMM_VIT,
+    'timm.eva': _TIMM_VIT,
 }
 
 # Those whose outputs, position embeddings and files are those of a ViT.

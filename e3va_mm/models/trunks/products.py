@@ -77,9 +77,15 @@ def transposed_product(a: Tensor, b: Tensor) -> Tensor:
     return linear(b.t(), a.t()).t()
 
 
+def is_traced() -> bool:
+    """Whether what runs is being written down, by a trace or an export."""
+    compiling = getattr(torch.compiler, 'is_compiling', bool)  # torch >= 2.3
+    return compiling() or torch.jit.is_tracing()
+
+
 def _is_plain(*tensors: Tensor | None) -> bool:
     """Whether a product in single precision is all that is asked for."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_traced():
         return False
     grad = torch.is_grad_enabled()
     return all(

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 Size = tuple[int, int]
 NAMES = ('freqs_cos', 'freqs_sin')
+# Attribute of a stock module, set where a file brings weights.
+MARK = 'has_official_angles'
 # Side of the grid that EVA-02 was pre-trained on.
 TRAINED_SIDE = 16
 
@@ -26,13 +28,17 @@ def rotation(rope: nn.Module, size: Size) -> tuple[Tensor, Tensor]:
     native = tuple(rope.patch_resolution)
     if tuple(size) == native:
         return buffers
-    angles = official(rope.half_dim, native)
-    angles = [a.to(buffers[0]) for a in angles]
-    if _same(angles, buffers):
+    if getattr(rope, MARK, False):
         found = official(rope.half_dim, size)
     else:
         found = _by_the_class(rope, size)
     return tuple(part.to(buffers[0]) for part in found)
+
+
+def mark_official(rope: nn.Module, cosine: Tensor) -> None:
+    """Note whether what a stock module is to hold are EVA-02's angles."""
+    expected, _ = official(rope.half_dim, tuple(rope.patch_resolution))
+    setattr(rope, MARK, _same(expected, cosine))
 
 
 def official(half: int, size: Size) -> tuple[Tensor, Tensor]:
@@ -81,9 +87,7 @@ def fit_rotations(
             place = NAMES.index(name)
             half = ours.shape[1] // 2
             there = official(half, (side, side))[place]
-            known = there.shape == theirs.shape and torch.allclose(
-                there, theirs.float(), atol=1e-3
-            )
+            known = _same(there, theirs)
             found[key] = official(half, size)[place] if known else ours
             carried += 1
     if not carried:
@@ -97,8 +101,7 @@ def _by_the_class(rope: nn.Module, size: Size) -> tuple[Tensor, Tensor]:
     return other.compute_position_embedding()
 
 
-def _same(ones, others) -> bool:
-    return all(
-        one.shape == other.shape and torch.allclose(one, other, atol=1e-3)
-        for one, other in zip(ones, others, strict=True)
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(
+        one, other.to(one), atol=1e-3
     )

@@ -17,6 +17,7 @@ from .base import Downsampling, OnEnd, OnTap, Size, StageEnd, StageSpec, Trunk
 from .engine import FeedForward, GatedFeedForward, Product, Wide, install
 from .layout import Layout, find, length_of
 from .options import TrunkOptions, autocast_dtype
+from .products import is_traced
 from .stored_weights import linear_layers
 
 GATED = 'mmpretrain.models.utils.swiglu_ffn.SwiGLUFFN'
@@ -206,7 +207,8 @@ class StockTrunk(Trunk):
                 if on_end is not None:
                     size = grid.get('size') if self.layout.plain else None
                     on_end(stage, self._end(output, args, size, picture))
-                if stage == last:
+                # Writers of graphs cannot see a forward that ends midway.
+                if stage == last and not is_traced():
                     raise _LastStage
 
             # The block with the last index, which `block` is now.

@@ -12,7 +12,7 @@ from .base import Size, StageEnd
 from .layout import Layout
 from .options import TrunkOptions
 from .relative_tables import resize_relative_tables
-from .rotary import fit_rotations
+from .rotary import fit_rotations, mark_official
 from .stock import StockTrunk
 
 MAPS = ('featmap',)
@@ -110,6 +110,7 @@ class VitTrunk(StockTrunk):
         if hasattr(self.stock, 'rope'):
             size = tuple(self.stock.patch_resolution)
             notes += fit_rotations(expected, found, size)
+            mark_official(self.stock.rope, found['rope.freqs_cos'])
         notes += self._fill_in(expected, found)
         return notes + super().adapt_state(expected, found)
 

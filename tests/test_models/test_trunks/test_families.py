@@ -305,3 +305,20 @@ def test_a_copy_is_a_backbone_of_its_own(name):
         changed = flat(twin(image))
     assert not torch.allclose(changed[-1], before[-1])
     assert twin.trunk.stock._modules is twin._modules
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['dinov2', 'beit', 'eva02', 'sam', 'mit', 'convnext', 'mscan', 'timm vit'],
+)
+def test_a_backbone_can_be_exported(name):
+    ours, _ = ours_and_stock(name)
+    awake(ours)
+    ours.eval()
+    image = image_for(name, batch=1)
+    with torch.no_grad():
+        expected = flat(ours(image))
+        program = torch.export.export(ours, (image,), strict=False)
+        got = flat(program.module()(image))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 import e3va_mm.registry  # noqa: F401  torchvision, before mmpretrain
-from e3va_mm.models.trunks.rotary import fit_rotations, official, rotation
+from e3va_mm.models.trunks.rotary import (
+    fit_rotations,
+    mark_official,
+    official,
+    rotation,
+)
 
 pytest.importorskip('mmpretrain')
 
@@ -42,6 +47,7 @@ def test_the_official_angles(size):
 
 def test_what_the_trunk_holds_goes_on_to_other_grids():
     rope = stock_rope((4, 4))
+    mark_official(rope, rope.freqs_cos)
     # As the class computes them.
     expected = stock_rope((2, 6))
     cos, sin = rotation(rope, (2, 6))
@@ -49,6 +55,7 @@ def test_what_the_trunk_holds_goes_on_to_other_grids():
     assert torch.equal(sin, expected.freqs_sin)
     # As a converted file has them.
     rope.freqs_cos, rope.freqs_sin = official(HALF, (4, 4))
+    mark_official(rope, rope.freqs_cos)
     cos, _ = rotation(rope, (2, 6))
     torch.testing.assert_close(cos, by_hand(2, 6).cos(), atol=1e-5, rtol=0)
     assert rotation(rope, (4, 4))[0] is rope.freqs_cos

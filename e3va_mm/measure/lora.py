@@ -63,7 +63,7 @@ def add_lora(module: nn.Module, rank: int = RANK) -> None:
         rank (int): See :class:`LoRAQKV`. Defaults to 64.
 
     Raises:
-        ConfigError: If it has no such layer.
+        ConfigError: If it has no such layer, or one that is not called.
     """
     found = [
         (parent, child)
@@ -75,6 +75,13 @@ def add_lora(module: nn.Module, rank: int = RANK) -> None:
         raise ConfigError(
             'LoRA expects attention with a linear layer named `qkv`, but '
             f'{type(module).__name__} has none.'
+        )
+    reading = [p for p, _ in found if getattr(p, 'q_bias', None) is not None]
+    if reading:
+        raise ConfigError(
+            'LoRA expects attention that calls its layer `qkv`, but '
+            f'{type(reading[0]).__name__} reads the weight itself and adds '
+            'biases of its own. Leave the variant out.'
         )
     added = []
     for parent, qkv in found:

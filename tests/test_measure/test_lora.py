@@ -69,3 +69,11 @@ def test_what_has_no_attention_is_refused():
         add_lora(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match='but got 10 channels'):
         LoRAQKV(nn.Linear(4, 10))
+
+
+def test_attention_that_reads_the_weight_itself_is_refused():
+    from mmseg.models.backbones.beit import BEiTAttention
+
+    module = torch.nn.ModuleList([BEiTAttention(8, 2, (2, 2))])
+    with pytest.raises(ConfigError, match='BEiTAttention reads the weight'):
+        add_lora(module)

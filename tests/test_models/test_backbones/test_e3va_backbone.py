@@ -184,6 +184,26 @@ def test_a_package_that_is_missing(monkeypatch):
         build(trunk=dict(type='mmpretrain.ConvNeXt'))
 
 
+def test_weights_that_the_stock_class_brings_itself_stay():
+    """As those of timm's with `pretrained=True`."""
+
+    @MODELS.register_module(force=True)
+    class BroughtUp(UnheardOf):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            nn.init.constant_(self.stem.weight, 0.5)
+            self._is_init = True
+
+    ours = build(
+        trunk=dict(type='e3va_mm.BroughtUp'), allow_random_trunk=False
+    )
+    ours.init_weights()
+    assert (ours.stem.weight == 0.5).all()
+    ours.train()
+    ours(torch.randn(1, 3, 32, 32))
+    assert ours.trunk_source == 'BroughtUp itself'
+
+
 def test_timm_files_are_taken_by_their_own_names(tmp_path):
     need(CASES['timm vit'])
     import timm

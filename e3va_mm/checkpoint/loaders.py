@@ -8,13 +8,16 @@ inference functions use it too.
 import os
 import re
 import tempfile
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mmengine.fileio import get_file_backend
 from mmengine.runner import checkpoint as mm_checkpoint
+from torch import nn
 
 from ..errors import CheckpointError
+from .adapter_file import check_adapter
 from .downloads import read_url
 from .reading import read_file
 
@@ -46,7 +49,8 @@ def read_checkpoint(
 
     Returns:
         What the file holds. A safetensors file gives
-        ``dict(state_dict=..., meta=...)`` with its metadata as ``meta``.
+        ``dict(state_dict=..., meta=...)`` with its metadata as ``meta``, an
+        adapter file the same as a checkpoint of mmengine.
 
     Raises:
         CheckpointError: If the file is missing, incomplete, damaged, not a
@@ -64,12 +68,27 @@ def read_checkpoint(
 def register_safe_loaders() -> None:
     """Make mmengine read every checkpoint as :func:`read_checkpoint` does.
 
+    Its loader of state dicts refuses adapter files that do not fit, too.
     Called when ``e3va_mm.checkpoint`` is imported; more calls change nothing.
     """
     for prefix, loader in _LOADERS.items():
         mm_checkpoint.CheckpointLoader.register_scheme(
             prefix, loader, force=True
         )
+    mm_checkpoint.load_state_dict = load_state_dict
+
+
+# All loaders of mmengine end here, by its name in their module.
+_load_state_dict = mm_checkpoint.load_state_dict
+
+
+@wraps(_load_state_dict)
+def load_state_dict(
+    module: nn.Module, state_dict: dict, *args: Any, **kwargs: Any
+) -> None:
+    """mmengine's, after :func:`.adapter_file.check_adapter`."""
+    check_adapter(module, state_dict)
+    _load_state_dict(module, state_dict, *args, **kwargs)
 
 
 # mmengine logs "Loads checkpoint by X backend", where X is the name of one of

@@ -4,6 +4,7 @@ Files of ``torch.save`` go through :mod:`.safe_pickle` and never fall back to
 plain unpickling; safetensors files hold no code at all.
 """
 
+import os
 import re
 import tarfile
 import zipfile
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from ..errors import CheckpointError
 from . import safe_pickle
+from .adapter_file import AdapterFile
 
 _FETCH_AGAIN = (
     'Fetch or copy the file again and compare its size with the original.'
@@ -36,12 +39,46 @@ def read_file(path: Path, map_location: Any) -> dict:
 
     Returns:
         What the file holds. A safetensors file gives
-        ``dict(state_dict=..., meta=...)`` with its metadata as ``meta``.
+        ``dict(state_dict=..., meta=...)`` with its metadata as ``meta``, an
+        adapter file the same as a checkpoint of mmengine.
 
     Raises:
         CheckpointError: If the file is missing, incomplete, damaged, not a
             checkpoint, or names anything that could run code.
     """
+    path, head = _begin(path)
+    if not _is_safetensors(path, head):
+        return _read_pickle(path, head, map_location)
+    tensors, meta = _read_safetensors(path, map_location)
+    adapter = AdapterFile.parse(path, tensors, meta)
+    if adapter is not None:
+        return adapter.checkpoint(path)
+    return {'state_dict': tensors, 'meta': meta}
+
+
+def read_adapter(path: str | os.PathLike) -> AdapterFile:
+    """Read an adapter file as what it is.
+
+    Args:
+        path: The file; ``~`` is expanded.
+
+    Raises:
+        CheckpointError: If it is missing, damaged or no adapter file.
+    """
+    path, head = _begin(Path(path))
+    adapter = None
+    if _is_safetensors(path, head):
+        adapter = AdapterFile.parse(path, *_read_safetensors(path, 'cpu'))
+    if adapter is None:
+        raise CheckpointError(
+            f'{path} is no adapter file. `tools/adapter.py extract` makes '
+            'one of a full checkpoint.'
+        )
+    return adapter
+
+
+def _begin(path: Path) -> tuple[Path, bytes]:
+    """The path of a file that is there, and its first bytes."""
     path = path.expanduser()
     if not path.is_file():
         what = 'is a folder' if path.is_dir() else 'does not exist'
@@ -54,9 +91,7 @@ def read_file(path: Path, map_location: Any) -> dict:
         head = file.read(64)
     if not head:
         raise CheckpointError(f'{path} is empty (0 bytes). {_FETCH_AGAIN}')
-    if _is_safetensors(path, head):
-        return _read_safetensors(path, map_location)
-    return _read_pickle(path, head, map_location)
+    return path, head
 
 
 def _is_safetensors(path: Path, head: bytes) -> bool:
@@ -66,19 +101,21 @@ def _is_safetensors(path: Path, head: bytes) -> bool:
     )
 
 
-def _read_safetensors(path: Path, map_location: Any) -> dict:
+def _read_safetensors(
+    path: Path, map_location: Any
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     plain = isinstance(map_location, str | torch.device)
     device = str(map_location) if plain else 'cpu'
     try:
         with safe_open(path, framework='pt', device=device) as file:
-            state_dict = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
             meta = dict(file.metadata() or {})
     except Exception as error:
         raise CheckpointError(
             f'{path} cannot be read as a safetensors file: {error}. '
             f'{_FETCH_AGAIN}'
         ) from error
-    return {'state_dict': state_dict, 'meta': meta}
+    return tensors, meta
 
 
 def _read_pickle(path: Path, head: bytes, map_location: Any) -> dict:

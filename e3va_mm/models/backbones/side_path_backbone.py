@@ -1,6 +1,8 @@
 """A frozen trunk with a side path: what every backbone of ours shares."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from mmcv.cnn.bricks import DropPath
@@ -9,7 +11,18 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ...checkpoint import SourceWeights, match_state, read_checkpoint
+from ...checkpoint import (
+    SourceWeights,
+    TrunkRecord,
+    fingerprint,
+    match_state,
+    read_checkpoint,
+)
+from ...checkpoint.adapter_file import (
+    CHECKPOINT,
+    RECORD,
+    file_sha256,
+)
 from ...engine.optim import cover_layer_decay
 from ...errors import CheckpointError, ConfigError
 from ...registry import MODELS
@@ -76,6 +89,8 @@ class SidePathBackbone(BaseModule):
         self.allow_random_trunk = allow_random_trunk
         # Where the trunk's weights came from; None while they are random.
         self.trunk_source: str | None = None
+        # Path or URL that the same weights can be read from again.
+        self.trunk_address: str | None = None
         self._reading: str | None = None
         self._stored = False
         self._source_weights: SourceWeights | None = None
@@ -189,17 +204,39 @@ class SidePathBackbone(BaseModule):
             )
         else:
             source = self.init_cfg['checkpoint']
-            checkpoint = read_checkpoint(source)
-            try:
-                state, form = self.trunk.to_stock_state(checkpoint)
-            except CheckpointError as error:
-                raise CheckpointError(f'{source}: {error}') from None
-            self._reading = f'{source} ({form})'
-            try:
+            with self._reads(source) as state:
                 self.load_state_dict(state, strict=False)
-            finally:
-                self._reading = None
+            # Of an adapter file the trunk has come from elsewhere.
+            if RECORD not in state:
+                self.trunk_address = source
         self._is_init = True
+
+    @contextmanager
+    def _reads(self, source: str) -> Iterator[dict[str, Tensor]]:
+        """Give the stock state of a file; messages name it meanwhile."""
+        checkpoint = read_checkpoint(source)
+        try:
+            state, form = self.trunk.to_stock_state(checkpoint)
+        except CheckpointError as error:
+            raise CheckpointError(f'{source}: {error}') from None
+        before, self._reading = self._reading, f'{source} ({form})'
+        try:
+            yield state
+        finally:
+            self._reading = before
+
+    def trunk_state(self) -> dict[str, Tensor]:
+        """The trunk's part of the state dict, its weights as they came."""
+        return self.trunk_part(self.state_dict())
+
+    def trunk_part(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of a state with stock names belongs to the trunk."""
+        owned = self._side_path_names()
+        return {
+            key: value
+            for key, value in state.items()
+            if key.split('.')[0] not in owned
+        }
 
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, *args, **kwargs
@@ -211,13 +248,26 @@ class SidePathBackbone(BaseModule):
         to nothing, so that is an error here, before anything is copied. What
         a file holds in no part at all (a stock model has no side path) keeps
         its value; the loaders' own ``strict`` does not see it.
+
+        An adapter file says where its trunk is: that is brought first.
         """
+        record = state_dict.pop(prefix + RECORD, None)
+        if record is not None:
+            self._bring_trunk(TrunkRecord.from_tensor(record))
         found = {
             key[len(prefix) :]: value
             for key, value in state_dict.items()
             if key.startswith(prefix)
         }
         fitted = self._fit_state(dict(found), prefix)
+        trunk = self.trunk_state()
+        if trunk.keys() & found.keys():
+            self.trunk_source = self._reading or CHECKPOINT
+            # What a resume brings is what `init_cfg` has brought before.
+            if self.trunk_address and fingerprint(trunk) != fingerprint(
+                {key: fitted[key] for key in trunk}
+            ):
+                self.trunk_address = None
         for key in found:
             del state_dict[prefix + key]
         state_dict.update({prefix + key: v for key, v in fitted.items()})
@@ -232,15 +282,10 @@ class SidePathBackbone(BaseModule):
         A file may hold the trunk, the side path with the output norms, or
         both, each in full; beside a trunk the norms alone are fine too.
         """
-        source = self._reading or 'the checkpoint'
+        source = self._reading or CHECKPOINT
         own = self.state_dict()
-        owned = self._side_path_names()
-        trained = {
-            key: value
-            for key, value in own.items()
-            if key.split('.')[0] in owned
-        }
-        trunk = {k: v for k, v in own.items() if k not in trained}
+        trunk = self.trunk_part(own)
+        trained = {k: v for k, v in own.items() if k not in trunk}
         has_trunk = any(key in trunk for key in found)
         has_side_path = any(key.startswith('side_path.') for key in found)
         if not has_trunk and not has_side_path:
@@ -286,9 +331,54 @@ class SidePathBackbone(BaseModule):
             notes=notes,
         )
         print_log(str(report), logger='current')
-        if has_trunk:
-            self.trunk_source = source
         return {**own, **{key: found[key] for key in expected}}
+
+    def _bring_trunk(self, record: TrunkRecord) -> None:
+        """Have the trunk that an adapter file was trained on, or an error.
+
+        It is there, or is read from where it was, from ``init_cfg``, or from
+        beside the adapter file; the fingerprint decides.
+        """
+        refusals = []
+        if self.trunk_source is not None:
+            present = fingerprint(self.trunk_state())
+            if present == record.fingerprint:
+                self.trunk_address = self.trunk_address or record.source
+                return
+            refusals.append(f'{present[:16]}: {self.trunk_source}')
+        named = self.init_cfg and self.init_cfg['checkpoint']
+        sources = [record.source, named]
+        if record.source is not None:
+            beside = Path(record.file).parent / Path(record.source).name
+            sources += [str(beside)] if beside.is_file() else []
+        for source in dict.fromkeys(filter(None, sources)):
+            try:
+                with self._reads(source) as state:
+                    fitted = self._fit_state(self.trunk_part(state), '')
+                    came = fingerprint(self.trunk_part(fitted))
+                    if came == record.fingerprint:
+                        self.load_state_dict(fitted)
+                        self.trunk_address = source
+                        return
+            except CheckpointError as error:
+                refusals.append(str(error))
+                continue
+            found = f'{came[:16]}: {source}'
+            if source == record.source and record.sha256 is not None:
+                changed = file_sha256(source) != record.sha256
+                found += ', a file that has changed since' * changed
+            refusals.append(found)
+        raise CheckpointError(
+            f'{record.file} needs the trunk with the fingerprint '
+            f'{record.fingerprint[:16]}, which came from '
+            f'{record.source or "its stock class"}. Instead there is:\n  '
+            + '\n  '.join(refusals or ['nothing to read it from'])
+            + '\nThe likely cause is another checkpoint in `init_cfg`, '
+            'another size of pictures or windows in the config, or a file '
+            'that was moved or changed. Put the file of the trunk where it '
+            'was or beside the adapter file, or set '
+            '`model.backbone.init_cfg.checkpoint` to it.'
+        )
 
     def _unstore_trunk(self) -> None:
         """Make room for new weights as they come."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .unwrapping import tensors_of
+from .unwrapping import part_of, tensors_of
 
 
 def to_stock_state(
@@ -22,9 +22,5 @@ def to_stock_state(
         ``backbone.``, and the format in words.
     """
     tensors = tensors_of(checkpoint)
-    backbone = {
-        key.removeprefix('backbone.'): value
-        for key, value in tensors.items()
-        if key.startswith('backbone.')
-    }
+    backbone = part_of(tensors, 'backbone.')
     return (backbone, 'MM model') if backbone else (tensors, 'MM backbone')

@@ -9,6 +9,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..models.backbones.e3va_vit import vit_trunk_config
 from ..models.backbones.presets import PRESETS
+from ..models.trunks.building import scoped_name
 from ..models.trunks.families import FAMILIES, VITS
 from ..utils import mark_trainable
 from .lora import add_lora
@@ -134,9 +135,7 @@ def _type_name(config: Config, backbone: Mapping) -> str:
 
 def _class_name(kind: str | type) -> str:
     """A registered name as it stands; that of a class with its scope."""
-    if isinstance(kind, type):
-        return f'{kind.__module__.split(".")[0]}.{kind.__name__}'
-    return str(kind)
+    return scoped_name(kind) if isinstance(kind, type) else str(kind)
 
 
 def _is_known(kind: str) -> bool:

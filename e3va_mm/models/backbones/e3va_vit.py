@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from ...registry import MODELS
-from ..trunks.building import build_trunk
+from ..trunks.building import build_trunk, scoped_name
 from .presets import resolve_side_path
 from .side_path_backbone import SidePathBackbone
 from .stock_arguments import (
@@ -99,7 +99,7 @@ def vit_trunk_config(arguments: Mapping, scope: str | None) -> dict:
     owner = 'mmseg' if scope == 'mmseg' else 'mmpretrain'
     kind = stock.pop('trunk_type', None) or f'{owner}.VisionTransformer'
     if isinstance(kind, type):  # in configs of the new style
-        kind = f'{kind.__module__.partition(".")[0]}.{kind.__name__}'
+        kind = scoped_name(kind)
     if kind.startswith('mmpretrain.') and scope != 'mmpretrain':
         stock.setdefault('out_type', 'featmap')
     return dict(stock, type=kind)

@@ -31,7 +31,7 @@ from ..side_path.norm_offset import NormOffset
 from ..side_path.replay import OnStageTap, Replay, RunTrunk
 from ..side_path.stage_sum import KeptSum, TokenNorm, normalise
 from ..trunks import StageEnd, Trunk
-from ..trunks.options import autocast_dtype
+from ..trunks.options import autocast_dtype, autocast_to
 from ..trunks.stored_weights import coarse_keys, store, unstore
 
 
@@ -481,7 +481,7 @@ class SidePathBackbone(BaseModule):
 
     def _trunk_runner(self, image: Tensor) -> RunTrunk:
         """What runs the trunk again, under the autocast of now."""
-        device, dtype = image.device.type, autocast_dtype(image)
+        dtype = autocast_dtype(image)
 
         @torch.no_grad()
         def run(
@@ -496,7 +496,7 @@ class SidePathBackbone(BaseModule):
                 if stage in wanted:
                     on_tap(stage, value)
 
-            with torch.autocast(device, dtype, enabled=dtype is not None):
+            with autocast_to(image, dtype):
                 self.trunk.run(
                     self, image, last, self.side_path.taps, on_any_tap
                 )

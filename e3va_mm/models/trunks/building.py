@@ -13,6 +13,11 @@ from .stock import StockTrunk, TimmTrunk
 from .vit import SamTrunk, VitTrunk
 
 
+def scoped_name(cls: type) -> str:
+    """The name by which configs of any framework mean a class."""
+    return f'{cls.__module__.partition(".")[0]}.{cls.__name__}'
+
+
 def family_of(stock: nn.Module) -> str | None:
     """The row of the table for a stock backbone, if there is one."""
     model = getattr(stock, 'timm_model', None)
@@ -22,7 +27,7 @@ def family_of(stock: nn.Module) -> str | None:
         found = [row for row in FAMILIES if f'timm.{name}'.startswith(row)]
         return max(found, key=len, default=None)
     for base in type(stock).__mro__:
-        name = f'{base.__module__.partition(".")[0]}.{base.__name__}'
+        name = scoped_name(base)
         if name in FAMILIES:
             return name
     return None

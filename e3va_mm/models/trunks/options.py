@@ -114,6 +114,11 @@ def autocast_dtype(like: Tensor) -> torch.dtype | None:
     )
 
 
+def autocast_to(like: Tensor, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to a type, None for off, on the device of a tensor."""
+    return torch.autocast(like.device.type, dtype, enabled=dtype is not None)
+
+
 def autocast_off(like: Tensor) -> torch.autocast:
     """Inside, every tensor has the type it is given."""
     return torch.autocast(like.device.type, enabled=False)

@@ -16,7 +16,7 @@ from .attention import ENGINES
 from .base import Downsampling, OnEnd, OnTap, Size, StageEnd, StageSpec, Trunk
 from .engine import FeedForward, GatedFeedForward, Product, Wide, install
 from .layout import Layout, find, length_of
-from .options import TrunkOptions, autocast_dtype
+from .options import TrunkOptions, autocast_dtype, autocast_to
 from .products import is_traced
 from .stored_weights import linear_layers
 
@@ -158,7 +158,7 @@ class StockTrunk(Trunk):
         on_end = on_end and _under(on_end, image, outer)
         with (
             self._hooked(image, last, taps, on_tap, on_end),
-            _autocast(image, inner),
+            autocast_to(image, inner),
         ):
             try:
                 self.stock.forward(image)
@@ -480,18 +480,13 @@ class _LastStage(Exception):
     """Ends a stock forward behind the last stage that is wanted."""
 
 
-def _autocast(like: Tensor, dtype: torch.dtype | None) -> torch.autocast:
-    """Autocast to a type, None for off."""
-    return torch.autocast(like.device.type, dtype, enabled=dtype is not None)
-
-
 def _under(
     function: Callable, like: Tensor, dtype: torch.dtype | None
 ) -> Callable:
     """A function that runs under an autocast of its own."""
 
     def run(*args):
-        with _autocast(like, dtype):
+        with autocast_to(like, dtype):
             return function(*args)
 
     return run

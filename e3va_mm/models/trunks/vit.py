@@ -15,7 +15,6 @@ from .relative_tables import resize_relative_tables
 from .rotary import fit_rotations, mark_official
 from .stock import StockTrunk
 
-MAPS = ('featmap',)
 NOT_IN_MAE = dict(gamma_1=1, gamma_2=1, relative_position_bias_table=0)
 
 
@@ -78,7 +77,7 @@ class VitTrunk(StockTrunk):
         """See :class:`Trunk`."""
         if getattr(self.stock, 'output_cls_token', False):  # mmseg
             return False
-        return getattr(self.stock, 'out_type', MAPS[0]) in MAPS
+        return getattr(self.stock, 'out_type', 'featmap') == 'featmap'
 
     def output(
         self,
@@ -166,9 +165,8 @@ class VitTrunk(StockTrunk):
             size=grid,
             mode=getattr(self.stock, 'interpolate_mode', 'bicubic'),
         )
-        found['pos_embed'] = square.flatten(2).transpose(1, 2).to(theirs)
-        found['pos_embed'] = F.pad(found['pos_embed'], (0, 0, 1, 0))
-        found['pos_embed'][:, :1] = theirs[:, :1]
+        square = square.flatten(2).transpose(1, 2).to(theirs)
+        found['pos_embed'] = torch.cat((theirs[:, :1], square), 1)
         return [f'pos_embed resized from {side}x{side} to {grid}']
 
     def leftovers(self, holder: nn.Module) -> list[str]:

@@ -7,12 +7,14 @@ left out.
 
 import importlib.util
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint.adapter_file import write_whole
 from .errors import ConfigError
 
 ONNX_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
@@ -126,6 +128,7 @@ def export_network(network: Network, inputs: Tensor, out: Path) -> Callable:
     Raises:
         ConfigError: As :func:`check_out`, or if a network for ONNX computes
             in 16 bits.
+        CheckpointError: If a .pt2 file cannot be written; an older one stays.
     """
     check_out(out)
     # A first run stores the trunk's weights as its options say.
@@ -133,7 +136,9 @@ def export_network(network: Network, inputs: Tensor, out: Path) -> Callable:
     program = torch.export.export(network, (inputs,), strict=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == '.pt2':
-        torch.export.save(program, out)
+        buffer = BytesIO()
+        torch.export.save(program, buffer)
+        write_whole(out, buffer.getvalue())
         return torch.export.load(out).module()
     return _export_onnx(program, names, out)
 

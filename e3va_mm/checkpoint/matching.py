@@ -60,6 +60,29 @@ def _shape(value: torch.Size | Tensor) -> tuple[int, ...] | str:
     return tuple(value) if isinstance(value, tuple) else type(value).__name__
 
 
+def _fault(value: Tensor, expected: torch.Size | Tensor) -> str | None:
+    """What is wrong with the numbers of a tensor, None for nothing."""
+    if isinstance(expected, Tensor) and (
+        value.is_floating_point() != expected.is_floating_point()
+        or value.is_complex() != expected.is_complex()
+    ):
+        have, want = (
+            str(each.dtype).removeprefix('torch.')
+            for each in (value, expected)
+        )
+        return f'{have} in the file, {want} expected'
+    if not value.is_floating_point():
+        return None
+    try:
+        numbers = value.detach().float()
+    except RuntimeError:  # packed types, such as two numbers in a byte
+        return f'{value.dtype} cannot be computed with'
+    # The sum takes no memory, but can overflow where no number does.
+    if torch.isfinite(numbers.sum()) or torch.isfinite(numbers).all():
+        return None
+    return 'NaN or infinity'
+
+
 def match_state(
     expected: Mapping[str, torch.Size | Tensor],
     found: Mapping[str, Tensor],
@@ -87,8 +110,9 @@ def match_state(
         The report of a complete match.
 
     Raises:
-        CheckpointError: If a key is missing, has another shape, or is left
-            over without being expected to.
+        CheckpointError: If a key is missing, has another shape, is left over
+            without being expected to, or holds numbers of another kind, NaN
+            or infinity.
     """
     missing = [key for key in expected if key not in found]
     shapes = {
@@ -101,6 +125,11 @@ def match_state(
         for key, (have, want) in shapes.items()
         if have != want
     ]
+    spoilt = [
+        f'{key}: {fault}'
+        for key, (have, want) in shapes.items()
+        if have == want and (fault := _fault(found[key], expected[key]))
+    ]
     left = [key for key in found if key not in expected]
     leftovers = [
         key
@@ -108,9 +137,9 @@ def match_state(
         if any(re.fullmatch(pattern, key) for pattern in expected_leftovers)
     ]
     unexpected = [key for key in left if key not in leftovers]
-    matched = len(shapes) - len(misshaped)
+    matched = len(shapes) - len(misshaped) - len(spoilt)
 
-    if missing or misshaped or unexpected:
+    if missing or misshaped or spoilt or unexpected:
         lines = [
             f'{source} does not fit the {what}: {matched} of '
             f'{len(expected)} tensors match.'
@@ -118,6 +147,7 @@ def match_state(
         for name, items in (
             ('missing in the file', missing),
             ('of another shape', misshaped),
+            ('with numbers that cannot be', spoilt),
             ('not expected', unexpected),
         ):
             if items:

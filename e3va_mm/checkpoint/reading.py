@@ -8,6 +8,7 @@ import os
 import re
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,32 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
 
 def _begin(path: Path) -> tuple[Path, bytes]:
     """The path of a file that is there, and its first bytes."""
-    path = path.expanduser()
-    if not path.is_file():
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:  # `~NAME` of nobody
+        raise CheckpointError(f'{path}: {error}') from error
+    try:
+        there = path.is_file()
+    except OSError as error:  # such as a name that is too long
+        raise CheckpointError(
+            f'{str(path)[:200]}: {error.strerror}. Correct the path of the '
+            'checkpoint file.'
+        ) from error
+    if not there:
         what = 'is a folder' if path.is_dir() else 'does not exist'
         where = '' if path.is_absolute() else f' in {Path.cwd()}'
         raise CheckpointError(
             f'{path} {what}{where}. Correct the path of the checkpoint file, '
             'or make it absolute.'
         )
-    with path.open('rb') as file:
-        head = file.read(64)
+    try:
+        with path.open('rb') as file:
+            head = file.read(64)
+    except OSError as error:
+        raise CheckpointError(
+            f'{path} cannot be read: {error.strerror}. Check its permissions '
+            'and the disk that it is on.'
+        ) from error
     if not head:
         raise CheckpointError(f'{path} is empty (0 bytes). {_FETCH_AGAIN}')
     return path, head
@@ -134,7 +151,65 @@ def _read_pickle(path: Path, head: bytes, map_location: Any) -> dict:
             'the dict of a checkpoint. Give a state dict, or a dict with one '
             'under `state_dict` or `model`.'
         )
+    _check_states(path, content, str(map_location) == 'meta')
     return content
+
+
+def _check_states(path: Path, content: dict, bare: bool) -> None:
+    """Refuse what is no state of a model where loaders expect one.
+
+    Args:
+        path: The file.
+        content: What it holds.
+        bare: Whether tensors were asked for without their numbers.
+    """
+    state = content.get('state_dict', {})
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f'{path} holds a {type(state).__name__} under `state_dict`, not '
+            'the tensors of a model by their names. Save the state dict of '
+            'the model there.'
+        )
+    size = path.stat().st_size
+    for name, value in _tensors_in(content):
+        what = _oddity(name, value, size, bare)
+        if what is not None:
+            raise CheckpointError(
+                f'{path} holds a tensor {what}. Expected are plain tensors by '
+                'their names: save the state dict of the model as it is in '
+                'memory, on the CPU.'
+            )
+
+
+def _tensors_in(content: Any) -> Iterator[tuple[Any, Tensor]]:
+    """Tensors in containers, each with the last of its keys."""
+    waiting, seen = [(None, content)], set()
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield name, value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, dict):
+                waiting += value.items()
+            elif isinstance(value, (list, tuple)):
+                waiting += ((str(i), each) for i, each in enumerate(value))
+
+
+def _oddity(name: Any, value: Tensor, size: int, bare: bool) -> str | None:
+    """Why a tensor is no plain array of a file's numbers, if it is none."""
+    if not isinstance(name, str):
+        return f'under {name!r}, which is no name'
+    if value.is_nested or value.layout is not torch.strided:
+        return f'{name!r} that is nested or sparse'
+    if value.is_quantized:
+        return f'{name!r} that is quantised'
+    if value.is_meta:
+        return None if bare else f'{name!r} without numbers'
+    if value.nbytes > size:
+        # One number can stand for a tensor that no memory holds.
+        return f'{name!r} of {value.nbytes:,} bytes, more than the file'
+    return None
 
 
 def _check_archive(path: Path, head: bytes) -> None:
@@ -150,8 +225,18 @@ def _check_archive(path: Path, head: bytes) -> None:
                 f'bytes without the index of a checkpoint. {_FETCH_AGAIN}'
             )
         with zipfile.ZipFile(path) as archive:
-            names = {Path(name).name for name in archive.namelist()}
-            damaged = archive.testzip()
+            records = archive.infolist()
+            names = {Path(record.filename).name for record in records}
+            plain = not any(
+                record.compress_type != zipfile.ZIP_STORED
+                # Marked as a folder, torch takes whatever is in memory for it.
+                or record.external_attr & 0x10
+                for record in records
+            )
+            claimed = sum(record.file_size for record in records)
+            # Else a small file could stand for any number of bytes.
+            whole = plain and claimed <= path.stat().st_size
+            damaged = archive.testzip() if whole else None
         if 'constants.pkl' in names:
             raise CheckpointError(
                 f'{path} is a TorchScript program, not a checkpoint. Give '
@@ -161,6 +246,12 @@ def _check_archive(path: Path, head: bytes) -> None:
             raise CheckpointError(
                 f'{path} is a zip archive, but no checkpoint of torch.save. '
                 'Unpack it and give the checkpoint inside.'
+            )
+        if not whole:
+            raise CheckpointError(
+                f'{path} has records that are compressed, folders, or larger '
+                'than the file, which torch.save does not write. Save the '
+                'weights again.'
             )
         if damaged:
             raise CheckpointError(

@@ -82,6 +82,11 @@ def _saved_scalar(dtype: _SavedDtype, data: bytes) -> np.generic:
     return _saved_values((), dtype, data)[()]
 
 
+def _no_bytes() -> bytes:
+    """Stands in for ``bytes``, which would take any number for a size."""
+    return b''
+
+
 def _saved_method(owner: Any, name: str) -> Callable | None:
     """Stands in for ``getattr``, which pickles use to name methods.
 
@@ -99,9 +104,9 @@ def _saved_method(owner: Any, name: str) -> Callable | None:
     raise UnpicklingError(f'GLOBAL getattr is refused for {name!r}')
 
 
-# Found by trying with the checkpoints of mmengine's Runner. Every name but
-# ``bytes`` is answered by a class or function of this file, so neither
-# mmengine's nor numpy's own unpickling code runs.
+# Found by trying with the checkpoints of mmengine's Runner. Every name is
+# answered by a class or function of this file, so neither mmengine's nor
+# numpy's own unpickling code runs.
 _ALLOWED = [
     # the message hub's record of losses and learning rates ...
     (_SavedHistory, 'mmengine.logging.history_buffer.HistoryBuffer'),
@@ -122,27 +127,60 @@ _ALLOWED = [
     (_SavedArray, 'numpy.ndarray'),
     (_SavedDtype, 'numpy.dtype'),
     # the data of an empty array: protocol 2 writes b'' as bytes()
-    (bytes, 'builtins.bytes'),
+    (_no_bytes, 'builtins.bytes'),
 ]
 
 
-def _restore(value: Any) -> Any:
-    """Replace what the stand-ins kept by the real objects, in place."""
+_UNFINISHED = object()
+_CONTAINERS = (dict, list, tuple, _SavedArray, _SavedHistory)
+
+
+def _restore(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
+    """Replace what the stand-ins kept by the real objects, in place.
+
+    Each object once, however often it is named: a small file could name the
+    same list a billion times. ``done`` keeps, by identity, what has been
+    replaced and by what.
+    """
+    if not isinstance(value, _CONTAINERS):
+        return value
+    if id(value) in done:
+        found = done[id(value)][1]
+        if found is _UNFINISHED:
+            raise UnpicklingError('a container that holds itself')
+        return found
+    done[id(value)] = value, _UNFINISHED
+    found = value
     if isinstance(value, dict):
         for key in value:
-            value[key] = _restore(value[key])
+            value[key] = _restore(value[key], done)
+        if hasattr(value, '__dict__'):  # that of an OrderedDict
+            # An attribute of a file's making could hide a method.
+            versions = vars(value).get('_metadata')
+            vars(value).clear()
+            if _are_versions(versions):
+                value._metadata = versions
     elif isinstance(value, list):
-        value[:] = map(_restore, value)
+        value[:] = [_restore(each, done) for each in value]
     elif type(value) is tuple:
-        value = tuple(map(_restore, value))
+        found = tuple(_restore(each, done) for each in value)
     elif isinstance(value, _SavedArray):
-        value = value.array
+        found = value.array
     elif isinstance(value, _SavedHistory):
-        state = _restore(value.state)
-        value = HistoryBuffer(
+        state = _restore(value.state, done)
+        found = HistoryBuffer(
             state['_log_history'], state['_count_history'], state['max_length']
         )
-    return value
+    done[id(value)] = value, found
+    return found
+
+
+def _are_versions(value: Any) -> bool:
+    """Whether it is what modules keep beside a state dict."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(each, dict)
+        for name, each in value.items()
+    )
 
 
 @contextmanager
@@ -183,4 +221,4 @@ def load(path: Path, map_location: Any) -> Any:
         return torch.load(path, map_location, weights_only=True)
     with _only_our_list():
         content = torch.load(path, map_location, weights_only=True)
-    return _restore(content)
+    return _restore(content, {})

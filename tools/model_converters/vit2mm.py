@@ -8,19 +8,21 @@ configs. Nothing that a file may contain is run.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 # Runs from a plain clone too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from e3va_mm.checkpoint import VIT_TARGETS, read_checkpoint, to_vit_keys
+from e3va_mm.checkpoint.adapter_file import write_whole
+from e3va_mm.checkpoint.unwrapping import converting
 from e3va_mm.errors import ConfigError, E3VAError
 
 SUFFIXES = ('.pth', '.safetensors')
@@ -60,27 +62,25 @@ def check(src: str, dst: Path) -> None:
 
 
 def write(tensors: dict[str, Tensor], dst: Path) -> None:
-    """Write the file under another name, then rename it."""
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    partial = dst.with_name(f'.{dst.name}.{os.getpid()}')
+    """Write the file whole, or not at all."""
     # safetensors refuses memory that two tensors share; torch would save all
     # of what a slice was taken from.
     tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-    try:
-        if dst.suffix == '.safetensors':
-            save_file(tensors, partial, metadata={'format': 'pt'})
-        else:
-            torch.save({'state_dict': tensors}, partial)
-        os.replace(partial, dst)
-    finally:
-        partial.unlink(missing_ok=True)
+    if dst.suffix == '.safetensors':
+        content = save(tensors, metadata={'format': 'pt'})
+    else:
+        buffer = BytesIO()
+        torch.save({'state_dict': tensors}, buffer)
+        content = buffer.getvalue()
+    write_whole(dst, content)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert one file."""
     args = parse_args(argv)
     check(args.src, args.dst)
-    tensors, found = to_vit_keys(read_checkpoint(args.src), args.to)
+    with converting(args.src):
+        tensors, found = to_vit_keys(read_checkpoint(args.src), args.to)
     write(tensors, args.dst)
     print(
         f'{args.dst}: {len(tensors)} tensors for {args.to} (format of the '

@@ -13,14 +13,18 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement
 from PIL import Image
 from torch import nn
 
+from ...datasets.checked_samples import CheckedSamples, decoding_fault
 from ...errors import ConfigError, DataError, E3VAError
 from ...registry import HOOKS
 
 THREADS = 16
 SHOWN = 5  # files named in one error
+ORIENTATION = 274  # the EXIF tag
+LEAST_SIDE = 32  # the largest stride of most models
 JPEG_START, JPEG_END = b'\xff\xd8\xff', b'\xff\xd9'
 PNG_START, PNG_END = b'\x89PNG\r\n\x1a\n', b'IEND\xaeB`\x82'
 # Where `num_classes` does not count the classes of the data set: trunks and
@@ -47,6 +51,8 @@ class DatasetCheckHook(Hook):
     * the data set is not empty;
     * every head's ``num_classes`` is the number of classes of the data;
     * **all** files that the data names exist;
+    * segmentation maps have the size of their pictures, as the files' headers
+      say it;
     * pictures are complete. OpenCV decodes a truncated JPEG to grey without a
       word. Each file's start and end are read, and files that look odd are
       decoded as a whole.
@@ -54,12 +60,19 @@ class DatasetCheckHook(Hook):
     The first rank looks, all ranks raise. Files on remote storage
     (``backend_args``) are not looked at.
 
+    While training, each sample is looked at where it is made, too, see
+    :class:`~e3va_mm.datasets.checked_samples.CheckedSamples`: a file that
+    cannot be decoded and a segmentation map of another size or with values
+    without a class end the run with its name.
+
     Args:
         check_content (bool): Whether to read the pictures' start and end, or
             only to see that the files exist. Defaults to True.
 
     Attributes:
         passed (bool): Whether a check has run to its end.
+        batch (list[tuple[str, tuple]]): Pictures of the newest batch with
+            their sizes as the model sees them.
 
     Raises:
         ConfigError: If a head's ``num_classes`` does not fit the data; the
@@ -71,8 +84,13 @@ class DatasetCheckHook(Hook):
     priority = 'VERY_HIGH'
 
     def __init__(self, check_content: bool = True) -> None:
+        if not isinstance(check_content, bool):
+            raise ConfigError(
+                'DatasetCheckHook: `check_content` should be True or False, '
+                f'but got {check_content!r}.')
         self.check_content = check_content
         self.passed = False
+        self.batch: list[tuple[str, tuple[int, ...]]] = []
 
     def before_train(self, runner: Runner) -> None:
         """Checks the data of training and of validation."""
@@ -80,6 +98,28 @@ class DatasetCheckHook(Hook):
         if runner.val_loop is not None:
             datasets['val_dataloader'] = runner.val_dataloader.dataset
         self._check(runner, datasets)
+        ignored = {
+            module.ignore_index
+            for module in runner.model.modules()
+            if isinstance(getattr(module, 'ignore_index', None), int)
+        }
+        train = runner.train_dataloader.dataset
+        for leaf in iter_leaves(train, 'train_dataloader.dataset'):
+            own = getattr(leaf.dataset, 'prepare_data', None)
+            if own is not None and not isinstance(own, CheckedSamples):
+                leaf.dataset.prepare_data = CheckedSamples(
+                    own, leaf.dataset, leaf.option, ignored)
+
+    def before_train_iter(self,
+                          runner: Runner,
+                          batch_idx: int,
+                          data_batch=None) -> None:
+        """Notes which pictures the step is about."""
+        self.batch = list(_pictures(data_batch))
+
+    def after_train_iter(self, runner: Runner, *args, **kwargs) -> None:
+        """What fails from here on is not about them."""
+        self.batch = []
 
     def before_val(self, runner: Runner) -> None:
         """Checks the data of a validation outside of training."""
@@ -121,12 +161,52 @@ class DatasetCheckHook(Hook):
             for leaf in found:
                 check_classes(leaf)
                 check_not_empty(leaf)
-            check_num_classes(model, found, runner.cfg)
+            for task, own in _by_task(model, found):
+                check_num_classes(task, own, runner.cfg)
             leaves.extend(found)
         count = check_files(leaves, self.check_content)
+        if self.check_content:
+            check_maps(leaves)
         runner.logger.info(
             f'Checked {count:,} files of {", ".join(datasets)} in '
             f'{time.monotonic() - start:.1f} s')
+
+
+def _pictures(batch) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Paths and sizes of the pictures in a batch, whatever its form."""
+    if isinstance(batch, BaseDataElement):
+        if isinstance(batch.get('img_path'), str):
+            yield batch.img_path, tuple(batch.get('img_shape') or ())
+    elif isinstance(batch, Mapping):
+        yield from _pictures([*batch.values()])
+    elif isinstance(batch, (list, tuple)):
+        for each in batch:
+            yield from _pictures(each)
+
+
+def check_batch(batch: Sequence[tuple[str, tuple[int, ...]]],
+                cause: Exception) -> None:
+    """Look whether a failed step was about pictures that are no pictures.
+
+    Args:
+        batch (Sequence): ``batch`` of the hook.
+        cause (Exception): What the step failed with.
+
+    Raises:
+        DataError: If a picture is smaller than one cell of a coarse map.
+    """
+    small = [f'  {path}: {size[0]} x {size[1]} pixels' for path, size in batch
+             if size and min(size[:2]) < LEAST_SIDE]
+    if small:
+        raise DataError(
+            f'The step failed ({type(cause).__name__}: {cause}), and its '
+            f'batch has pictures that reach the model with less than '
+            f'{LEAST_SIDE} pixels a side:\n' + '\n'.join(small[:SHOWN]) +
+            '\nTake them out of the data (mmdet: '
+            'filter_cfg=dict(min_size=...)), or let Resize enlarge '
+            'them.') from cause
+    if hasattr(cause, 'add_note'):  # Python >= 3.11
+        cause.add_note(f'The pictures of the batch: {batch}')
 
 
 def iter_leaves(dataset, option: str) -> Iterator[Leaf]:
@@ -136,8 +216,25 @@ def iter_leaves(dataset, option: str) -> Iterator[Leaf]:
             yield from iter_leaves(inner, f'{option}.datasets.{i}')
     elif hasattr(dataset, 'dataset'):
         yield from iter_leaves(dataset.dataset, f'{option}.dataset')
+    elif hasattr(dataset, 'tasks'):
+        for name, inner in dataset.tasks.items():
+            yield from iter_leaves(inner, f'{option}.tasks.{name}')
     elif hasattr(dataset, 'get_data_info'):
         yield Leaf(option, dataset)
+
+
+def _by_task(
+        model: nn.Module, leaves: Sequence[Leaf]
+) -> Iterator[tuple[nn.Module, list[Leaf]]]:
+    """Models and their own data sets, where several train together."""
+    if not hasattr(model, 'tasks'):
+        yield model, list(leaves)
+        return
+    for name, task in model.tasks.items():
+        # train_dataloader.dataset.tasks.NAME...
+        yield task, [
+            leaf for leaf in leaves if leaf.option.split('.')[3] == name
+        ]
 
 
 def check_num_classes(model: nn.Module, leaves: Sequence[Leaf],
@@ -272,6 +369,56 @@ def check_files(leaves: Sequence[Leaf], check_content: bool = True) -> int:
     return len(paths)
 
 
+def check_maps(leaves: Sequence[Leaf]) -> None:
+    """Compare the sizes of segmentation maps with those of the pictures.
+
+    A pipeline that brings both to one size hides a map of another.
+
+    Raises:
+        DataError: If they differ. Names the first five.
+    """
+    pairs = {}
+    for leaf in leaves:
+        for key, path, info in _local_files(leaf):
+            picture = info.get('img_path')
+            if key == 'seg_map_path' and isinstance(picture, str):
+                pairs[path] = picture
+    with ThreadPoolExecutor(THREADS) as pool:
+        sizes = pool.map(lambda pair: [*map(_size, pair)], pairs.items())
+        faults = [
+            f'  {path}: {of_map} beside {of_picture} of {picture}'
+            for (path, picture), (of_map, of_picture) in zip(
+                pairs.items(), sizes, strict=True)
+            if None not in (of_map, of_picture) and of_map != of_picture
+            and not (of_map == of_picture[::-1] and _is_turned(picture))
+        ]
+    if faults:
+        more = len(faults) - SHOWN
+        if more > 0:
+            faults[SHOWN:] = [f'  ... and {more:,} more']
+        raise DataError(
+            f'{len(faults) if more <= 0 else SHOWN + more:,} of '
+            f'{len(pairs):,} segmentation maps have another size (width, '
+            'height) than their picture:\n' + '\n'.join(faults) +
+            '\nMake the maps for these pictures again, or take both out.')
+
+
+def _size(path: str) -> tuple[int, int] | None:
+    """Width and height by the header."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    # Formats that only other readers know.
+    except Exception:
+        return None
+
+
+def _is_turned(path: str) -> bool:
+    """Whether readers turn a picture upright."""
+    with Image.open(path) as image:
+        return image.getexif().get(ORIENTATION, 1) >= 5
+
+
 def _classes(leaf: Leaf) -> Sequence[str]:
     """The names of a data set's classes; empty if it states none."""
     classes = leaf.dataset.metainfo.get('classes') or ()
@@ -317,6 +464,15 @@ def _config_path(name: str, cfg: Config) -> str:
 
 def _named_files(leaf: Leaf) -> Iterator[tuple[str, str]]:
     """Each file that a data set names, and the option of its folder."""
+    folders = {}
+    for key, path, _ in _local_files(leaf):
+        if key not in folders:
+            folders[key] = _folder_option(leaf, key)
+        yield path, folders[key]
+
+
+def _local_files(leaf: Leaf) -> Iterator[tuple[str, str, dict]]:
+    """Key, path and the rest of the entry of each file on a local disk."""
     option, dataset = leaf
     backend = (getattr(dataset, 'backend_args', None) or {}).get('backend')
     if backend not in (None, 'local'):
@@ -325,13 +481,11 @@ def _named_files(leaf: Leaf) -> Iterator[tuple[str, str]]:
             logger='current',
             level=logging.WARNING)
         return
-    folders = {}
     for i in range(len(dataset)):
-        for key, path in dataset.get_data_info(i).items():
+        info = dataset.get_data_info(i)
+        for key, path in info.items():
             if key.endswith('_path') and isinstance(path, str):
-                if key not in folders:
-                    folders[key] = _folder_option(leaf, key)
-                yield path, folders[key]
+                yield key, path, info
 
 
 def _folder_option(leaf: Leaf, key: str) -> str:
@@ -378,14 +532,4 @@ def _fault(path: str, check_content: bool) -> str | None:
         whole = end == PNG_END
     else:
         whole = suffix not in ('.jpg', '.jpeg', '.png')
-    return None if whole else _decoding_fault(path)
-
-
-def _decoding_fault(path: str) -> str | None:
-    """Decode a picture as a whole: bytes after its end do no harm."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError) as e:
-        return f'cannot be decoded, {e}'
-    return None
+    return None if whole else decoding_fault(path)

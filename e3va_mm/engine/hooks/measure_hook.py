@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from ...errors import ConfigError
 from ...measure import LiveBytes
 from ...registry import HOOKS
-from ...utils import count_parameters
+from ...utils import count_parameters, is_whole
 
 MIB = 2**20
 PREFIX = 'measured_'
@@ -48,17 +48,18 @@ class MeasureHook(Hook):
             ``allocated`` and ``reserved``; ``seconds`` of each iteration.
 
     Raises:
-        ConfigError: If ``at`` is negative or ``timed`` not above zero.
+        ConfigError: If ``at`` is negative or ``timed`` not above zero, or
+            either no whole number.
     """
 
     # After the logger: it sees which records were written.
     priority = 'VERY_LOW'
 
     def __init__(self, at: int = 3, timed: int = 50) -> None:
-        if at < 0 or timed < 1:
+        if not (is_whole(at, 0) and is_whole(timed, 1)):
             raise ConfigError(
-                'MeasureHook expects `at` of at least 0 and `timed` of at '
-                f'least 1, but got at={at}, timed={timed}.'
+                'MeasureHook expects a whole number `at` of at least 0 and '
+                f'`timed` of at least 1, but got at={at!r}, timed={timed!r}.'
             )
         self.at, self.timed = at, timed
         self.figures: dict = {}

@@ -17,7 +17,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ...errors import ConfigError
 from ...registry import HOOKS
+from ...utils import is_number
 
 
 @HOOKS.register_module()
@@ -33,11 +35,19 @@ class ProgressBarHook(Hook):
     Args:
         interval (float): Least time between two redraws, in seconds.
             Defaults to 0.5.
+
+    Raises:
+        ConfigError: If ``interval`` is negative or no number.
     """
 
     priority = 'LOW'
 
     def __init__(self, interval: float = 0.5) -> None:
+        if not (is_number(interval) and interval >= 0):
+            raise ConfigError(
+                'ProgressBarHook: `interval` should be a number of seconds '
+                f'from 0 on, but got {interval!r}.'
+            )
         self.interval = interval
         self._progress: Progress | None = None
         self._stop = None

@@ -83,4 +83,4 @@ class E3VABackbone(SidePathBackbone):
         )
         self.out_indices = reader.out_indices
         if getattr(built, '_is_init', False):
-            self.trunk_source = f'{type(built).__name__} itself'
+            self.storage.source = f'{type(built).__name__} itself'

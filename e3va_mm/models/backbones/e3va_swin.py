@@ -5,10 +5,16 @@ from collections.abc import Mapping, Sequence
 
 from ...errors import ConfigError
 from ...registry import MODELS
+from ...utils import is_number, is_whole
 from ..trunks import SwinTrunk
 from .presets import resolve_side_path
 from .side_path_backbone import SidePathBackbone
-from .stock_arguments import current_scope, init_cfg_of, say_without_effect
+from .stock_arguments import (
+    build_stock,
+    current_scope,
+    init_cfg_of,
+    say_without_effect,
+)
 
 
 @MODELS.register_module()
@@ -97,14 +103,20 @@ class E3VASwinTransformer(SidePathBackbone):
             ),
         )
         init_cfg = init_cfg_of(init_cfg, pretrained)
+        _check_stages(depths=depths, num_heads=num_heads, strides=strides)
         out_indices = _checked_out_indices(out_indices, len(depths))
+        if not (qk_scale is None or is_number(qk_scale)):
+            raise ConfigError(
+                '`backbone.qk_scale` should be a number or None, but got '
+                f'{qk_scale!r}.'
+            )
         side_path, options = resolve_side_path(side_path)
 
-        if not isinstance(pretrain_img_size, int):
+        if isinstance(pretrain_img_size, list):
             pretrain_img_size = tuple(pretrain_img_size)
-        stock = MODELS.build(
+        stock = build_stock(
+            f'{_stock_scope()}.SwinTransformer',
             dict(
-                type=f'{_stock_scope()}.SwinTransformer',
                 pretrain_img_size=pretrain_img_size,
                 in_channels=in_channels,
                 embed_dims=embed_dims,
@@ -118,11 +130,11 @@ class E3VASwinTransformer(SidePathBackbone):
                 qkv_bias=qkv_bias,
                 qk_scale=qk_scale,
                 patch_norm=patch_norm,
-                drop_path_rate=options.drop_path,
                 use_abs_pos_embed=use_abs_pos_embed,
                 act_cfg=act_cfg,
                 norm_cfg=norm_cfg,
-            )
+            ),
+            options.drop_path,
         )
         last = out_indices[-1]
         del stock.stages[last + 1 :]
@@ -146,13 +158,36 @@ def _checked_out_indices(
     out_indices: Sequence[int], depth: int
 ) -> tuple[int, ...]:
     """Outputs in ascending order, as the stock class gives them."""
-    indices = tuple(sorted(set(out_indices)))
-    if not indices or indices[0] < 0 or indices[-1] >= depth:
+    if (
+        not isinstance(out_indices, (list, tuple, range))
+        or not out_indices
+        or not all(is_whole(index, 0, depth - 1) for index in out_indices)
+    ):
         raise ConfigError(
             '`backbone.out_indices` should name at least one of the stages '
-            f'{tuple(range(depth))}, but got {tuple(out_indices)}.'
+            f'{tuple(range(depth))}, but got {out_indices!r}.'
         )
-    return indices
+    return tuple(sorted(set(out_indices)))
+
+
+def _check_stages(**options: Sequence[int]) -> None:
+    """Refuse options by stage that the stock class would count through."""
+    for name, value in options.items():
+        if not (
+            isinstance(value, (list, tuple))
+            and value
+            and all(is_whole(each, 1, 2**16) for each in value)
+        ):
+            raise ConfigError(
+                f'`backbone.{name}` should hold a whole number above zero for '
+                f'each stage, but got {value!r}.'
+            )
+    if len(set(map(len, options.values()))) > 1:
+        raise ConfigError(
+            f'{", ".join(f"`backbone.{name}`" for name in options)} should '
+            'be of one length, that of the stages, but are '
+            f'{", ".join(map(str, options.values()))}.'
+        )
 
 
 def _stock_scope() -> str:

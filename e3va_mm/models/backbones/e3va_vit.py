@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from ...errors import ConfigError
 from ...registry import MODELS
 from ..trunks.building import build_trunk, scoped_name
 from .presets import resolve_side_path
@@ -100,6 +101,11 @@ def vit_trunk_config(arguments: Mapping, scope: str | None) -> dict:
     kind = stock.pop('trunk_type', None) or f'{owner}.VisionTransformer'
     if isinstance(kind, type):  # in configs of the new style
         kind = scoped_name(kind)
+    if not isinstance(kind, str):
+        raise ConfigError(
+            "`trunk_type` should be the name of a stock class, such as "
+            f"'mmpretrain.VisionTransformer', but got {kind!r}."
+        )
     if kind.startswith('mmpretrain.') and scope != 'mmpretrain':
         stock.setdefault('out_type', 'featmap')
     return dict(stock, type=kind)

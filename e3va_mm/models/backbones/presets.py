@@ -59,6 +59,8 @@ def resolve_side_path(
             f'{preset!r}.'
         )
     own_taps = side_path.get('save_taps', ())
+    if not isinstance(own_taps, (list, tuple)):
+        own_taps = [own_taps]
     presets = PLAIN_PRESETS if plain else PRESETS
     side_path = {**presets[preset], **side_path}
     options = TrunkOptions.take_from(side_path)

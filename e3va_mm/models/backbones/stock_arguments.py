@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import os
 import warnings
 from collections.abc import Mapping
 
@@ -10,6 +11,7 @@ from mmengine.registry import DefaultScope
 
 from ...errors import ConfigError
 from ...registry import MODELS
+from ...utils import is_number
 
 # Argument -> the value at which it does nothing.
 WITHOUT_EFFECT: Mapping[str, object] = dict(
@@ -23,6 +25,22 @@ WITHOUT_EFFECT: Mapping[str, object] = dict(
     frozen_exclude=['all'],
 )
 
+ALLOWED: Mapping[str, tuple] = dict(
+    # Of position embeddings, by torch's names.
+    interpolate_mode=('nearest', 'bilinear', 'bicubic', 'area'),
+)
+# What stock code fails with over arguments that cannot be.
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 def init_cfg_of(
     init_cfg: Mapping | None, pretrained: str | None
@@ -30,10 +48,15 @@ def init_cfg_of(
     """Where weights come from, whichever way it is said.
 
     Raises:
-        ConfigError: If it is said twice.
+        ConfigError: If it is said twice, or is no path.
     """
     if pretrained is None:
         return init_cfg
+    if not (pretrained and isinstance(pretrained, (str, os.PathLike))):
+        raise ConfigError(
+            '`pretrained` of the backbone should be a path or URL, but got '
+            f'{pretrained!r}.'
+        )
     if init_cfg is not None:
         raise ConfigError(
             '`pretrained` and `init_cfg` of the backbone are both set; keep '
@@ -61,13 +84,22 @@ def say_without_effect(owner: str, arguments: Mapping) -> list[str]:
     return named
 
 
-def stock_class(name: str) -> type:
+def registered(name: object) -> type | None:
+    """The class that a config means by a name, or itself; None if none."""
+    if isinstance(name, str) and all(map(str.isidentifier, name.split('.'))):
+        return MODELS.get(name)
+    return name if isinstance(name, type) else None
+
+
+def stock_class(name: str | type) -> type:
     """The class that a config means.
 
     Raises:
         ConfigError: If there is none, or its package cannot be imported.
     """
-    scope = name.partition('.')[0] if '.' in name else None
+    if isinstance(name, type):
+        return name
+    scope = name.partition('.')[0] if isinstance(name, str) else None
     if scope in ('mmdet', 'mmseg', 'mmpretrain') and not (
         importlib.util.find_spec(scope)
     ):
@@ -79,12 +111,13 @@ def stock_class(name: str) -> type:
             f'The trunk {name} needs {scope}, which is not installed: `pip '
             f'install onedl-{package}`.'
         )
-    found = MODELS.get(name)
+    found = registered(name)
     if found is None:
         raise ConfigError(
-            f'There is no backbone {name!r} to take as a trunk. Name it with '
-            "its scope, such as 'mmpretrain.VisionTransformer'; a class of "
-            'your own needs `custom_imports`.'
+            f'There is no backbone {name!r} to take as a trunk (`trunk.type`, '
+            '`trunk_type`). Name it with its scope, such as '
+            "'mmpretrain.VisionTransformer'; a class of your own needs "
+            '`custom_imports`.'
         )
     return found
 
@@ -100,10 +133,10 @@ def build_stock(
         drop_path (float): Stochastic depth. Defaults to 0.
 
     Raises:
-        ConfigError: If an argument is unknown, or ``drop_path`` is asked for
-            where there is none.
+        ConfigError: If an argument is unknown or refused by the class, or
+            ``drop_path`` is asked for where there is none.
     """
-    cls = stock_class(kind) if isinstance(kind, str) else kind
+    cls = stock_class(kind)
     parameters, open_ended = _parameters(cls)
     unknown = [name for name in arguments if name not in parameters]
     if unknown and not open_ended:
@@ -121,17 +154,45 @@ def build_stock(
             f'{cls.__name__} has no `drop_path_rate`. Leave it out.'
         )
     try:
+        _check_values(given, parameters)
         return cls(**given)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
+    except REFUSALS as error:
+        own = ', '.join(
+            f'{name}={value!r}'
+            for name, value in given.items()
+            if value is not parameters.get(name, REFUSALS)
+        )
         raise ConfigError(
             f'The trunk {cls.__module__}.{cls.__name__} refuses its '
-            f'arguments: {error or type(error).__name__}.'
+            f'arguments: {error or type(error).__name__}. Of these, other '
+            f'than by default are {own}.'
         ) from error
 
 
-def _parameters(cls: type) -> tuple[list[str], bool]:
-    """Names that constructors along the bases take; whether any other too."""
-    names: dict[str, None] = {}
+def _check_values(given: Mapping, parameters: Mapping) -> None:
+    """Refuse what stock code takes and fails with in the first step."""
+    for name, value in given.items():
+        allowed = ALLOWED.get(name)
+        if allowed and value not in allowed:
+            raise ValueError(
+                f'`{name}` should be one of {allowed}, but is {value!r}'
+            )
+        default = parameters.get(name)
+        if (
+            is_number(default)
+            and isinstance(value, (bool, float))
+            and not is_number(value)
+        ):
+            # True, which is 1 for Python, and NaN.
+            raise ValueError(f'`{name}` should be a number, but is {value}')
+
+
+def _parameters(cls: type) -> tuple[dict[str, object], bool]:
+    """Names that constructors along the bases take, with their defaults.
+
+    And whether they take any other too.
+    """
+    names: dict[str, object] = {}
     open_ended = False
     for base in cls.__mro__:
         if '__init__' not in vars(base) or base.__module__.startswith('torch'):
@@ -140,10 +201,10 @@ def _parameters(cls: type) -> tuple[list[str], bool]:
             if p.kind is p.VAR_KEYWORD:
                 open_ended = open_ended or base is cls
             elif p.kind is not p.VAR_POSITIONAL and p.name != 'self':
-                names[p.name] = None
+                names.setdefault(p.name, p.default)
         if not open_ended:
             break  # nothing is passed on
-    return list(names), open_ended
+    return names, open_ended
 
 
 def current_scope() -> str | None:

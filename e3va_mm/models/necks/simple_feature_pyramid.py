@@ -4,7 +4,7 @@
 <https://arxiv.org/abs/2203.16527>`_ (ViTDet), Sec. 3.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -12,6 +12,10 @@ from torch.nn import functional as F
 
 from ...errors import ConfigError
 from ...registry import MODELS
+from ...utils import is_whole
+
+MOST_CHANNELS = 2**16
+MOST_OUTS = 16
 
 
 @MODELS.register_module()
@@ -24,18 +28,18 @@ class SimpleFeaturePyramid(BaseModule):
     'e3va_mm.SimpleFeaturePyramid', ...), dict(type='FPN', ...)]``.
 
     Args:
-        in_channels (int): Channels ``C`` of the maps.
+        in_channels (int): Channels ``C`` of the maps, at least 4.
         out_channels (int): Channels of the outputs. Defaults to 256.
         scales (Sequence[float]): Sizes of the outputs relative to the maps:
             4, 2, 1 or 0.5, the largest first. With patches of 16 pixels the
             default (4, 2, 1, 0.5) gives the strides 4, 8, 16 and 32.
-        num_outs (int, optional): Outputs in all; those beyond ``scales`` are
-            every other pixel of the one before. Defaults to that of
-            ``scales``.
+        num_outs (int, optional): Outputs in all, at most 16; those beyond
+            ``scales`` are every other pixel of the one before. Defaults to
+            that of ``scales``.
         init_cfg (dict, optional): As for every module of mmengine.
 
     Raises:
-        ConfigError: If ``scales`` or ``num_outs`` cannot be.
+        ConfigError: If an argument cannot be.
     """
 
     def __init__(
@@ -46,18 +50,32 @@ class SimpleFeaturePyramid(BaseModule):
         num_outs: int | None = None,
         init_cfg: dict | None = None,
     ) -> None:
-        super().__init__(init_cfg)
-        wrong = [scale for scale in scales if scale not in (4, 2, 1, 0.5)]
-        if wrong or not scales:
+        super().__init__(_checked_init_cfg(init_cfg))
+        for name, value, least in (
+            ('in_channels', in_channels, 4),
+            ('out_channels', out_channels, 1),
+        ):
+            if not is_whole(value, least, MOST_CHANNELS):
+                raise ConfigError(
+                    f'`neck.{name}` should be a whole number from {least} to '
+                    f'{MOST_CHANNELS}, but got {value!r}.'
+                )
+        allowed = (4, 2, 1, 0.5)
+        if (
+            not isinstance(scales, (list, tuple))
+            or not scales
+            or any(scale not in allowed for scale in scales)
+        ):
             raise ConfigError(
-                '`neck.scales` should hold some of (4, 2, 1, 0.5), but got '
-                f'{tuple(scales)}.'
+                f'`neck.scales` should hold some of {allowed}, but got '
+                f'{scales!r}.'
             )
         self.num_outs = len(scales) if num_outs is None else num_outs
-        if self.num_outs < len(scales):
+        if not is_whole(self.num_outs, len(scales), MOST_OUTS):
             raise ConfigError(
                 f'`neck.num_outs` should be at least the {len(scales)} of '
-                f'`neck.scales`, but got {num_outs}.'
+                f'`neck.scales` and at most {MOST_OUTS}, but got '
+                f'{num_outs!r}.'
             )
         self.resamplings = nn.ModuleList()
         self.convs = nn.ModuleList()
@@ -104,6 +122,21 @@ class MapNorm(nn.LayerNorm):
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _checked_init_cfg(
+    init_cfg: dict | list[dict] | None,
+) -> dict | list[dict] | None:
+    given = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
+    for each in given:
+        if init_cfg is not None and not (
+            isinstance(each, Mapping) and isinstance(each.get('type'), str)
+        ):
+            raise ConfigError(
+                '`neck.init_cfg` should be a dict with a `type`, or a list of '
+                f'such, but got {init_cfg!r}.'
+            )
+    return init_cfg
 
 
 def _resampling(scale: float, channels: int) -> tuple[nn.Module, int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import ConfigError
+from ...utils import is_number, is_whole
 
 
 class LowRankLinear(nn.Module):
@@ -63,11 +64,11 @@ class LowRankAdapter(nn.Module):
     Args:
         channels (int): Channels ``m`` of the tap.
         rank (int): Inner rank ``r`` of both projections. Defaults to 16.
-        bottleneck_ratio (float): ``n / m``. Defaults to 0.5.
+        bottleneck_ratio (float): ``n / m``, at most 16. Defaults to 0.5.
 
     Raises:
-        ConfigError: If the bottleneck would be empty or ``rank`` is not in
-            ``[1, n]``.
+        ConfigError: If the bottleneck would be empty or ``rank`` is no whole
+            number in ``[1, n]``.
     """
 
     def __init__(
@@ -77,6 +78,11 @@ class LowRankAdapter(nn.Module):
         bottleneck_ratio: float = 0.5,
     ) -> None:
         super().__init__()
+        if not (is_number(bottleneck_ratio) and 0 < bottleneck_ratio <= 16):
+            raise ConfigError(
+                '`side_path.bottleneck_ratio` should be a number above 0, at '
+                f'most 16, but got {bottleneck_ratio!r}.'
+            )
         bottleneck = int(channels * bottleneck_ratio)
         if bottleneck < 1:
             raise ConfigError(
@@ -84,11 +90,12 @@ class LowRankAdapter(nn.Module):
                 f'channel, but {bottleneck_ratio} of {channels} channels is '
                 'none. Raise it.'
             )
-        if not 1 <= rank <= bottleneck:
+        if not is_whole(rank, 1, bottleneck):
             raise ConfigError(
                 f'`side_path.rank` should be in [1, {bottleneck}] (the '
                 f'bottleneck of a stage of {channels} channels), but got '
-                f'{rank}. Lower it or raise `side_path.bottleneck_ratio`.'
+                f'{rank!r}. Give a whole number, not above the bottleneck; '
+                '`side_path.bottleneck_ratio` raises that.'
             )
         self.down = LowRankLinear(channels, bottleneck, rank)
         self.up = LowRankLinear(bottleneck, channels, rank)

@@ -83,12 +83,18 @@ class E3VASidePath(nn.Module):
     ) -> None:
         super().__init__()
         offered = stages[0].taps
-        self.taps = tuple(offered if taps is None else taps)
-        if not self.taps or not set(self.taps) <= set(offered):
+        if taps is None:
+            taps = offered
+        if (
+            not isinstance(taps, (list, tuple))
+            or not taps
+            or any(tap not in offered or taps.count(tap) > 1 for tap in taps)
+        ):
             raise ConfigError(
                 f'`side_path.taps` should name at least one of {offered}, '
-                f'but got {taps}.'
+                f'but got {taps!r}. Name each once, in a list.'
             )
+        self.taps = tuple(taps)
         if downsampling not in self.DOWNSAMPLINGS:
             raise ConfigError(
                 '`side_path.downsampling` should be one of '

@@ -1,11 +1,43 @@
 """Where a stock backbone has its blocks, taps, outputs and downsamplings."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from ...errors import ConfigError
+from ...utils import is_whole
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_paths(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_path, value))
+
+
+def _is_named_paths(value: Any) -> bool:
+    return isinstance(value, Mapping) and _is_paths([*value, *value.values()])
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return is_whole(value, 0)
+
+
+# The fields that are no path: what they are, for the code and in words.
+KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    'taps': (_is_named_paths, 'a dict of paths by name'),
+    'channels_last': (_is_switch, 'True or False'),
+    'norm_goes_on': (_is_switch, 'True or False'),
+    'downsampling': (_is_paths, 'a list of paths'),
+    'embedding': (_is_paths, 'a list of paths'),
+    'first_stage': (_is_number, 'a whole number from 0 on'),
+}
 
 
 class Layout(NamedTuple):
@@ -65,9 +97,14 @@ class Layout(NamedTuple):
         """A layout from a config.
 
         Raises:
-            ConfigError: If a name is unknown or one without a default is
-                missing.
+            ConfigError: If a name is unknown, one without a default is
+                missing, or a value is of the wrong kind.
         """
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                '`layout` should be a dict such as dict(blocks=..., taps=...)'
+                f', but got {given!r}.'
+            )
         unknown = [key for key in given if key not in cls._fields]
         missing = [key for key in ('blocks', 'taps') if key not in given]
         if unknown or missing:
@@ -80,6 +117,13 @@ class Layout(NamedTuple):
                 f'{what}. A layout has {", ".join(cls._fields)}; `blocks` and '
                 '`taps` are needed. See e3va_mm.models.trunks.Layout.'
             )
+        for name, value in given.items():
+            fits, what = KINDS.get(name, (_is_path, 'a path'))
+            may_be_none = cls._field_defaults.get(name, '') is None
+            if not (fits(value) or (value is None and may_be_none)):
+                raise ConfigError(
+                    f'`layout.{name}` should be {what}, but got {value!r}.'
+                )
         return cls(**given)
 
     @property

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...utils import is_number, is_whole
 
 DTYPES = {
     'fp32': torch.float32,
@@ -72,22 +73,19 @@ class TrunkOptions(NamedTuple):
             ('compile', (False, True)),
         ):
             value = getattr(self, name)
-            if value not in allowed:
+            # 1 equals True.
+            kinds = {type(each) for each in allowed}
+            if type(value) not in kinds or value not in allowed:
                 raise ConfigError(
                     f'`side_path.{PREFIX}{name}` should be one of {allowed}, '
                     f'but got {value!r}.'
                 )
-        if self.chunk is not None and not (
-            isinstance(self.chunk, int) and self.chunk > 0
-        ):
+        if self.chunk is not None and not is_whole(self.chunk):
             raise ConfigError(
                 '`side_path.trunk_chunk` should be a number of tokens above '
                 f'zero, or None, but got {self.chunk!r}.'
             )
-        if not (
-            isinstance(self.drop_path, (int, float))
-            and 0 <= self.drop_path < 1
-        ):
+        if not (is_number(self.drop_path) and 0 <= self.drop_path < 1):
             raise ConfigError(
                 '`side_path.trunk_drop_path` should be in [0, 1), but got '
                 f'{self.drop_path!r}.'

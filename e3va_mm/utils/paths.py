@@ -1,0 +1,89 @@
+"""Patterns that select parts of a model by their exact paths."""
+
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+
+from torch import nn
+
+from ..errors import ConfigError
+
+
+def matching(pattern: str, paths: Collection[str], what: str) -> list[str]:
+    """The paths that a pattern fits, at least one.
+
+    Args:
+        pattern (str): A path such as ``'roi_head.bbox_head.*'``. ``*`` stands
+            for any one part; nothing else has a meaning of its own, and
+            nothing is found by a piece of its name.
+        paths (Collection[str]): What there is to select from.
+        what (str): What these are, for the message: ``'module of RetinaNet'``.
+
+    Returns:
+        list[str]: The paths that fit, in their order.
+
+    Raises:
+        ConfigError: If none fits; the nearest are named.
+
+    Examples:
+        >>> matching('neck.*', ['neck', 'neck.0', 'neck.1'], 'module')
+        ['neck.0', 'neck.1']
+    """
+    parts = pattern.split('.')
+    found = [path for path in paths if _fits(parts, path.split('.'))]
+    if found:
+        return found
+    near = get_close_matches(pattern, paths, n=5, cutoff=0.5)
+    if not near:
+        near = [path for path in paths if '.' not in path]
+    raise ConfigError(
+        f'No {what} fits the path {pattern!r}. '
+        f'Nearest are: {", ".join(near) or "none at all"}.'
+    )
+
+
+def check_patterns(patterns: Sequence[str], option: str) -> None:
+    """Refuse what is no list of patterns.
+
+    Args:
+        patterns (Sequence[str]): The value of an option.
+        option (str): Its name, for the message.
+
+    Raises:
+        ConfigError: If the value is no list or tuple of strings.
+    """
+    if isinstance(patterns, str):
+        raise ConfigError(
+            f'{option} should be a list of paths, but got the string '
+            f'{patterns!r}. Write [{patterns!r}].'
+        )
+    if not isinstance(patterns, (list, tuple)):
+        raise ConfigError(
+            f'{option} should be a list of paths, but got {patterns!r}.'
+        )
+    for each in patterns:
+        if not isinstance(each, str):
+            raise ConfigError(
+                f'{option} should be a list of paths, but got the path '
+                f'{each!r}, which is no string.'
+            )
+
+
+def parts_of(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+    """Modules and parameters below a model, by all their paths."""
+    parts = {
+        **dict(model.named_modules(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
+    del parts['']
+    return parts
+
+
+def parameters_of(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    """A parameter itself, or those of a module."""
+    return [part] if isinstance(part, nn.Parameter) else [*part.parameters()]
+
+
+def _fits(parts: Sequence[str], path: Sequence[str]) -> bool:
+    return len(parts) == len(path) and all(
+        part in ('*', given) for part, given in zip(parts, path, strict=True)
+    )

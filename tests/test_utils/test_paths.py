@@ -1,0 +1,82 @@
+"""Patterns are exact paths, and fit something or are refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from e3va_mm.errors import ConfigError
+from e3va_mm.utils.paths import (
+    check_patterns,
+    matching,
+    parameters_of,
+    parts_of,
+)
+
+PATHS = ['neck', 'neck.norm', 'heads', 'heads.0', 'heads.1', 'heads.0.norm']
+
+
+@pytest.mark.parametrize(
+    'pattern, found',
+    [
+        ('neck', ['neck']),
+        ('heads.*', ['heads.0', 'heads.1']),
+        ('*', ['neck', 'heads']),
+        ('*.norm', ['neck.norm']),
+        ('*.*.norm', ['heads.0.norm']),
+        ('heads.*.norm', ['heads.0.norm']),
+    ],
+)
+def test_a_star_is_any_one_part(pattern, found):
+    assert matching(pattern, PATHS, 'module') == found
+
+
+@pytest.mark.parametrize(
+    'pattern, text',
+    [
+        ('nekc', "^No module of M fits the path 'nekc'. Nearest are: neck"),
+        ('norm', r'Nearest are: .*neck\.norm'),
+        ('nec', 'Nearest are: neck'),
+        ('ne*', 'Nearest are: neck'),
+        ('heads.?', r'Nearest are: .*heads\.[01]'),
+        ('heads.2', r'Nearest are: .*heads\.[01]'),
+        ('.*', 'Nearest are: '),
+        ('xyz', 'Nearest are: neck, heads.$'),
+        ('', 'Nearest are: neck, heads.$'),
+    ],
+)
+def test_nothing_is_chosen_by_a_piece_of_its_name(pattern, text):
+    with pytest.raises(ConfigError, match=text):
+        matching(pattern, PATHS, 'module of M')
+
+
+def test_nothing_to_choose_from():
+    with pytest.raises(ConfigError, match='Nearest are: none at all'):
+        matching('*', [], 'module')
+
+
+def test_what_is_no_list_of_strings():
+    check_patterns(['neck'], 'X')
+    check_patterns((), 'X')
+    text = r"^X should be a list of paths, but got .* 'neck'. Write \['neck'\]"
+    with pytest.raises(ConfigError, match=text):
+        check_patterns('neck', 'X')
+    with pytest.raises(ConfigError, match=r'^X should .* but got None\.$'):
+        check_patterns(None, 'X')
+    text = '^X should .* but got the path 3, which is no string'
+    with pytest.raises(ConfigError, match=text):
+        check_patterns(['neck', 3], 'X')
+
+
+def test_parts_are_modules_and_parameters_by_all_their_paths():
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(shared, nn.Sequential(shared, nn.ReLU()))
+    model.scale = nn.Parameter(torch.ones(1))
+    parts = parts_of(model)
+    assert list(parts) == [
+        *('0', '1', '1.0', '1.1'),
+        *('scale', '0.weight', '0.bias', '1.0.weight', '1.0.bias'),
+    ]
+    assert parts['1.0'] is shared
+    assert parameters_of(parts['1']) == [shared.weight, shared.bias]
+    assert parameters_of(parts['scale']) == [model.scale]
+    assert parameters_of(parts['1.1']) == []

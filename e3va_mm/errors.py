@@ -21,3 +21,7 @@ class CheckpointError(E3VAError, RuntimeError):
 
 class DataError(E3VAError, ValueError):
     """A data set that is incomplete or does not match the config."""
+
+
+class TrainingError(E3VAError, RuntimeError):
+    """A run that has gone wrong and is ended before it costs more."""

@@ -7,7 +7,6 @@ inside a tuple and no gradient to follow into one: a neck loses its graph.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from difflib import get_close_matches
 from types import MethodType
 
 import torch
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
+from ..utils.paths import check_patterns, matching
 
 
 def checkpoint_modules(model: nn.Module, paths: Sequence[str]) -> list[str]:
@@ -48,19 +48,16 @@ def checkpoint_modules(model: nn.Module, paths: Sequence[str]) -> list[str]:
         >>> checkpoint_modules(model, ['*'])
         ['0', '1']
     """
-    if isinstance(paths, str):
-        raise ConfigError(
-            'Modules to checkpoint should be a list of paths, but got the '
-            f'string {paths!r}. Write [{paths!r}].'
-        )
+    check_patterns(paths, 'Modules to checkpoint')
     named = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if name
     }
+    kind = type(model).__name__
     chosen: dict[nn.Module, str] = {}
     for path in paths:
-        for name in _matches(path, named, model):
+        for name in matching(path, named, f'module of {kind}'):
             chosen.setdefault(named[name], name)
     for module, name in chosen.items():
         _check_forward(name, module)
@@ -78,27 +75,6 @@ def checkpoint_modules(model: nn.Module, paths: Sequence[str]) -> list[str]:
 def is_checkpointed(module: nn.Module) -> bool:
     """Whether :func:`checkpoint_modules` has wrapped the module."""
     return 'checkpoint_has_run' in vars(module)
-
-
-def _matches(path: str, named: dict, model: nn.Module) -> list[str]:
-    """Names that a path matches, at least one."""
-    parts = str(path).split('.')
-    names = [name for name in named if _fits(parts, name.split('.'))]
-    if names:
-        return names
-    near = get_close_matches(str(path), named, n=5, cutoff=0.5)
-    if not near:
-        near = [name for name, _ in model.named_children()]
-    raise ConfigError(
-        f'No module of {type(model).__name__} fits the path {path!r}. '
-        f'Nearest are: {", ".join(near)}.'
-    )
-
-
-def _fits(parts: Sequence[str], name: Sequence[str]) -> bool:
-    return len(parts) == len(name) and all(
-        part in ('*', given) for part, given in zip(parts, name, strict=True)
-    )
 
 
 def _check_forward(name: str, module: nn.Module) -> None:

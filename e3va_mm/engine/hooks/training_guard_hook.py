@@ -1,0 +1,456 @@
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import get_rank, get_world_size
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapperDict
+from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.structures import BaseDataElement
+from torch import nn
+from torch.optim import Optimizer
+
+from ...checkpoint.adapter_file import backbones
+from ...errors import ConfigError, TrainingError
+from ...registry import HOOKS
+from ...utils.paths import (
+    check_patterns,
+    matching,
+    parameters_of,
+    parts_of,
+)
+from ...utils.values import is_whole
+from ..frozen_tensors import FrozenTensors
+from .adapter_checkpoint_hook import AdapterCheckpointHook
+
+# Up projections start at zero: what lies before one has a gradient from the
+# second step on.
+STEPS = 3
+# Names that a message lists.
+SHOWN = 10
+
+
+@HOOKS.register_module()
+class TrainingGuardHook(Hook):
+    """Ends a run that cannot come to anything, and says why.
+
+    It does so when
+
+    * the loss is NaN or infinite: at once, with the loss terms and the
+      pictures of the batch. The update of that iteration has been made
+      already, so no checkpoint is written from then on: nor is one when
+      trained weights are not finite though the loss was;
+    * a parameter that trains has had no gradient in the first three steps of
+      the optimizer, or one of a side path only zeros;
+    * a frozen parameter, or a buffer of a frozen module such as the
+      statistics of a norm, has changed: 64 values of each are compared at
+      the first three iterations and at every ``interval``, all values when
+      training ends.
+
+    With ``find_unused_parameters=True`` a parameter outside of side paths may
+    be without a gradient; that is logged.
+
+    In several processes each looks for itself, and the one that finds
+    something ends: the launcher then stops the others, which wait for its
+    gradients. To agree first would take a message between all of them in each
+    iteration. What each process looks at before a checkpoint, the weights, is
+    the same in all.
+
+    Args:
+        interval (int): Iterations between two looks at the frozen tensors.
+            Defaults to 100.
+        without_gradient (Sequence[str]): Paths of parameters, or of modules,
+            that may be without a gradient, ``*`` standing for any one part.
+            Defaults to none.
+        may_change (Sequence[str]): Paths of frozen modules, parameters or
+            buffers that may change: ``['teacher']`` where a hook averages
+            weights into one. Defaults to none.
+
+    Raises:
+        ConfigError: If a path matches nothing.
+        TrainingError: As above.
+
+    Examples:
+        >>> custom_hooks = [dict(type='e3va_mm.TrainingGuardHook')]
+    """
+
+    # Before EMAHook takes a weight into its average and a file is written.
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(
+        self,
+        interval: int = 100,
+        without_gradient: Sequence[str] = (),
+        may_change: Sequence[str] = (),
+    ) -> None:
+        if not is_whole(interval):
+            raise ConfigError(
+                'TrainingGuardHook: `interval` should be a whole number from '
+                f'1 on, but got {interval!r}.'
+            )
+        check_patterns(
+            without_gradient, 'TrainingGuardHook: `without_gradient`'
+        )
+        check_patterns(may_change, 'TrainingGuardHook: `may_change`')
+        self.interval = interval
+        self.without_gradient = without_gradient
+        self.may_change = may_change
+
+    def before_train(self, runner: Runner) -> None:
+        """Remember what is frozen, with all weights where they belong."""
+        model = self._model = _unwrapped(runner.model)
+        self._frozen = FrozenTensors(model, _below(model, self.may_change))
+        self._begun = self._looked = runner.iter
+        excused = _excused(model, self.without_gradient)
+        self._gradients = _Gradients(model, excused, _optimizers(runner))
+        if not self._gradients.watched:
+            runner.logger.info(
+                "Training guard: gradients are not looked at, as torch's "
+                'optimizer hooks are not to be had here.'
+            )
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Mapping | None = None,
+    ) -> None:
+        """Look at the loss, and at the rest when it is time."""
+        if not all(map(math.isfinite, _to_check(outputs or {}))):
+            raise TrainingError(
+                self._not_finite(runner, data_batch, outputs, 'the loss')
+            )
+        done = runner.iter + 1 - self._begun
+        if done == 1:
+            self._frozen.accept_new_forms()
+        if done <= STEPS or self.every_n_train_iters(runner, self.interval):
+            self._check_frozen(runner, runner.iter + 1)
+        if self._gradients.complete:
+            self._check_gradients(runner)
+        if self._checkpoint_is_due(runner, batch_idx) and self._broken():
+            raise TrainingError(
+                self._not_finite(runner, data_batch, outputs, 'what trains')
+            )
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """The last look: at what is about to be written."""
+        if not hasattr(self, '_model'):
+            return
+        state = checkpoint['state_dict']
+        broken = [
+            name
+            for name, parameter in self._model.named_parameters()
+            if parameter.requires_grad
+            and name in state
+            and not state[name].isfinite().all()
+        ]
+        if broken:
+            raise TrainingError(
+                'A checkpoint is not written, as it is not finite in '
+                f'{_listed(broken)}. {_last_checkpoint(runner)}'
+            )
+
+    def after_train(self, runner: Runner) -> None:
+        """Compare every value of what is frozen."""
+        self._gradients.remove()
+        self._looked = self._begun
+        self._check_frozen(runner, runner.iter, full=True)
+        runner.logger.info(
+            f'Training guard: all of the {len(self._frozen.names)} frozen '
+            'tensors are what they were.'
+        )
+
+    def _check_frozen(
+        self, runner: Runner, now: int, full: bool = False
+    ) -> None:
+        changed = self._frozen.changed(full)
+        if changed:
+            raise TrainingError(
+                f'{_where(now)}: what is frozen has changed since '
+                f'iteration {self._looked}: {_listed(changed)}. Causes are '
+                'code that writes into it, an optimizer that was built '
+                'before it was frozen, and a norm in train mode. What is '
+                'meant to change goes into '
+                '`TrainingGuardHook(may_change=[...])`. '
+                f'{_last_checkpoint(runner)}'
+            )
+        self._looked = now
+
+    def _check_gradients(self, runner: Runner) -> None:
+        gradients = self._gradients
+        gradients.remove()
+        absent, zero = gradients.absent(), gradients.zero()
+        if _finds_unused(runner):
+            known = [n for n in absent if n not in gradients.declared]
+            absent = [n for n in absent if n in gradients.declared]
+            if known:
+                runner.logger.warning(
+                    f'Training guard: no gradient in {STEPS} steps, as '
+                    '`find_unused_parameters` allows, for '
+                    f'{_listed(known)}.'
+                )
+        if absent:
+            raise TrainingError(
+                f'{_where(runner.iter + 1)}: in {STEPS} steps of the '
+                f'optimizer no gradient has come to {_listed(absent)}. The '
+                'loss does not depend on it: several processes would end '
+                'with "Expected to have finished reduction". Freeze it by '
+                '`e3va_mm.FreezeHook`, leave out what nothing reads (a '
+                "backbone's `out_indices` that the neck ignores), or allow "
+                'it: `TrainingGuardHook(without_gradient=[...])`.'
+            )
+        if zero:
+            raise TrainingError(
+                f'{_where(runner.iter + 1)}: in {STEPS} steps of the '
+                'optimizer all gradients were zero in the side path for '
+                f'{_listed(zero)}. Its output reaches no loss, the learning '
+                'rate is zero, or the gradients are too small for fp16 '
+                "(`optim_wrapper.loss_scale='dynamic'`)."
+            )
+
+    def _checkpoint_is_due(self, runner: Runner, batch_idx: int) -> bool:
+        by_iter = isinstance(runner.train_loop, IterBasedTrainLoop)
+        return any(
+            not by_iter
+            and self.end_of_epoch(runner.train_dataloader, batch_idx)
+            if hook.by_epoch
+            else self.every_n_train_iters(runner, hook.interval)
+            or self.is_last_train_iter(runner)
+            for hook in runner.hooks
+            if isinstance(hook, (CheckpointHook, AdapterCheckpointHook))
+        )
+
+    def _broken(self) -> list[str]:
+        """Names of the trained weights that are not finite."""
+        weights = {
+            name: parameter.detach()
+            for name, parameter in self._model.named_parameters()
+            if parameter.requires_grad
+        }
+        if not weights:
+            return []
+        finite = torch.stack([w.isfinite().all() for w in weights.values()])
+        good = zip(weights, finite.tolist(), strict=True)
+        return [name for name, is_good in good if not is_good]
+
+    def _not_finite(
+        self, runner: Runner, batch: Any, outputs: Mapping | None, what: str
+    ) -> str:
+        terms = {
+            name: f'{_number(value):.6g}'
+            for name, value in (outputs or {}).items()
+            if _is_scalar(value)
+        }
+        broken = self._broken()
+        update = (
+            'The update has been made, and the weights are not finite any '
+            f'more: {_listed(broken)}.'
+            if broken
+            else 'The weights are still finite.'
+        )
+        pictures = dict.fromkeys(_image_paths(batch))
+        return (
+            f'{_where(runner.iter + 1)}: {what} is not finite.\n'
+            f'  Loss terms: {", ".join(map(" ".join, terms.items()))}\n'
+            f'  Pictures: {", ".join(pictures) or "the batch names none"}\n'
+            f'{update} No checkpoint is written from here on. '
+            f'{_last_checkpoint(runner)} Look at these pictures and their '
+            'annotations; a lower learning rate and '
+            '`optim_wrapper.clip_grad=dict(max_norm=...)` help where '
+            'training diverges.'
+        )
+
+
+class _Gradients:
+    """Which parameters have a gradient in the first steps of optimizers.
+
+    Looks right before a step, when gradients are averaged over processes,
+    summed over accumulated iterations and rid of their loss scale. Steps that
+    a loss scaler leaves out are none.
+
+    Args:
+        model (nn.Module): The model, without its wrapper.
+        excused (set[nn.Parameter]): What is not looked at.
+        optimizers (Sequence[Optimizer]): All that step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        excused: set[nn.Parameter],
+        optimizers: Sequence[Optimizer],
+    ) -> None:
+        self.watched = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and parameter not in excused
+        }
+        own = {
+            parameter
+            for _, backbone in backbones(model)
+            for _, child in backbone.trainable_children()
+            for parameter in child.parameters()
+        }
+        self.declared = {n for n, p in self.watched.items() if p in own}
+        self._absent = set(self.watched)
+        self._zero = set(self.declared)
+        self._steps = [0] * len(optimizers)
+        self._handles = [
+            optimizer.register_step_pre_hook(partial(self._look, i))
+            for i, optimizer in enumerate(optimizers)
+        ]
+        if not optimizers:
+            self.watched = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every optimizer has made its steps; once."""
+        return bool(self._handles) and min(self._steps) >= STEPS
+
+    def absent(self) -> list[str]:
+        """Names without a gradient, in the model's order."""
+        return [name for name in self.watched if name in self._absent]
+
+    def zero(self) -> list[str]:
+        """Names of a side path whose gradients were zero all the time."""
+        zero = self._zero - self._absent
+        return [name for name in self.watched if name in zero]
+
+    def remove(self) -> None:
+        """Look no longer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @torch.compiler.disable
+    def _look(self, index: int, *_: Any) -> None:
+        """Take down what has a gradient just before a step."""
+        self._steps[index] += 1
+        self._absent = {
+            n for n in self._absent if self.watched[n].grad is None
+        }
+        names = sorted(self._zero - self._absent)
+        if names:
+            moved = [self.watched[n].grad.any() for n in names]
+            moved = torch.stack(moved).tolist()
+            self._zero -= {
+                name for name, m in zip(names, moved, strict=True) if m
+            }
+
+
+def _optimizers(runner: Runner) -> list[Optimizer]:
+    """What steps; nothing where that is not torch's."""
+    wrapper = runner.optim_wrapper
+    wrappers = (
+        list(wrapper.optim_wrappers.values())
+        if isinstance(wrapper, OptimWrapperDict)
+        else [wrapper]
+    )
+    found = [getattr(each, 'optimizer', None) for each in wrappers]
+    return found if all(isinstance(o, Optimizer) for o in found) else []
+
+
+def _excused(model: nn.Module, patterns: Sequence[str]) -> set[nn.Parameter]:
+    """Parameters that patterns name, or modules that these name, have."""
+    parts = parts_of(model)
+    return {
+        parameter
+        for pattern in patterns
+        for path in matching(pattern, parts, f'part of {_kind(model)}')
+        for parameter in parameters_of(parts[path])
+    }
+
+
+def _below(model: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Names of the parameters and buffers that patterns name or enclose."""
+    parts = {**parts_of(model), **dict(model.named_buffers())}
+    chosen = [
+        parts[path]
+        for pattern in patterns
+        for path in matching(pattern, parts, f'part of {_kind(model)}')
+    ]
+    tensors = {
+        id(tensor)
+        for part in chosen
+        for tensor in (
+            [*part.parameters(), *part.buffers()]
+            if isinstance(part, nn.Module)
+            else [part]
+        )
+    }
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name for name, tensor in named if id(tensor) in tensors}
+
+
+def _finds_unused(runner: Runner) -> bool:
+    """Whether the config lets parameters be without a gradient."""
+    wrapper = runner.cfg.get('model_wrapper_cfg') or {}
+    return bool(
+        runner.cfg.get('find_unused_parameters')
+        or wrapper.get('find_unused_parameters')
+    )
+
+
+def _to_check(outputs: Mapping) -> Iterator[float]:
+    """The loss, which all terms are in; else all that a step has given."""
+    if 'loss' in outputs:
+        yield _number(outputs['loss'])
+    else:
+        yield from map(_number, filter(_is_scalar, outputs.values()))
+
+
+def _is_scalar(value: Any) -> bool:
+    if torch.is_tensor(value):
+        return value.numel() == 1
+    return isinstance(value, (int, float))
+
+
+def _number(value: Any) -> float:
+    return value.item() if torch.is_tensor(value) else float(value)
+
+
+def _image_paths(batch: Any) -> Iterator[str]:
+    """Paths of the pictures in whatever form a batch has."""
+    if isinstance(batch, (BaseDataElement, Mapping)):
+        info = getattr(batch, 'metainfo', batch)
+        found = info.get('img_path')
+        if found is not None:
+            yield from [found] if isinstance(found, str) else found
+            return
+        batch = [*batch.values()]
+    if isinstance(batch, (list, tuple)):
+        for each in batch:
+            yield from _image_paths(each)
+
+
+def _last_checkpoint(runner: Runner) -> str:
+    note = Path(runner.work_dir, 'last_checkpoint')
+    if not note.is_file():
+        return 'There is no checkpoint to go on from.'
+    return f'The last checkpoint is {note.read_text().strip()}.'
+
+
+def _where(iteration: int) -> str:
+    rank = f' (process {get_rank()})' if get_world_size() > 1 else ''
+    return f'Iteration {iteration}{rank}'
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN
+    shown = ', '.join(names[:SHOWN])
+    return f'{shown} and {more} more' if more > 0 else shown
+
+
+def _kind(model: nn.Module) -> str:
+    return type(model).__name__
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while is_model_wrapper(model):
+        model = model.module
+    return model

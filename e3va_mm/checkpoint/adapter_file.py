@@ -6,6 +6,7 @@ trunk's weights are read from, and how they are recognised.
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -244,6 +245,37 @@ class AdapterFile:
             part='backbone',
         )
 
+    def of_task(self, name: str, config: str = '') -> 'AdapterFile':
+        """The part of one of several tasks that trained together.
+
+        Args:
+            name: The task, of a ``MultiTaskModel``.
+            config: The text of its own config.
+
+        Raises:
+            CheckpointError: If there is no such task.
+        """
+        prefix = f'tasks.{name}.'
+        tensors = part_of(self.tensors, prefix)
+        if not tensors:
+            tasks = {
+                key.split('.')[1]
+                for key in self.tensors
+                if key.startswith('tasks.')
+            }
+            raise CheckpointError(
+                f'Expected a task, one of {sorted(tasks)}, but got {name!r}. '
+                'Only adapter files of a MultiTaskModel have tasks.'
+            )
+        return replace(
+            self,
+            tensors=tensors,
+            trunks=part_of(self.trunks, prefix),
+            trainable=tuple(part_of(dict.fromkeys(self.trainable), prefix)),
+            config=config,
+            dataset_meta=(self.dataset_meta or {}).get(name),
+        )
+
 
 def adapter_of(
     model: nn.Module,
@@ -281,7 +313,9 @@ def adapter_of(
 
 
 def trunk_records(
-    model: nn.Module, sources: Mapping[str, str | None] | None = None
+    model: nn.Module,
+    sources: Mapping[str, str | None] | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> dict[str, TrunkRecord]:
     """What the trunks of a model are, and where they come from.
 
@@ -289,6 +323,8 @@ def trunk_records(
         model (nn.Module): The model, its trunks with their weights.
         sources (Mapping[str, str], optional): Paths or URLs by the prefix of
             the backbone, for trunks that do not know theirs.
+        state (Mapping[str, Tensor], optional): Its state dict, where it is
+            sharded over processes.
 
     Raises:
         ConfigError: If no backbone has a side path, or if the weights of a
@@ -308,9 +344,14 @@ def trunk_records(
                 "`model.backbone.init_cfg=dict(type='Pretrained', "
                 'checkpoint=...)` to the file with exactly these weights.'
             )
+        trunk = (
+            backbone.trunk_state()
+            if state is None
+            else backbone.trunk_part(part_of(state, prefix))
+        )
         records[prefix] = TrunkRecord(
             source=source,
-            fingerprint=fingerprint(backbone.trunk_state()),
+            fingerprint=fingerprint(trunk),
             sha256=file_sha256(source),
         )
     if not records:
@@ -477,6 +518,17 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         raise CheckpointError(
             f'Expected {len(content) / MIB:,.1f} MiB of room for {path}, but '
-            f'writing failed: {error}. Files that were there before are '
-            'whole. Make room or choose another folder, and run it again.'
+            f'writing failed: {error}. {_free(path.parent)} Files that were '
+            'there before are whole. Make room or choose another folder, and '
+            'run it again.'
         ) from error
+
+
+def _free(folder: Path) -> str:
+    """How much room a disk has, as far as the system says it."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return 'The folder is not there.'
+    # Another limit, such as a quota, may be lower.
+    return f'The disk has {free / MIB:,.1f} MiB free.'

@@ -17,7 +17,7 @@ from mmengine.runner import checkpoint as mm_checkpoint
 from torch import nn
 
 from ..errors import CheckpointError
-from .adapter_file import check_adapter
+from .adapter_file import RECORD, check_adapter
 from .downloads import read_url
 from .reading import read_file
 
@@ -95,7 +95,30 @@ def load_state_dict(
 # the following functions without its first ten letters.
 def load_from_safe_local(filename: str, map_location: Any = None) -> dict:
     """Read a local file; see :func:`read_checkpoint`."""
-    return read_file(Path(filename), map_location)
+    checkpoint = read_file(Path(filename), map_location)
+    state = checkpoint.get('state_dict')
+    if isinstance(state, dict) and any(key.endswith(RECORD) for key in state):
+        checkpoint['meta'] = _AdapterMeta(checkpoint['meta'], filename)
+    return checkpoint
+
+
+class _AdapterMeta(dict):
+    """The ``meta`` of an adapter file: what resumes asks for its epoch."""
+
+    def __init__(self, meta: dict, filename: str) -> None:
+        super().__init__(meta)
+        self.filename = filename
+
+    def __missing__(self, key: str) -> NoReturn:
+        if key in ('epoch', 'iter'):
+            raise CheckpointError(
+                f'{self.filename} is an adapter file, which does not hold the '
+                'state of a run and of its optimizer that a resume needs. '
+                'Resume from a full checkpoint (`epoch_N.pth` or '
+                '`iter_N.pth`), or start anew from these weights: '
+                f'`resume=False`, `load_from={self.filename!r}`.'
+            )
+        raise KeyError(key)
 
 
 def load_from_e3va_mm(filename: str, map_location: Any = None) -> dict:

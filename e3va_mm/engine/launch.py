@@ -6,18 +6,22 @@ trace.
 """
 import argparse
 import copy
+import errno
 import importlib.util
 import os
 import os.path as osp
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from json import JSONDecodeError
+from pathlib import Path
 
 import torch.distributed
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.evaluator import DumpResults
+from mmengine.fileio import load
 from mmengine.logging import print_log
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import (
@@ -30,15 +34,30 @@ from mmengine.runner import Runner
 
 # Registers the safe checkpoint loaders, for stock backbones as well.
 from .. import checkpoint  # noqa: F401
+from ..checkpoint.newest import newest_whole
+from ..datasets.coco_faults import coco_fault
 from ..errors import CheckpointError, ConfigError, DataError, E3VAError
-from .hooks import DatasetCheckHook, ProgressBarHook, TrainableTableHook
-from .hooks.dataset_check_hook import Leaf, check_classes, check_not_empty
+from .hooks import (
+    DatasetCheckHook,
+    ProgressBarHook,
+    ResumeCheckHook,
+    TrainableTableHook,
+    TrainingGuardHook,
+)
+from .hooks.dataset_check_hook import (
+    Leaf,
+    check_batch,
+    check_classes,
+    check_not_empty,
+)
 
 FRAMEWORKS = {
     'mmdet': 'onedl-mmdetection',
     'mmseg': 'onedl-mmsegmentation',
     'mmpretrain': 'onedl-mmpretrain',
 }
+# The disk itself, a quota, a limit of the process.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a COCO-like annotation file must hold.
 COCO_KEYS = {
     'images', 'annotations', 'categories', 'id', 'name', 'file_name', 'height',
@@ -134,9 +153,13 @@ def _exit_code(run: Callable, args: argparse.Namespace) -> int:
         return 130
     except Exception as e:
         error = _mendable(e)
-        if error is None:
+        if error is None and not _has_peers():
             raise
-        print(f'error: {error}', file=sys.stderr)
+        if error is None:
+            traceback.print_exc()
+            print(f'error: {_ended(e, run)}', file=sys.stderr)
+            return 1
+        print(f'error: {_text_of(error)}', file=sys.stderr)
         code = 1
     if torch.distributed.is_initialized():
         if code == 0:
@@ -145,6 +168,38 @@ def _exit_code(run: Callable, args: argparse.Namespace) -> int:
         # Left to the end of the process, its threads can abort it.
         torch.distributed.destroy_process_group()
     return code
+
+
+def _has_peers() -> bool:
+    """Whether this is one of several processes of a job."""
+    group = torch.distributed
+    return group.is_initialized() and group.get_world_size() > 1
+
+
+def _ended(error: Exception, run: Callable) -> str:
+    """What an error in one of several processes may mean.
+
+    Whoever waits for a process that was killed fails as well, in words of the
+    network, and on other machines nobody else tells.
+    """
+    rank = torch.distributed.get_rank()
+    text = (
+        f'rank {rank} of {torch.distributed.get_world_size()} has ended with '
+        f'the {type(error).__name__} above. If that is a lost connection or a '
+        'timeout, another rank has died before: see its own last lines, or '
+        '"Root Cause" of torchrun, on whichever machine it ran.')
+    if run is _train:
+        text += (' The same command with --resume goes on from the last '
+                 'checkpoint.')
+    return text
+
+
+def _text_of(error: E3VAError) -> str:
+    """What an error says, without what a data worker puts around it."""
+    text = str(error)
+    if text.startswith('Caught ') and 'Original Traceback' in text:
+        text = text.rpartition(f'{type(error).__name__}: ')[2].strip()
+    return text
 
 
 def _mendable(error: BaseException | None) -> E3VAError | None:
@@ -174,8 +229,10 @@ def _train(args: argparse.Namespace) -> None:
                 f'the config, but got {dict(scaling) or None}.')
         cfg.auto_scale_lr.enable = True
     _set_resume(cfg, args.resume)
-    _add_hooks(cfg, TrainableTableHook, DatasetCheckHook, ProgressBarHook)
-    _run(cfg, ('train', 'val'), Runner.train)
+    _save_whole_files(cfg)
+    _add_hooks(cfg, TrainableTableHook, DatasetCheckHook, ProgressBarHook,
+               TrainingGuardHook, ResumeCheckHook)
+    _run(cfg, ('train', 'val'), lambda runner: runner.train())
 
 
 def _test(args: argparse.Namespace) -> None:
@@ -358,11 +415,23 @@ def _set_resume(cfg: Config, resume: str | None) -> None:
         # flag: `load_from` still holds.
         cfg.resume = osp.isfile(osp.join(cfg.work_dir, 'last_checkpoint'))
         if cfg.resume:
-            cfg.load_from = None
+            # None leaves it to mmengine, which fails if there is none.
+            newest = newest_whole(Path(cfg.work_dir))
+            cfg.load_from = newest and str(newest)
     elif resume is not None:
         _check_file(resume, 'checkpoint')
         cfg.resume = True
         cfg.load_from = resume
+
+
+def _save_whole_files(cfg: Config) -> None:
+    """Put our CheckpointHook, safe from kills, in the place of mmengine's."""
+    cfg.default_hooks = cfg.get('default_hooks') or {}
+    hook = cfg.default_hooks.get(
+        'checkpoint', dict(type='CheckpointHook', interval=1))
+    if hook is not None and _type_name(hook) == 'CheckpointHook':
+        cfg.default_hooks.checkpoint = dict(
+            hook, type='e3va_mm.AtomicCheckpointHook')
 
 
 def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
@@ -463,11 +532,29 @@ def _run(cfg: Config, modes: Sequence[str], run: Callable) -> None:
     except Exception as e:
         if not _data_checked(runner):
             explain_data_failure(cfg, modes, e)
+        elif _mendable(e) is None:
+            _check_disk(cfg.work_dir, e)
+            for hook in runner.hooks:
+                if isinstance(hook, DatasetCheckHook):
+                    check_batch(hook.batch, e)
         raise
     finally:
         for hook in runner.hooks if runner else ():
             if isinstance(hook, ProgressBarHook):
                 hook.stop()
+
+
+def _check_disk(folder: str, error: BaseException | None) -> None:
+    """Raise CheckpointError for a disk that had no room for something."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            raise CheckpointError(
+                f'No room for the files of a run (work_dir {folder}'
+                f'{", file " + str(error.filename) if error.filename else ""}'
+                f'): {error}. Checkpoints that last_checkpoint names are '
+                'whole. Make room, or set `work_dir` to a folder with room, '
+                'and go on with --resume.') from error
+        error = error.__cause__ or error.__context__
 
 
 def _data_checked(runner: Runner | None) -> bool:
@@ -536,11 +623,6 @@ def _build_dataset(leaf: Leaf):
         raise DataError(
             f'{option}: no such file or folder: {e.filename or e}. Check '
             f'{option}.data_root, .data_prefix and .ann_file.') from e
-    except AssertionError as e:
-        # mmseg asserts that its list of pictures is there.
-        if not config.get('ann_file') or osp.exists(ann_file):
-            raise
-        raise DataError(f'{option}.ann_file: no such file: {ann_file}.') from e
     except (JSONDecodeError, UnicodeDecodeError) as e:
         raise DataError(
             f'{option}.ann_file: {ann_file} is not valid JSON: {e}. Was it '
@@ -551,3 +633,14 @@ def _build_dataset(leaf: Leaf):
         raise DataError(
             f'{option}.ann_file: {ann_file} lacks the key {e} of the COCO '
             'format in at least one of its entries.') from e
+    except Exception as e:
+        if config.get('ann_file') and not osp.exists(ann_file):
+            # mmseg asserts that its list of pictures is there.
+            raise DataError(
+                f'{option}.ann_file: no such file: {ann_file}.') from e
+        fault = ann_file.endswith('.json') and coco_fault(load(ann_file))
+        if fault:
+            raise DataError(
+                f'{option}.ann_file: {ann_file} {fault}. Correct it, or write '
+                'the file again.') from e
+        raise

@@ -11,7 +11,14 @@ from mmengine.runner import checkpoint as mm_checkpoint
 from safetensors.torch import save_file
 from torch import nn
 
-from e3va_mm.checkpoint import loaders, read_checkpoint, register_safe_loaders
+from e3va_mm.checkpoint import (
+    AdapterFile,
+    TrunkRecord,
+    loaders,
+    read_checkpoint,
+    register_safe_loaders,
+)
+from e3va_mm.errors import CheckpointError
 from tests.helpers import build_e3va
 from tests.test_checkpoint.hostile import FORMS, touch
 from tests.test_checkpoint.samples import (
@@ -121,6 +128,24 @@ def test_training_resumes_through_the_door(trained):
     assert len(_losses(runner)) == 12
     np.testing.assert_array_equal(_losses(runner)[:8], losses)
     assert read_checkpoint(folder / 'epoch_3.pth')['meta']['epoch'] == 3
+
+
+def test_an_adapter_file_says_that_it_cannot_be_resumed(tmp_path):
+    path = tmp_path / 'a.safetensors'
+    trunks = {'backbone.': TrunkRecord(None, 'print')}
+    AdapterFile(weights(), trunks, (), config='# a config').write(path)
+    meta = read_checkpoint(path)['meta']
+    assert meta['cfg'] == '# a config'
+    assert meta.get('epoch') is None and 'iter' not in meta
+    for key in ('epoch', 'iter'):
+        with pytest.raises(CheckpointError) as error:
+            meta[key]
+        text = str(error.value)
+        assert f'{path} is an adapter file' in text
+        assert 'Resume from a full checkpoint' in text
+        assert f'`resume=False`, `load_from={str(path)!r}`' in text
+    with pytest.raises(KeyError):
+        meta['other']
 
 
 def _e3va_swin(path):

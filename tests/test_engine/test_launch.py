@@ -145,7 +145,8 @@ def test_work_dir_and_hooks(detection, last_config, tmp_path):
     assert cfg.work_dir == str(tmp_path / 'work')
     assert [hook.type for hook in cfg.custom_hooks] == [
         'e3va_mm.TrainableTableHook', 'e3va_mm.DatasetCheckHook',
-        'e3va_mm.ProgressBarHook'
+        'e3va_mm.ProgressBarHook', 'e3va_mm.TrainingGuardHook',
+        'e3va_mm.ResumeCheckHook'
     ]
     cfg = last_config(launch.train, detection, '--work-dir', 'here')
     assert cfg.work_dir == 'here'
@@ -154,7 +155,8 @@ def test_work_dir_and_hooks(detection, last_config, tmp_path):
                       detection_config(tmp_path, custom_hooks=own))
     assert [hook.type for hook in cfg.custom_hooks] == [
         'e3va_mm.DatasetCheckHook', 'e3va_mm.TrainableTableHook',
-        'e3va_mm.ProgressBarHook'
+        'e3va_mm.ProgressBarHook', 'e3va_mm.TrainingGuardHook',
+        'e3va_mm.ResumeCheckHook'
     ]
     assert cfg.custom_hooks[0].check_content is False
     cfg = last_config(launch.train, detection_config(tmp_path, work_dir=None))

@@ -1,7 +1,12 @@
+import json
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process, master_only
+from mmengine.dist import (
+    broadcast_object_list,
+    is_main_process,
+    master_only,
+)
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
@@ -13,14 +18,19 @@ from ...checkpoint.adapter_file import (
     adapter_of,
     backbones,
     trunk_records,
+    write_whole,
 )
+from ...checkpoint.atomic_local_backend import remove_parts
 from ...errors import ConfigError
 from ...registry import HOOKS
+from ...utils.sharding import whole_state
 
 # Where the message hub, and with it a checkpoint to resume from, keeps them.
 _KEPT, _BEST, _SOURCES = (
     f'e3va_mm_adapter_{name}' for name in ('kept', 'best', 'sources')
 )
+# In the work folder: the best, which may be newer than any checkpoint.
+BEST = 'best_score.json'
 
 
 @HOOKS.register_module()
@@ -109,10 +119,15 @@ class AdapterCheckpointHook(Hook):
                 for prefix, backbone in backbones(model)
                 if backbone.trunk_source == CHECKPOINT
             }
+        state = whole_state(runner.model)
         if is_main_process():
-            self._trunks = trunk_records(model, sources)
+            # Of a run that was killed while it wrote.
+            remove_parts(Path(runner.work_dir), ['adapter_*.safetensors'])
+            self._trunks = trunk_records(model, sources, state)
             sources = {p: each.source for p, each in self._trunks.items()}
             runner.message_hub.update_info(_SOURCES, sources)
+        if self.save_best:
+            _read_best(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Write a file where one is due."""
@@ -130,7 +145,6 @@ class AdapterCheckpointHook(Hook):
         ):
             self._save_newest(runner, f'iter_{runner.iter + 1}')
 
-    @master_only
     def after_val_epoch(
         self, runner: Runner, metrics: dict[str, float] | None = None
     ) -> None:
@@ -157,23 +171,27 @@ class AdapterCheckpointHook(Hook):
             f'epoch_{runner.epoch}' if self.by_epoch else f'iter_{runner.iter}'
         )
         path = self._save(runner, f'best_{name.replace("/", "_")}_{when}')
-        runner.message_hub.update_info(_BEST, dict(score=score, path=path))
+        new = dict(score=score, path=path, iter=runner.iter)
+        runner.message_hub.update_info(_BEST, new)
+        _write_best(runner, new)
         if best and best['path'] != path:
-            Path(best['path']).unlink(missing_ok=True)
+            _remove(best['path'])
 
-    @master_only
     def _save_newest(self, runner: Runner, when: str) -> None:
         path = self._save(runner, when)
         kept = [each for each in _recall(runner, _KEPT, []) if each != path]
         kept.append(path)
         for old in kept[: -self.max_keep]:
-            Path(old).unlink(missing_ok=True)
+            _remove(old)
         runner.message_hub.update_info(_KEPT, kept[-self.max_keep :])
 
     def _save(self, runner: Runner, name: str) -> str:
         model = _model(runner)
         # As Runner.save_checkpoint: EMAHook puts in its average here.
-        checkpoint = dict(meta={}, state_dict=model.state_dict())
+        checkpoint = dict(meta={}, state_dict=whole_state(runner.model))
+        path = Path(runner.work_dir, f'adapter_{name}.safetensors')
+        if not is_main_process():
+            return str(path)
         runner.call_hook('before_save_checkpoint', checkpoint=checkpoint)
         adapter = adapter_of(
             model,
@@ -182,10 +200,33 @@ class AdapterCheckpointHook(Hook):
             runner.cfg.pretty_text,
             getattr(runner.train_dataloader.dataset, 'metainfo', None),
         )
-        path = Path(runner.work_dir, f'adapter_{name}.safetensors')
         size = adapter.write(path)
         runner.logger.info(f'Adapter file: {path} ({size / MIB:,.1f} MiB)')
         return str(path)
+
+
+@master_only
+def _write_best(runner: Runner, best: dict[str, Any]) -> None:
+    write_whole(Path(runner.work_dir, BEST), json.dumps(best).encode())
+
+
+def _read_best(runner: Runner) -> None:
+    """Recall a best that was found after the last checkpoint."""
+    path = Path(runner.work_dir, BEST)
+    found = [None]
+    if is_main_process():
+        if not runner._resume:
+            path.unlink(missing_ok=True)  # that of another run
+        elif path.is_file():
+            found = [json.loads(path.read_text())]
+    broadcast_object_list(found)
+    if found[0] and found[0]['iter'] <= runner.iter:
+        runner.message_hub.update_info(_BEST, found[0])
+
+
+@master_only
+def _remove(path: str) -> None:
+    Path(path).unlink(missing_ok=True)
 
 
 def _model(runner: Runner) -> nn.Module:

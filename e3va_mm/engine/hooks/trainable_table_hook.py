@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from ...registry import HOOKS
+from ...utils.sharding import size_of
 
 # As wide as a README; the terminal's width must not change the log file.
 WIDTH = 79
@@ -93,8 +94,8 @@ def _parts(model: nn.Module) -> Iterator[Part]:
     def part(name: str, parameters) -> Part:
         new = set(parameters) - seen
         seen.update(new)
-        return Part(name, sum(p.numel() for p in new),
-                    sum(p.numel() for p in new if p.requires_grad))
+        return Part(name, sum(size_of(p) for p in new),
+                    sum(size_of(p) for p in new if p.requires_grad))
 
     for name, child in model.named_children():
         side_path, norms = _side_path_and_norms(child)
@@ -126,7 +127,7 @@ def _backbone(model: nn.Module) -> Part | None:
     if backbone is None:
         return None
     side_path, _ = _side_path_and_norms(backbone)
-    total = sum(p.numel() for p in backbone.parameters())
+    total = sum(size_of(p) for p in backbone.parameters())
     return Part(
-        'backbone', total - sum(p.numel() for p in side_path),
-        sum(p.numel() for p in backbone.parameters() if p.requires_grad))
+        'backbone', total - sum(size_of(p) for p in side_path),
+        sum(size_of(p) for p in backbone.parameters() if p.requires_grad))

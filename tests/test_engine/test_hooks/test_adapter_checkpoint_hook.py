@@ -160,6 +160,51 @@ def test_the_best_stays(tmp_path, hook, best):
     ]
 
 
+def test_a_best_that_no_checkpoint_knows_is_not_forgotten(tmp_path):
+    config, _ = config_with(
+        tmp_path,
+        "save_best='mIoU'",
+        'val_cfg = None\nval_dataloader = None\nval_evaluator = None\n'
+        'default_hooks = dict(checkpoint=dict(interval=1))',
+    )
+
+    def trained(score, **options):
+        runner = runner_of(config, **options)
+        runner.train()
+        (hook,) = (
+            h for h in runner.hooks if isinstance(h, AdapterCheckpointHook)
+        )
+        hook.after_val_epoch(runner, dict(mIoU=score))
+        return [n for n in names(tmp_path) if 'best' in n]
+
+    def resumed(score, start, end):
+        return trained(
+            score,
+            **{'train_cfg.max_iters': end},
+            resume=True,
+            load_from=str(tmp_path / 'work' / f'iter_{start}.pth'),
+        )
+
+    best = [f'adapter_best_mIoU_iter_{i}.safetensors' for i in range(5)]
+    # Killed after each: no checkpoint follows.
+    assert trained(0.5) == [best[2]]
+    assert resumed(0.3, 2, 3) == [best[2]]
+    assert resumed(0.7, 3, 4) == [best[4]]
+    # From before the best there is none of it yet.
+    assert resumed(0.6, 2, 3) == [best[3], best[4]]
+    # Another run does not have it.
+    assert trained(0.1) == [best[2], best[3], best[4]]
+
+
+def test_what_a_killed_writer_left_is_cleared(tmp_path):
+    config, _ = config_with(tmp_path)
+    part = tmp_path / 'work' / '.adapter_iter_7.safetensors.part'
+    part.parent.mkdir()
+    part.touch()
+    runner_of(config).train()
+    assert not part.exists()
+
+
 def test_a_metric_that_is_none(tmp_path):
     config, _ = config_with(tmp_path, "save_best='mAP'")
     with pytest.raises(ConfigError) as error:

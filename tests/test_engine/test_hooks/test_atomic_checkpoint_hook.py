@@ -1,0 +1,167 @@
+"""Checkpoints that are there, and whole, at every moment."""
+
+import errno
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
+
+from e3va_mm.checkpoint import adapter_file
+from e3va_mm.engine import launch
+from e3va_mm.engine.hooks import AtomicCheckpointHook
+from e3va_mm.errors import CheckpointError
+from tests.test_checkpoint.toy_runner import toy_runner
+
+
+def run(folder, epochs, resume=False, **options):
+    hook = dict(type='e3va_mm.AtomicCheckpointHook', interval=1, **options)
+    runner = toy_runner(folder, epochs, resume=resume)
+    # In the place of mmengine's own.
+    runner._hooks = [
+        each for each in runner.hooks if not isinstance(each, CheckpointHook)
+    ]
+    runner.register_hook(hook)
+    runner.train()
+    return runner
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob('*.pth'))
+
+
+def epochs(*numbers):
+    return [f'epoch_{n}.pth' for n in numbers]
+
+
+def last(folder):
+    return Path((folder / 'last_checkpoint').read_text()).name
+
+
+def test_files_are_those_of_mmengine(tmp_path):
+    run(tmp_path, 3)
+    assert names(tmp_path) == epochs(1, 2, 3)
+    assert last(tmp_path) == 'epoch_3.pth'
+    checkpoint = torch.load(tmp_path / 'epoch_3.pth', weights_only=False)
+    assert checkpoint['meta']['epoch'] == 3
+    assert {'optimizer', 'message_hub', 'state_dict'} <= checkpoint.keys()
+
+
+def test_the_newest_stay_also_after_a_resume(tmp_path):
+    run(tmp_path, 3, max_keep_ckpts=2)
+    assert names(tmp_path) == epochs(2, 3)
+    runner = run(tmp_path, 4, resume=True, max_keep_ckpts=2)
+    assert runner.iter == 4 * 4
+    assert names(tmp_path) == epochs(3, 4)
+
+
+@pytest.mark.parametrize('keep', [1, 2])
+def test_at_every_step_of_saving_there_is_a_whole_one(
+    tmp_path, keep, monkeypatch
+):
+    seen = []
+
+    def look(function):
+        def looking(*args):
+            result = function(*args)
+            if (tmp_path / 'last_checkpoint').exists():
+                path = Path((tmp_path / 'last_checkpoint').read_text())
+                assert zipfile.ZipFile(path).testzip() is None
+                seen.append(path.name)
+            return result
+
+        return looking
+
+    for name in ('replace', 'fsync'):
+        monkeypatch.setattr(adapter_file.os, name, look(getattr(os, name)))
+    monkeypatch.setattr(Path, 'unlink', look(Path.unlink))
+    run(tmp_path, 3, max_keep_ckpts=keep)
+    assert set(seen) == set(epochs(1, 2, 3))
+    assert len(seen) >= 3 * 4
+
+
+def test_what_a_kill_leaves_is_cleared(tmp_path, monkeypatch):
+    """Killed when a new checkpoint is whole and the old one still there."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AtomicCheckpointHook, '_remove', killed)
+        with pytest.raises(Killed):
+            run(tmp_path, 3, max_keep_ckpts=1)
+    for name in ('.epoch_9.pth.part', '.last_checkpoint.part'):
+        (tmp_path / name).touch()
+    (tmp_path / '.own.txt.part').touch()
+    assert names(tmp_path) == epochs(1, 2)
+    assert last(tmp_path) == 'epoch_2.pth'
+    run(tmp_path, 2, resume=True, max_keep_ckpts=1)
+    assert names(tmp_path) == epochs(2)
+    assert [p.name for p in tmp_path.glob('.*.part')] == ['.own.txt.part']
+    run(tmp_path, 3, resume=True, max_keep_ckpts=1)
+    assert names(tmp_path) == epochs(3)
+
+
+def test_a_full_disk_leaves_the_old_ones(tmp_path, monkeypatch):
+    real = os.replace
+
+    def replace(old, new):
+        if 'epoch_2' in str(new):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(old, new)
+
+    monkeypatch.setattr(adapter_file.os, 'replace', replace)
+    with pytest.raises(CheckpointError) as error:
+        run(tmp_path, 3, max_keep_ckpts=1)
+    assert 'epoch_2.pth, but writing failed' in str(error.value)
+    assert names(tmp_path) == epochs(1)
+    assert last(tmp_path) == 'epoch_1.pth'
+
+
+def test_the_best_is_whole_too(tmp_path, monkeypatch):
+    written = []
+    real = os.replace
+
+    def replace(old, new):
+        written.append(Path(new).name)
+        real(old, new)
+
+    monkeypatch.setattr(adapter_file.os, 'replace', replace)
+    run(tmp_path, 1, save_best='acc', rule='greater')
+    assert 'best_acc_epoch_1.pth' in written
+    assert 'best_acc_epoch_1.pth' in names(tmp_path)
+
+
+def test_another_folder_and_backend(tmp_path):
+    run(tmp_path / 'work', 1, out_dir=str(tmp_path / 'out'))
+    assert names(tmp_path / 'out' / 'work') == epochs(1)
+    other = dict(backend='local')
+    runner = run(tmp_path / 'work', 1, backend_args=other)
+    (hook,) = (h for h in runner.hooks if isinstance(h, AtomicCheckpointHook))
+    assert hook.backend_args == other
+
+
+@pytest.mark.parametrize(
+    'hooks, kind',
+    [
+        (None, 'e3va_mm.AtomicCheckpointHook'),
+        (dict(checkpoint=dict(interval=3)), 'e3va_mm.AtomicCheckpointHook'),
+        (dict(checkpoint=dict(type='Own')), 'Own'),
+        (dict(checkpoint=None), None),
+    ],
+)
+def test_the_tool_takes_it_for_mmengine_s(hooks, kind):
+    config = Config({} if hooks is None else dict(default_hooks=hooks))
+    if kind and 'Atomic' in kind and hooks:
+        config.default_hooks.checkpoint.type = 'CheckpointHook'
+    launch._save_whole_files(config)
+    hook = config.default_hooks.checkpoint
+    assert (hook and hook.type) == kind
+    if hooks and hook and 'interval' in hook:
+        assert hook.interval == 3

@@ -5,11 +5,13 @@ imports this module and the package in ``locations``, so that no config needs
 ``custom_imports``.
 """
 
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
 )
+from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import Registry
 
 from .utils.torchvision import declare_missing_ops
@@ -24,6 +26,13 @@ MODELS = Registry(
     scope='e3va_mm',
     locations=['e3va_mm.models'],
 )
+# manage data sets
+DATASETS = Registry(
+    'dataset',
+    parent=MMENGINE_DATASETS,
+    scope='e3va_mm',
+    locations=['e3va_mm.datasets'],
+)
 # manage hooks
 HOOKS = Registry(
     'hook',
@@ -37,4 +46,11 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
     scope='e3va_mm',
     locations=['e3va_mm.engine.optim'],
+)
+# manage strategies of mmengine's FlexibleRunner
+STRATEGIES = Registry(
+    'strategy',
+    parent=MMENGINE_STRATEGIES,
+    scope='e3va_mm',
+    locations=['e3va_mm.engine.strategies'],
 )

@@ -105,8 +105,8 @@ launch() {
     set +m
     wait "$child" || status=$?
     ((status == 0)) || note "error: a process of $tool.py failed or was\
- killed, and the others were ended. The first error above says why; after\
- Signal 9 alone, memory may have run out.$resume"
+ killed, and the others were ended. The first error above says why, and Root\
+ Cause which rank; after Signal 9 alone, memory may have run out.$resume"
     exit "$status"
 }
 

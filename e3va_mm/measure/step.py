@@ -239,6 +239,8 @@ def _optim_config(config: Config, device: torch.device, amp: bool) -> dict:
     wrapper = config.optim_wrapper.to_dict()
     wrapper.pop('accumulative_counts', None)
     kind = wrapper.get('type', 'OptimWrapper')
+    if 'DeepSpeedOptimWrapper' in str(kind):  # one process has no use for it
+        kind = wrapper['type'] = 'OptimWrapper'
     is_amp = 'AmpOptimWrapper' in str(kind)
     if (amp or is_amp) and device.type == 'cpu':
         for key in ('loss_scale', 'dtype', 'use_fsdp'):

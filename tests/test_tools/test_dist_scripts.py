@@ -345,9 +345,9 @@ def test_a_killed_worker_ends_the_training(tmp_path):
     assert 'Signal 9 (SIGKILL) received by PID' in text
     assert text.endswith(
         'error: a process of train.py failed or was killed, and the others '
-        'were ended. The first error above says why; after Signal 9 alone, '
-        'memory may have run out. The same command with --resume goes on '
-        'from the last checkpoint.\n'
+        'were ended. The first error above says why, and Root Cause which '
+        'rank; after Signal 9 alone, memory may have run out. The same '
+        'command with --resume goes on from the last checkpoint.\n'
     )
 
 

@@ -50,6 +50,10 @@ class SwinTrunk(Trunk):
         """See :class:`Trunk`."""
         return [('stages', holder.stages)]
 
+    def units(self, holder: nn.Module) -> list[nn.Module]:
+        """See :class:`Trunk`."""
+        return [block for stage in holder.stages for block in stage.blocks]
+
     def stages(self, holder: nn.Module) -> list[StageSpec]:
         """See :class:`Trunk`."""
         return [

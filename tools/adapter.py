@@ -4,8 +4,9 @@
     python tools/adapter.py inspect FILE
     python tools/adapter.py merge CONFIG FILE OUT
     python tools/adapter.py strip FILE OUT
+    python tools/adapter.py task FILE NAME CONFIG OUT
 
-OUT of extract and strip is a .safetensors file, that of merge a .pth: a full
+OUT of merge is a .pth file, else a .safetensors file. merge writes a full
 checkpoint under the stock names, with the side path's keys beside. A stock
 model loads it too, and has then the trained norms, neck and heads, but no side
 path: what it gives is not what was trained.
@@ -83,7 +84,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     strip.add_argument('file', type=Path)
     strip.add_argument('out', type=Path, help='a .safetensors file')
 
-    for command in (extract, merge):
+    task = commands.add_parser(
+        'task', help='the part of one of several tasks that trained together'
+    )
+    task.add_argument('file', type=Path)
+    task.add_argument('name', help='the task')
+    task.add_argument('config', type=Path, help="the task's own config")
+    task.add_argument('out', type=Path, help='a .safetensors file')
+
+    for command in (extract, merge, task):
         command.add_argument(
             '--cfg-options', nargs='+', action=DictAction, default={}
         )
@@ -179,6 +188,14 @@ def strip(args: argparse.Namespace) -> None:
     print(f'{args.out}: {size / MIB:,.1f} MiB, the part of the backbone')
 
 
+def task(args: argparse.Namespace) -> None:
+    """Write the adapter file of one task."""
+    check_out(args.out, '.safetensors')
+    text = load(args).pretty_text
+    size = read_adapter(args.file).of_task(args.name, text).write(args.out)
+    print(f'{args.out}: {size / MIB:,.1f} MiB, the task {args.name!r}')
+
+
 def inspect(args: argparse.Namespace) -> None:
     """Print what an adapter file holds."""
     adapter = read_adapter(args.file)
@@ -230,7 +247,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     # What loaders say of each tensor is no news here.
     MMLogger.get_current_instance().setLevel('ERROR')
-    commands = dict(extract=extract, inspect=inspect, merge=merge, strip=strip)
+    commands = dict(
+        extract=extract,
+        inspect=inspect,
+        merge=merge,
+        strip=strip,
+        task=task,
+    )
     commands[args.command](args)
 
 

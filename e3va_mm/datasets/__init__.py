@@ -1,1 +1,5 @@
-"""Data sets that the package builds itself."""
+"""Data sets, and checks of those of the frameworks."""
+
+from .multi_task_dataset import MultiTaskDataset
+
+__all__ = ['MultiTaskDataset']

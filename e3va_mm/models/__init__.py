@@ -8,6 +8,7 @@ from .backbones import (
     E3VAVisionTransformer,
     SidePathBackbone,
 )
+from .multi_task import MultiTaskModel
 from .necks import SimpleFeaturePyramid
 from .side_path import E3VASidePath, LowRankAdapter, NoSidePath
 
@@ -17,6 +18,7 @@ __all__ = [
     'E3VASwinTransformer',
     'E3VAVisionTransformer',
     'LowRankAdapter',
+    'MultiTaskModel',
     'NoSidePath',
     'SidePathBackbone',
     'SimpleFeaturePyramid',

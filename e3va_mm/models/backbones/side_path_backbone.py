@@ -1,18 +1,17 @@
 """A frozen trunk with a side path: what every backbone of ours shares."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
-import torch
 from mmcv.cnn.bricks import DropPath
-from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ...checkpoint import (
-    SourceWeights,
     TrunkRecord,
     fingerprint,
     match_state,
@@ -23,16 +22,18 @@ from ...checkpoint.adapter_file import (
     RECORD,
     file_sha256,
 )
+from ...checkpoint.unwrapping import converting
 from ...engine.optim import cover_layer_decay
 from ...errors import CheckpointError, ConfigError
 from ...registry import MODELS
 from ...utils import mark_trainable
 from ..side_path.norm_offset import NormOffset
-from ..side_path.replay import OnStageTap, Replay, RunTrunk
 from ..side_path.stage_sum import KeptSum, TokenNorm, normalise
 from ..trunks import StageEnd, Trunk
-from ..trunks.options import autocast_dtype, autocast_to
-from ..trunks.stored_weights import coarse_keys, store, unstore
+from .stock_arguments import registered
+from .trunk_pass import run_trunk, trunk_difference
+from .trunk_pool import share_open
+from .trunk_storage import TrunkStorage
 
 
 class SidePathBackbone(BaseModule):
@@ -74,7 +75,9 @@ class SidePathBackbone(BaseModule):
         init_cfg: Mapping | None = None,
     ) -> None:
         if init_cfg is not None and not (
-            isinstance(init_cfg, Mapping) and 'checkpoint' in init_cfg
+            isinstance(init_cfg, Mapping)
+            and isinstance(init_cfg.get('checkpoint'), (str, os.PathLike))
+            and init_cfg['checkpoint']
         ):
             raise ConfigError(
                 '`backbone.init_cfg` of a frozen trunk should be '
@@ -87,18 +90,26 @@ class SidePathBackbone(BaseModule):
         self.out_stages = tuple(out_stages)
         trunk.prepare(self)
         self.allow_random_trunk = allow_random_trunk
-        # Where the trunk's weights came from; None while they are random.
-        self.trunk_source: str | None = None
-        # Path or URL that the same weights can be read from again.
-        self.trunk_address: str | None = None
+        self.storage = TrunkStorage()
         self._reading: str | None = None
-        self._stored = False
-        self._source_weights: SourceWeights | None = None
+        # What to give for a picture instead of a pass, see `given`.
+        self._given: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self._sharded = False
         self._register_state_dict_hook(_put_source_weights)
 
         side_path = dict(side_path or {})
         self._train_output_norms = side_path.pop('train_output_norms', True)
-        side_path.setdefault('type', 'e3va_mm.E3VASidePath')
+        if not isinstance(self._train_output_norms, bool):
+            raise ConfigError(
+                '`side_path.train_output_norms` should be True or False, but '
+                f'got {self._train_output_norms!r}.'
+            )
+        kind = side_path.setdefault('type', 'e3va_mm.E3VASidePath')
+        if registered(kind) is None:
+            raise ConfigError(
+                '`side_path.type` should be the name of a side path, such as '
+                f"'e3va_mm.E3VASidePath', but got {kind!r}."
+            )
         try:
             self.side_path = MODELS.build(
                 dict(side_path, stages=trunk.stages(self))
@@ -114,6 +125,16 @@ class SidePathBackbone(BaseModule):
         mark_trainable(self, (part for _, part in self.trainable_children()))
         self.train()
         cover_layer_decay()
+
+    @property
+    def trunk_source(self) -> str | None:
+        """Where the trunk's weights came from; None while they are random."""
+        return self.storage.source
+
+    @property
+    def trunk_address(self) -> str | None:
+        """Path or URL that the trunk's weights can be read from again."""
+        return self.storage.address
 
     def _adopt(self, stock: nn.Module) -> None:
         """Take over the children, parameters and buffers of ``stock``."""
@@ -192,10 +213,10 @@ class SidePathBackbone(BaseModule):
         """
         if self._is_init:
             return
-        if self.init_cfg is None and self.trunk_source is not None:
+        if self.init_cfg is None and self.storage.source is not None:
             pass  # the stock class has brought weights itself
         elif self.init_cfg is None:
-            self._unstore_trunk()
+            self.storage.unstore(self.trunk, self)
             self.trunk.init_random(self)
             print_log(
                 f'The trunk of {type(self).__name__} is random: no '
@@ -208,7 +229,7 @@ class SidePathBackbone(BaseModule):
                 self.load_state_dict(state, strict=False)
             # Of an adapter file the trunk has come from elsewhere.
             if RECORD not in state:
-                self.trunk_address = source
+                self.storage.address = source
         self._is_init = True
 
     @contextmanager
@@ -216,7 +237,8 @@ class SidePathBackbone(BaseModule):
         """Give the stock state of a file; messages name it meanwhile."""
         checkpoint = read_checkpoint(source)
         try:
-            state, form = self.trunk.to_stock_state(checkpoint)
+            with converting('It'):
+                state, form = self.trunk.to_stock_state(checkpoint)
         except CheckpointError as error:
             raise CheckpointError(f'{source}: {error}') from None
         before, self._reading = self._reading, f'{source} ({form})'
@@ -251,6 +273,12 @@ class SidePathBackbone(BaseModule):
 
         An adapter file says where its trunk is: that is brought first.
         """
+        if self._sharded:
+            raise CheckpointError(
+                'The trunk is sharded over processes, and no state dict can '
+                'be loaded into the model itself. Load by the runner: set '
+                '`load_from` or `resume` in the config.'
+            )
         record = state_dict.pop(prefix + RECORD, None)
         if record is not None:
             self._bring_trunk(TrunkRecord.from_tensor(record))
@@ -259,23 +287,24 @@ class SidePathBackbone(BaseModule):
             for key, value in state_dict.items()
             if key.startswith(prefix)
         }
-        fitted = self._fit_state(dict(found), prefix)
-        trunk = self.trunk_state()
+        own = self.state_dict()
+        fitted = self._fit_state(dict(found), prefix, own)
+        trunk = self.trunk_part(own)
         if trunk.keys() & found.keys():
-            self.trunk_source = self._reading or CHECKPOINT
+            self.storage.source = self._reading or CHECKPOINT
             # What a resume brings is what `init_cfg` has brought before.
-            if self.trunk_address and fingerprint(trunk) != fingerprint(
+            if self.storage.address and fingerprint(trunk) != fingerprint(
                 {key: fitted[key] for key in trunk}
             ):
-                self.trunk_address = None
+                self.storage.address = None
         for key in found:
             del state_dict[prefix + key]
         state_dict.update({prefix + key: v for key, v in fitted.items()})
-        self._unstore_trunk()
+        self.storage.unstore(self.trunk, self)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _fit_state(
-        self, found: dict[str, Tensor], prefix: str
+        self, found: dict[str, Tensor], prefix: str, own: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The state to load, complete, or an error.
 
@@ -283,7 +312,6 @@ class SidePathBackbone(BaseModule):
         both, each in full; beside a trunk the norms alone are fine too.
         """
         source = self._reading or CHECKPOINT
-        own = self.state_dict()
         trunk = self.trunk_part(own)
         trained = {k: v for k, v in own.items() if k not in trunk}
         has_trunk = any(key in trunk for key in found)
@@ -302,7 +330,8 @@ class SidePathBackbone(BaseModule):
         notes = []
         as_found = dict(found)
         if has_trunk:
-            notes += self.trunk.adapt_state(trunk, found)
+            with converting(source):
+                notes += self.trunk.adapt_state(trunk, found)
             expected |= trunk
         if has_side_path:
             # A file of ours: side path and output norms come together.
@@ -321,13 +350,17 @@ class SidePathBackbone(BaseModule):
                     f'output norms: not in the file, keep their values: {kept}'
                 )
 
+        def explain() -> str:
+            with converting(source):
+                return self.trunk.explain_mismatch(trunk, as_found)
+
         report = match_state(
             expected,
             found,
             expected_leftovers=self.trunk.leftovers(self),
             what=f'backbone under {prefix!r}' if prefix else 'backbone',
             source=source,
-            hint=lambda: self.trunk.explain_mismatch(trunk, as_found),
+            hint=explain,
             notes=notes,
         )
         print_log(str(report), logger='current')
@@ -336,16 +369,19 @@ class SidePathBackbone(BaseModule):
     def _bring_trunk(self, record: TrunkRecord) -> None:
         """Have the trunk that an adapter file was trained on, or an error.
 
-        It is there, or is read from where it was, from ``init_cfg``, or from
-        beside the adapter file; the fingerprint decides.
+        It is there, or with another backbone in memory, or is read from where
+        it was, from ``init_cfg``, or from beside the adapter file; the
+        fingerprint decides.
         """
         refusals = []
-        if self.trunk_source is not None:
+        if self.storage.source is not None:
             present = fingerprint(self.trunk_state())
             if present == record.fingerprint:
-                self.trunk_address = self.trunk_address or record.source
+                self.storage.address = self.storage.address or record.source
                 return
-            refusals.append(f'{present[:16]}: {self.trunk_source}')
+            refusals.append(f'{present[:16]}: {self.storage.source}')
+        if share_open(self, record.fingerprint):
+            return
         named = self.init_cfg and self.init_cfg['checkpoint']
         sources = [record.source, named]
         if record.source is not None:
@@ -354,11 +390,13 @@ class SidePathBackbone(BaseModule):
         for source in dict.fromkeys(filter(None, sources)):
             try:
                 with self._reads(source) as state:
-                    fitted = self._fit_state(self.trunk_part(state), '')
+                    fitted = self._fit_state(
+                        self.trunk_part(state), '', self.state_dict()
+                    )
                     came = fingerprint(self.trunk_part(fitted))
                     if came == record.fingerprint:
                         self.load_state_dict(fitted)
-                        self.trunk_address = source
+                        self.storage.address = source
                         return
             except CheckpointError as error:
                 refusals.append(str(error))
@@ -380,45 +418,84 @@ class SidePathBackbone(BaseModule):
             '`model.backbone.init_cfg.checkpoint` to it.'
         )
 
-    def _unstore_trunk(self) -> None:
-        """Make room for new weights as they come."""
-        if self._stored:
-            for _, part in self.trunk.body(self):
-                unstore(part, self.trunk.options.weights)
-            self._source_weights = None
-            self._stored = False
+    def make_shardable(self) -> list[nn.Module]:
+        """Store the trunk as asked for, once and for all.
 
-    def _store_trunk(self) -> None:
-        """Store the trunk as asked for; keep its weights as they came.
-
-        At the first forward pass: before it, frameworks still initialise,
-        wrap and load, and take offence at parameters that change their kind.
-        """
-        kind = self.trunk.options.weights
-        body = self.trunk.body(self)
-        coarse = {
-            f'{name}.{key}': part.get_parameter(key)
-            for name, part in body
-            for key in coarse_keys(part, kind)
-        }
-        # Only the main process writes checkpoints; 8 bits need the source to
-        # be loaded beside, too.
-        if coarse and (is_main_process() or kind == 'int8'):
-            self._source_weights = SourceWeights(coarse)
-        for _, part in body:
-            store(part, kind)
-        self._stored = True
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> one map (B, C_i, H_i, W_i) for each output.
+        Returns:
+            list[nn.Module]: Its parts that may be spread over processes.
 
         Raises:
-            ConfigError: If training starts with a trunk that has received no
-                weights.
+            ConfigError: If it is stored in a way that cannot be spread.
+        """
+        if self.trunk.options.weights == 'int8':
+            raise ConfigError(
+                "`side_path.trunk_weights='int8'` cannot be sharded over "
+                "processes. Store the trunk in 16 bits, `trunk_weights="
+                "'bf16'`, or train with DDP, without `strategy`."
+            )
+        self.storage.store(self.trunk, self)
+        self._sharded = True
+        # Here, not in the class: other backbones are copied as any module.
+        self.__deepcopy__ = _refuse_copy
+        return self.trunk.units(self)
+
+    def take_source_weights(self, other: 'SidePathBackbone') -> None:
+        """Keep the weights as they came to another of the same trunk."""
+        self.storage.source_weights = other.storage.source_weights
+
+    def share_trunk(self, other: 'SidePathBackbone') -> None:
+        """Drop the own trunk, run on that of another backbone.
+
+        Both see its weights, whoever moves or stores them. A pass for both
+        at once is :func:`run_trunk`.
+
+        Args:
+            other (SidePathBackbone): One with the same trunk.
+
+        Raises:
+            ConfigError: If the trunks differ.
+        """
+        difference = trunk_difference(self, other)
+        if difference:
+            raise ConfigError(
+                f'Expected two backbones with the same trunk, but {difference}'
+                '. Give both configs the same options of the trunk, or let '
+                'each have its own.'
+            )
+        for name, child in other.trunk_children():
+            self._modules[name] = child
+        self._parameters.update(other._parameters)
+        self._buffers.update(other._buffers)
+        self.storage = other.storage
+        # Bringing the weights is the other's business now.
+        self.init_cfg = None
+        self._is_init = True
+
+    @contextmanager
+    def given(
+        self, image: Tensor, outputs: tuple[Tensor, ...]
+    ) -> Iterator[None]:
+        """Give these outputs for this very tensor, without a pass.
+
+        Args:
+            image (Tensor): (B, 3, H, W), what a model will call this with.
+            outputs (tuple[Tensor, ...]): What :func:`run_trunk` gave for it.
+        """
+        self._given = image, outputs
+        try:
+            yield
+        finally:
+            self._given = None
+
+    def require_weights(self) -> None:
+        """Refuse to train beside a trunk that has received no weights.
+
+        Raises:
+            ConfigError: If that is so and not allowed.
         """
         if (
             self.training
-            and self.trunk_source is None
+            and self.storage.source is None
             and not self.allow_random_trunk
         ):
             raise ConfigError(
@@ -428,49 +505,29 @@ class SidePathBackbone(BaseModule):
                 "type='Pretrained', checkpoint=...)`, or allow it with "
                 '`model.backbone.allow_random_trunk=True`.'
             )
-        if not self._stored:
-            self._store_trunk()
-        replay = Replay(x, self._trunk_runner(x))
-        last = self.out_stages[-1]
-        graph = torch.is_grad_enabled()
-        highway = self.side_path.start(0, None, replay)
-        outputs = []
 
-        def on_tap(stage: int, block: int, tap: str, value: Tensor) -> None:
-            with torch.set_grad_enabled(graph):
-                self.side_path.add_tap(highway, stage, block, tap, value)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) -> one map (B, C_i, H_i, W_i) for each output.
 
-        def on_end(stage: int, end: StageEnd) -> None:
-            nonlocal highway
-            with torch.set_grad_enabled(graph):
-                total = self.side_path.output(highway, end.tokens)
-                kept = None
-                if stage in self.out_stages:
-                    output, kept = self._output(stage, total, end)
-                    outputs.append(output)
-                if stage < last:
-                    inherited = None
-                    if self.trunk.highway_goes_on():
-                        inherited = self.side_path.inherit(
-                            highway,
-                            total,
-                            end.tokens,
-                            self.trunk.downsampling(self, stage, end.size),
-                            kept,
-                        )
-                    highway = self.side_path.start(
-                        stage + 1, inherited, replay
-                    )
+        A tuple, which all three frameworks' necks and heads take.
 
-        with torch.no_grad():
-            self.trunk.run(self, x, last, self.side_path.taps, on_tap, on_end)
-        replay.image = None  # nodes of the graph keep it, if they need it
-        return outputs
+        Raises:
+            ConfigError: See :meth:`require_weights`.
+        """
+        if self._given is not None and self._given[0] is x:
+            return self._given[1]
+        return run_trunk([self], x)[0]
 
-    def _output(
+    def output(
         self, stage: int, total: Tensor, end: StageEnd
     ) -> tuple[Tensor, KeptSum | None]:
-        """What the stock backbone gives of a stage, and what is kept of it."""
+        """What the stock backbone gives of a stage, and what is kept of it.
+
+        Args:
+            stage (int): Index of the stage.
+            total (Tensor): (B, L, C), trunk and highway.
+            end (StageEnd): The trunk's end of the stage.
+        """
         path = self.trunk.output_norm(self, stage)
         norm = None if path is None else self.get_submodule(path)
         offset = self._norm_offsets().get(str(stage))
@@ -479,34 +536,18 @@ class SidePathBackbone(BaseModule):
             return normalise(norm, total, end.size)
         return self.trunk.output(self, total, end, norm), None
 
-    def _trunk_runner(self, image: Tensor) -> RunTrunk:
-        """What runs the trunk again, under the autocast of now."""
-        dtype = autocast_dtype(image)
 
-        @torch.no_grad()
-        def run(
-            image: Tensor,
-            last: int,
-            wanted: Collection[int],
-            on_tap: OnStageTap,
-        ) -> None:
-            def on_any_tap(
-                stage: int, block: int, tap: str, value: Tensor
-            ) -> None:
-                if stage in wanted:
-                    on_tap(stage, value)
-
-            with autocast_to(image, dtype):
-                self.trunk.run(
-                    self, image, last, self.side_path.taps, on_any_tap
-                )
-
-        return run
+def _refuse_copy(memo: dict) -> NoReturn:
+    raise ConfigError(
+        'A model whose trunk is sharded over processes cannot be copied, as '
+        'the EMAHook does. Take the TrainableEMAHook, or train without '
+        '`strategy`.'
+    )
 
 
 def _put_source_weights(
     module: SidePathBackbone, state: dict, prefix: str, metadata: dict
 ) -> None:
     """Checkpoints hold the weights that came, not how they are stored."""
-    source = module._source_weights or {}
+    source = module.storage.source_weights or {}
     state.update({prefix + key: source[key] for key in source})

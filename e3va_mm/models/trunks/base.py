@@ -75,6 +75,10 @@ class Trunk(ABC):
     def body(self, holder: nn.Module) -> list[tuple[str, nn.Module]]:
         """Names and modules of the parts whose linear layers count."""
 
+    def units(self, holder: nn.Module) -> list[nn.Module]:
+        """The blocks: they hold most weights and are called as a whole."""
+        return [block for _, block in self.body(holder)]
+
     @abstractmethod
     def stages(self, holder: nn.Module) -> Sequence[StageSpec]:
         """The stages that lead to the last output."""
@@ -100,6 +104,14 @@ class Trunk(ABC):
             on_end (Callable, optional): Given each stage's end, before the
                 next begins.
         """
+
+    def with_stages(self, ends: Sequence[int]) -> 'Trunk':
+        """The same trunk with other stages, where it has but one resolution.
+
+        Args:
+            ends (Sequence[int]): The number of blocks up to each stage's end.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def downsampling(

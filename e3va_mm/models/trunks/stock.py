@@ -1,5 +1,6 @@
 """Reading any stock backbone while its own forward runs."""
 
+import copy
 import itertools
 import math
 import re
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ...checkpoint import to_stock_state
 from ...errors import ConfigError
+from ...utils import is_whole
 from .attention import ENGINES
 from .base import Downsampling, OnEnd, OnTap, Size, StageEnd, StageSpec, Trunk
 from .engine import FeedForward, GatedFeedForward, Product, Wide, install
@@ -56,18 +58,17 @@ class StockTrunk(Trunk):
         what, count = 'stages', len(blocks)
         if layout.plain:
             what, count = 'blocks', len(blocks[0])
-        if not 0 <= self.out_indices[0] <= self.out_indices[-1] < count:
+        if not self.out_indices or not all(
+            is_whole(index, 0, count - 1) for index in self.out_indices
+        ):
             raise ConfigError(
                 f'`out_indices` of the trunk should name some of its {count} '
                 f'{what}, counted from 0, but got {self.out_indices}.'
             )
         if layout.plain:
             # A stage ends with each output.
-            starts = [0, *(index + 1 for index in self.out_indices)]
-            self.blocks = [
-                blocks[0][first:last]
-                for first, last in itertools.pairwise(starts)
-            ]
+            ends = [index + 1 for index in self.out_indices]
+            self.blocks = _split(blocks[0], ends)
             self.out_stages = range(len(self.out_indices))
         else:
             self.blocks = blocks[: self.out_indices[-1] + 1]
@@ -138,6 +139,12 @@ class StockTrunk(Trunk):
         ]
 
     # -- running ------------------------------------------------------------
+
+    def with_stages(self, ends: Sequence[int]) -> 'StockTrunk':
+        """See :class:`Trunk`."""
+        other = copy.copy(self)
+        other.blocks = _split([*itertools.chain(*self.blocks)], ends)
+        return other
 
     def run(
         self,
@@ -478,6 +485,11 @@ class TimmTrunk(StockTrunk):
 
 class _LastStage(Exception):
     """Ends a stock forward behind the last stage that is wanted."""
+
+
+def _split(blocks: Sequence[str], ends: Sequence[int]) -> list[Sequence[str]]:
+    """Stages of the blocks up to each end."""
+    return [blocks[a:b] for a, b in itertools.pairwise([0, *ends])]
 
 
 def _under(

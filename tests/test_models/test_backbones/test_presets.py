@@ -459,7 +459,7 @@ def test_no_room_for_the_source(monkeypatch):
 def test_other_processes_need_no_room(monkeypatch):
     """Only the main process writes checkpoints."""
     monkeypatch.setattr(
-        'e3va_mm.models.backbones.side_path_backbone.is_main_process',
+        'e3va_mm.models.backbones.trunk_storage.is_main_process',
         lambda: False,
     )
     monkeypatch.setattr(tempfile, 'TemporaryFile', None)  # not called

@@ -167,7 +167,7 @@ def naive(ours, image):
             highway = highway + path.stages[stage][block][tap](value)
         total = end.tokens + highway
         if stage in ours.out_stages:
-            outputs.append(ours._output(stage, total, end)[0])
+            outputs.append(ours.output(stage, total, end)[0])
         down = trunk.downsampling(ours, stage, end.size)
         if down is not None and stage + 1 < len(ends):
             highway = down.gather(total) - down.gather(end.tokens)

@@ -1,0 +1,51 @@
+"""E3VA, a detector and a segmentor on one Swin-nano, digits in photographs.
+
+The models and data of cascade_e3va_swin_nano_digits.py and
+upernet_e3va_swin_nano_digits.py, trained together: the frozen trunk is there
+once, and pictures of one size go through it in one pass.
+Data: python tools/make_digits.py
+Run: python tools/train.py configs/multi_task/e3va_swin_nano_digits.py
+Test: each task by its own config and adapter file, which `tools/adapter.py
+task` takes out of one of both (docs/multi_task.md).
+Trains 242,688 values in the two side paths, necks and heads as usual.
+Expected: not yet measured.
+"""
+_base_ = [
+    'mmdet::_base_/default_runtime.py',
+    '../_base_/e3va_runtime.py',
+    '../_base_/safe_checkpoints.py',
+]
+tasks = dict(
+    boxes='{{ fileDirname }}/../cascade_e3va_swin_nano_digits.py',
+    classes='{{ fileDirname }}/../upernet_e3va_swin_nano_digits.py')
+model = dict(type='e3va_mm.MultiTaskModel', tasks=tasks)
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=2,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(type='e3va_mm.MultiTaskDataset', tasks=tasks))
+
+epochs = 6
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs)
+optim_wrapper = dict(
+    type='OptimWrapper',
+    constructor='e3va_mm.SidePathOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.),
+    clip_grad=dict(max_norm=10.))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
+    dict(
+        type='CosineAnnealingLR',
+        by_epoch=True,
+        T_max=epochs,
+        eta_min_ratio=0.01,
+        convert_to_iter_based=True)
+]
+custom_hooks = _base_.custom_hooks + [
+    dict(type='e3va_mm.AdapterCheckpointHook', max_keep=1)
+]
+default_hooks = dict(
+    logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1))
+randomness = dict(seed=0)

@@ -1,0 +1,130 @@
+"""Pictures to run on: files, folders, videos, arrays."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from mmcv import VideoReader, imfrombytes
+from mmengine.fileio import get
+
+from ..errors import DataError
+
+PICTURES = '.bmp .jpeg .jpg .pgm .png .ppm .tif .tiff .webp'.split()
+VIDEOS = '.avi .m4v .mkv .mov .mp4 .mpeg .mpg .webm'.split()
+Input = str | Path | np.ndarray
+
+
+class Video(NamedTuple):
+    """What frames come from."""
+
+    name: str
+    fps: float
+
+
+class Picture(NamedTuple):
+    """A picture, or a frame of a video."""
+
+    # What is found on it is called so; may have folders in it.
+    name: str
+    # A path or URL, or BGR values (H, W, 3).
+    source: str | np.ndarray
+    video: Video | None = None
+
+    def read(self) -> np.ndarray:
+        """The picture (H, W, 3), BGR.
+
+        Raises:
+            DataError: If it cannot be read.
+        """
+        if isinstance(self.source, np.ndarray):
+            return self.source
+        try:
+            image = imfrombytes(get(self.source))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f'{self.source} cannot be read: {error}. Check the path.'
+            ) from error
+        if image is None:
+            raise DataError(
+                f'{self.source} is not a whole picture of a known format. '
+                'Copy it again or leave it out.'
+            )
+        return image
+
+
+class Pictures:
+    """All the pictures of some inputs, one after the other.
+
+    Args:
+        inputs (str | Path | np.ndarray | Sequence): A path or URL of a
+            picture, a folder, which is searched with those in it, a video, a
+            BGR picture (H, W, 3) of unsigned bytes, or a list of these.
+
+    Raises:
+        DataError: If there is no picture, or a video cannot be read.
+    """
+
+    def __init__(self, inputs: Input | Sequence[Input]) -> None:
+        self._found: list[Picture | Path] = []
+        self._videos: dict[Path, VideoReader] = {}
+        several = isinstance(inputs, (list, tuple))
+        for each in inputs if several else [inputs]:
+            self._add(each)
+        if not self._found:
+            raise DataError(
+                f'Expected pictures or videos in {inputs}, but no file there '
+                f'ends in one of {", ".join([*PICTURES, *VIDEOS])}.'
+            )
+
+    def _add(self, each: Input) -> None:
+        if isinstance(each, np.ndarray):
+            if each.ndim != 3 or each.shape[2] != 3 or each.dtype != np.uint8:
+                raise DataError(
+                    'Expected a picture as unsigned bytes of shape (H, W, 3), '
+                    f'BGR, but got {each.dtype} of shape {each.shape}.'
+                )
+            self._found.append(Picture(f'{len(self._found):06d}', each))
+            return
+        path = Path(each)
+        if path.is_dir():
+            for file in sorted(path.rglob('*')):
+                if file.suffix.lower() in [*PICTURES, *VIDEOS]:
+                    self._add_file(file, file.relative_to(path))
+        elif path.suffix.lower() in VIDEOS or '://' not in str(each):
+            self._add_file(path, Path(path.name))
+        else:
+            self._found.append(Picture(path.stem, str(each)))
+
+    def _add_file(self, path: Path, name: Path) -> None:
+        if not path.is_file():
+            raise DataError(f'{path}: no such picture, video or folder.')
+        if path.suffix.lower() not in VIDEOS:
+            self._found.append(Picture(str(name.with_suffix('')), str(path)))
+            return
+        video = VideoReader(str(path))
+        if not len(video):
+            raise DataError(
+                f'{path} is no video that OpenCV can read. Convert it, for '
+                'example to H.264 in an .mp4 file.'
+            )
+        self._videos[path] = video
+        self._found.append(path)
+
+    def __len__(self) -> int:
+        return sum(
+            len(self._videos[each]) if isinstance(each, Path) else 1
+            for each in self._found
+        )
+
+    def __iter__(self) -> Iterator[Picture]:
+        for each in self._found:
+            if not isinstance(each, Path):
+                yield each
+                continue
+            reader = self._videos[each]
+            video = Video(each.stem, reader.fps)
+            for index, frame in enumerate(reader):
+                if frame is None:  # containers promise more than they have
+                    break
+                yield Picture(f'{each.stem}_{index:06d}', frame, video)

@@ -1,0 +1,240 @@
+"""Tasks on one trunk give what the frameworks give of each alone."""
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+import e3va_mm.registry  # noqa: F401  torchvision, before mmpretrain
+from e3va_mm.apis import MultiTaskInferencer
+from e3va_mm.errors import CheckpointError, ConfigError, DataError
+from e3va_mm.models import SidePathBackbone
+from e3va_mm.registry import MODELS
+from tests.test_apis.tuned import tuned_apart
+
+pytest.importorskip('mmpretrain')
+NAMES = ['boxes', 'parts', 'kinds']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp('tuned')
+
+
+@pytest.fixture(scope='module')
+def tuned(folder):
+    return tuned_apart(folder)
+
+
+@pytest.fixture(scope='module')
+def pictures(tuned, folder):
+    return sorted(str(path) for path in (folder / 'images').iterdir())
+
+
+@pytest.fixture(scope='module')
+def alone(tuned, pictures):
+    """What the stock models give, each with its own trunk."""
+    from mmdet.apis import inference_detector, init_detector
+    from mmpretrain.apis import ImageClassificationInferencer
+    from mmseg.apis import MMSegInferencer
+
+    # Each in its turn: they look names up in the scope of now.
+    detector = init_detector(*tuned['boxes'], device='cpu')
+    boxes = inference_detector(detector, pictures)
+    segmentor = MMSegInferencer(*tuned['parts'], device='cpu')
+    found = list(segmentor.preprocess(pictures))
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        classifier = ImageClassificationInferencer(
+            *tuned['kinds'], device='cpu'
+        )
+        kinds = classifier(pictures, return_datasamples=True)
+    return dict(
+        boxes=boxes,
+        parts=[each for data in found for each in segmentor.forward(data)],
+        kinds=kinds,
+    )
+
+
+def assert_same(found, alone):
+    for ours, theirs in zip(found['boxes'], alone['boxes'], strict=True):
+        ours, theirs = ours.pred_instances, theirs.pred_instances
+        assert len(theirs) == 5
+        assert torch.equal(ours.labels, theirs.labels)
+        for key in ('scores', 'bboxes'):
+            torch.testing.assert_close(
+                ours[key], theirs[key], rtol=1e-5, atol=1e-5
+            )
+    for key, name in (('seg_logits', 'parts'), ('pred_score', 'kinds')):
+        for ours, theirs in zip(found[name], alone[name], strict=True):
+            ours, theirs = ours.get(key), theirs.get(key)
+            if name == 'parts':
+                ours, theirs = ours.data, theirs.data
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def predictions(found):
+    return {name: found[name]['predictions'] for name in found}
+
+
+@pytest.mark.parametrize('batch_size', [1, 3])
+def test_one_pass_gives_what_three_give(tuned, alone, pictures, batch_size):
+    infer = MultiTaskInferencer(tuned, 'cpu')
+    found = infer(pictures, batch_size, return_datasamples=True)
+    assert_same(predictions(found), alone)
+    assert infer.passes == len(pictures)
+    # Told apart: they are not all the same side path.
+    assert len({float(each.pred_score.max()) for each in alone['kinds']}) == 4
+
+
+def test_the_trunk_is_in_memory_once(tuned):
+    infer = MultiTaskInferencer(tuned, 'cpu')
+    storages = [
+        {
+            value.data_ptr()
+            for _, child in infer.tasks[name].backbone.trunk_children()
+            for value in child.parameters()
+        }
+        for name in NAMES
+    ]
+    assert storages[0] == storages[1] == storages[2]
+    assert infer.on_trunk_of('boxes') == ['parts', 'kinds']
+
+
+def test_no_trunk_is_read_twice(tuned, monkeypatch):
+    sources = []
+    reads = SidePathBackbone._reads
+    monkeypatch.setattr(
+        SidePathBackbone,
+        '_reads',
+        lambda self, source: sources.append(source) or reads(self, source),
+    )
+    MultiTaskInferencer(tuned, 'cpu')
+    assert len(sources) == 1
+
+
+def test_tasks_come_and_go(tuned, alone, pictures):
+    infer = MultiTaskInferencer(device='cpu')
+    with pytest.raises(ConfigError, match='There is no task to run'):
+        infer(pictures)
+    infer.add('kinds', *tuned['kinds'])
+    infer.add('boxes', *tuned['boxes'])
+    infer.remove('kinds')  # whose trunk the other shares
+    infer.add('parts', *tuned['parts'])
+    assert infer.on_trunk_of('parts') == ['boxes']
+    infer.add('kinds', *tuned['kinds'])
+    found = infer(pictures, return_datasamples=True)
+    assert list(found) == ['boxes', 'parts', 'kinds']
+    assert_same(predictions(found), alone)
+
+
+def test_plain_results_and_drawings(tuned, alone, pictures):
+    found = MultiTaskInferencer(tuned, 'cpu')(pictures[0], return_vis=True)
+    (boxes,), (parts,), (kinds,) = predictions(found).values()
+    assert boxes['labels'] == alone['boxes'][0].pred_instances.labels.tolist()
+    assert np.array_equal(parts, alone['parts'][0].pred_sem_seg.data[0])
+    assert kinds['pred_class'] in ('cat', 'dog', 'bird')
+    for name in NAMES:
+        (drawn,) = found[name]['visualization']
+        assert drawn.shape[2] == 3 and drawn.std() > 0
+
+
+def test_another_preparation_takes_another_pass(tuned, alone, pictures):
+    larger = Config.fromfile(tuned['boxes'].config)
+    larger.test_dataloader.dataset.pipeline[1].scale = (96, 96)
+    infer = MultiTaskInferencer(tuned, 'cpu')
+    infer.add('larger', larger, tuned['boxes'].adapter)
+    assert infer.on_trunk_of('larger') == NAMES
+    found = infer(pictures, return_datasamples=True)
+    assert infer.passes == 2 * len(pictures)
+    found.pop('larger')
+    assert_same(predictions(found), alone)
+
+
+def test_a_segmentor_that_slides(tmp_path, tuned, pictures):
+    sliding = tuned_apart(tmp_path, mode='slide')['parts']
+    infer = MultiTaskInferencer(dict(parts=sliding), 'cpu')
+    (alone,) = infer(pictures[0], return_datasamples=True)['parts'][
+        'predictions'
+    ]
+    infer.add('boxes', *tuned['boxes'])
+    assert infer.on_trunk_of('parts') == ['boxes']
+    (found,) = infer(pictures[0], return_datasamples=True)['parts'][
+        'predictions'
+    ]
+    assert torch.equal(found.seg_logits.data, alone.seg_logits.data)
+
+
+def test_another_trunk_is_not_shared(tmp_path, tuned, alone, pictures):
+    from safetensors.torch import save_file
+
+    from tests.helpers import build_stock, randomised
+
+    trunk = tmp_path / 'another.safetensors'
+    save_file(randomised(build_stock(), seed=1).state_dict(), trunk)
+    others = tuned_apart(tmp_path, trunk=trunk)
+    infer = MultiTaskInferencer(tuned, 'cpu')
+    infer.add('other', *others['boxes'])
+    assert infer.on_trunk_of('other') == []
+    found = infer(pictures, return_datasamples=True)
+    found.pop('other')
+    assert_same(predictions(found), alone)
+
+
+def test_other_options_of_the_trunk_are_not_shared(tmp_path, tuned):
+    others = tuned_apart(tmp_path, trunk_compute='bf16')
+    infer = MultiTaskInferencer(dict(boxes=tuned['boxes']), 'cpu')
+    infer.add('other', *others['parts'])
+    assert infer.on_trunk_of('other') == []
+
+
+def test_pictures_of_several_sizes(tuned, pictures):
+    infer = MultiTaskInferencer(dict(boxes=tuned['boxes']), 'cpu')
+    random = np.random.default_rng(0)
+    inputs = [
+        random.integers(0, 256, (*size, 3), dtype=np.uint8)
+        for size in ((48, 64), (48, 64), (64, 48))
+    ]
+    together = infer(inputs, batch_size=3)['boxes']['predictions']
+    apart = [infer(each)['boxes']['predictions'][0] for each in inputs]
+    for ours, theirs in zip(together, apart, strict=True):
+        assert np.allclose(ours['bboxes'], theirs['bboxes'], atol=1e-4)
+
+
+def stock_checkpoint(config, path):
+    """A checkpoint of a model without a side path."""
+    config = Config.fromfile(config)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(config.model)
+    meta = dict(dataset_meta=dict(classes=('cat', 'dog', 'bird')))
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
+
+
+def test_what_is_refused(tuned, folder, tmp_path):
+    stock = str(folder / 'detection.py')
+    stock_checkpoint(stock, tmp_path / 'stock.pth')
+    infer = MultiTaskInferencer(dict(boxes=tuned['boxes']), 'cpu')
+    config, adapter = tuned['parts']
+    for arguments, error, message in (
+        (('boxes', config, adapter), ConfigError, 'a task .boxes. already'),
+        (('a/b', config, adapter), ConfigError, 'letters, digits'),
+        (('b', 'none.py', adapter), ConfigError, 'no such config file'),
+        (('b', config, 'none.pth'), CheckpointError, 'no such checkpoint'),
+        (('b', stock, adapter), CheckpointError, '166 missing in the file'),
+        (
+            ('b', stock, str(tmp_path / 'stock.pth')),
+            ConfigError,
+            "'b': expected a model with one backbone that has a side path",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            infer.add(*arguments)
+    assert list(infer.tasks) == ['boxes']
+    with pytest.raises(ConfigError, match='Expected the name of a task'):
+        infer.remove('parts')
+    with pytest.raises(ConfigError, match='`batch_size` should be a whole'):
+        infer(str(folder / 'images'), batch_size=0)
+    broken = tmp_path / 'broken.jpg'
+    broken.write_bytes(b'none')
+    with pytest.raises(DataError, match='broken.jpg is not a whole picture'):
+        infer(str(broken))

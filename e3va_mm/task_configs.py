@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.model import ModuleDict
 
 from .errors import ConfigError
 
@@ -31,10 +32,11 @@ def task_configs(tasks: Mapping) -> dict[str, Config]:
         )
     found = {}
     for name, config in tasks.items():
-        if not NAME.fullmatch(str(name)):
+        if not NAME.fullmatch(str(name)) or hasattr(ModuleDict, name):
             raise ConfigError(
                 'The name of a task in `tasks` should be a word without '
-                f'"loss", but got {name!r}.'
+                '"loss" that is no method of a module dict, but got '
+                f'{name!r}.'
             )
         if isinstance(config, (str, PathLike)):
             if not Path(config).is_file():

@@ -24,8 +24,9 @@ def test_paths_and_dicts(tmp_path):
         ({}, '`tasks` should be a dict of configs'),
         (['a.py'], '`tasks` should be a dict of configs'),
         (dict(a='none.py'), '`tasks.a`: none.py: no such config file'),
-        ({'a.b': WHOLE}, 'a word without "loss", but got .a.b.'),
-        ({'my_loss': WHOLE}, 'a word without "loss", but got .my_loss.'),
+        ({'a.b': WHOLE}, 'a word without "loss" that is no method .* .a.b.'),
+        ({'my_loss': WHOLE}, 'but got .my_loss.'),
+        ({'items': WHOLE}, 'no method of a module dict, but got .items.'),
         (dict(a=dict(model=dict())), 'with default_scope, but it has none'),
     ],
 )

@@ -221,9 +221,11 @@ def contents_table(adapter: AdapterFile, title: str) -> Table:
     trained = set(adapter.trainable)
     rows = defaultdict(lambda: [0, 0, 0, 0])
     for key, value in adapter.tensors.items():
-        # Of a backbone the second part tells side path from norms.
+        # Of a backbone one part more tells side path from norms, of several
+        # tasks their name comes before.
         inside = key.startswith(tuple(adapter.trunks))
-        name = '.'.join(key.split('.')[: 1 + inside])
+        depth = 1 + inside + 2 * key.startswith('tasks.')
+        name = '.'.join(key.split('.')[:depth])
         sums = (1, value.numel(), value.numel() * (key in trained))
         for i, each in enumerate((*sums, value.nbytes)):
             rows[name][i] += each

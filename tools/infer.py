@@ -97,23 +97,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the tasks."""
     args = parse_args(argv)
     # What loaders say of each tensor is no news here.
-    MMLogger.get_current_instance().setLevel('ERROR')
+    MMLogger.get_current_instance().setLevel('WARNING')
     tasks = tasks_of(args.task)
     pictures = Pictures(args.inputs)
     infer = MultiTaskInferencer(tasks, args.device)
     with ResultWriter(
         args.out, infer.tasks, not args.no_draw, args.score_thr
     ) as writer:
+        count = 0
         for picture, results in track(
             infer.run(pictures, args.batch_size),
             'Inference',
-            len(pictures),
+            len(pictures) or None,
             console=Console(stderr=True),
         ):
             writer.write(picture, results)
+            count += 1
+    trunks = {
+        ' + '.join(sorted([name, *infer.on_trunk_of(name)])) for name in tasks
+    }
     print(
-        f'{args.out}: {len(pictures)} pictures, {len(tasks)} tasks, '
-        f'{infer.passes} passes of a trunk'
+        f'{args.out}: {count} pictures, {len(tasks)} tasks, '
+        f'{infer.passes} passes of a trunk\n'
+        f'trunks: {"; ".join(sorted(trunks))}'
     )
 
 

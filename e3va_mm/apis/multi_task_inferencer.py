@@ -48,7 +48,8 @@ class MultiTaskInferencer:
     Attributes:
         tasks (dict[str, Task]): The tasks, by name.
         passes (int): How many pictures have gone through a trunk, each as
-            often as it did.
+            often as it did; the pieces of a segmentor that slides count as
+            one.
 
     Examples:
         >>> infer = MultiTaskInferencer(
@@ -210,7 +211,8 @@ class MultiTaskInferencer:
                 '`batch_size` should be a whole number from 1 on, but got '
                 f'{batch_size!r}.'
             )
-        pipelines = {name: task.steps for name, task in self.tasks.items()}
+        tasks = dict(self.tasks)  # those of now, whoever comes meanwhile
+        pipelines = {name: task.steps for name, task in tasks.items()}
         batch: list[tuple[Picture, dict[str, dict]]] = []
         for picture in pictures:
             samples = _prepare(pipelines, picture)
@@ -218,54 +220,59 @@ class MultiTaskInferencer:
                 len(batch) == batch_size
                 or _sizes(samples) != _sizes(batch[0][1])
             ):
-                yield from self._run_batch(batch)
+                yield from self._run_batch(tasks, batch)
                 batch = []
             batch.append((picture, samples))
-        yield from self._run_batch(batch)
+        yield from self._run_batch(tasks, batch)
 
     def _run_batch(
-        self, batch: Sequence[tuple[Picture, Mapping[str, dict]]]
+        self,
+        tasks: Mapping[str, Task],
+        batch: Sequence[tuple[Picture, Mapping[str, dict]]],
     ) -> Iterator[Found]:
         if not batch:
             return
         batches = {
             name: task.to_batch([samples[name] for _, samples in batch])
-            for name, task in self.tasks.items()
+            for name, task in tasks.items()
         }
         results = {}
-        for group in self._groups(batches):
+        for group in _groups(tasks, batches):
             outputs: Sequence[tuple[Tensor, ...] | None] = [None]
             if len(group) > 1:
                 with torch.no_grad():
                     outputs = run_trunk(
-                        [self.tasks[name].backbone for name in group],
+                        [tasks[name].backbone for name in group],
                         batches[group[0]]['inputs'],
                     )
             self.passes += len(batch)
             for name, maps in zip(group, outputs, strict=True):
-                results[name] = self.tasks[name].predict(batches[name], maps)
+                results[name] = tasks[name].predict(batches[name], maps)
         for index, (picture, _) in enumerate(batch):
-            found = {name: results[name][index] for name in self.tasks}
+            found = {name: results[name][index] for name in tasks}
             yield Found(picture, found)
 
-    def _groups(self, batches: Mapping[str, dict]) -> list[list[str]]:
-        """Names of the tasks that one pass of a trunk is for, each once."""
-        groups: list[list[str]] = []
-        for name, task in self.tasks.items():
-            for group in groups:
-                other = self.tasks[group[0]]
-                if (
-                    task.backbone.storage is other.backbone.storage
-                    and not (task.slides or other.slides)
-                    and torch.equal(
-                        batches[name]['inputs'], batches[group[0]]['inputs']
-                    )
-                ):
-                    group.append(name)
-                    break
-            else:
-                groups.append([name])
-        return groups
+
+def _groups(
+    tasks: Mapping[str, Task], batches: Mapping[str, dict]
+) -> list[list[str]]:
+    """Names of the tasks that one pass of a trunk is for, each once."""
+    groups: list[list[str]] = []
+    for name, task in tasks.items():
+        for group in groups:
+            other = tasks[group[0]]
+            if (
+                task.backbone.storage is other.backbone.storage
+                and not (task.slides or other.slides)
+                and torch.equal(
+                    batches[name]['inputs'], batches[group[0]]['inputs']
+                )
+            ):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
 
 
 def _prepare(

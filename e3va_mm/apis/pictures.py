@@ -1,8 +1,10 @@
 """Pictures to run on: files, folders, videos, arrays."""
 
 from collections.abc import Iterator, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 from mmcv import VideoReader, imfrombytes
@@ -18,6 +20,7 @@ Input = str | Path | np.ndarray
 class Video(NamedTuple):
     """What frames come from."""
 
+    # As that of a picture.
     name: str
     fps: float
 
@@ -41,7 +44,7 @@ class Picture(NamedTuple):
             return self.source
         try:
             image = imfrombytes(get(self.source))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError, HTTPException) as error:
             raise DataError(
                 f'{self.source} cannot be read: {error}. Check the path.'
             ) from error
@@ -66,8 +69,7 @@ class Pictures:
     """
 
     def __init__(self, inputs: Input | Sequence[Input]) -> None:
-        self._found: list[Picture | Path] = []
-        self._videos: dict[Path, VideoReader] = {}
+        self._found: list[Picture | _Film] = []
         several = isinstance(inputs, (list, tuple))
         for each in inputs if several else [inputs]:
             self._add(each)
@@ -85,46 +87,69 @@ class Pictures:
                     f'BGR, but got {each.dtype} of shape {each.shape}.'
                 )
             self._found.append(Picture(f'{len(self._found):06d}', each))
-            return
-        path = Path(each)
-        if path.is_dir():
-            for file in sorted(path.rglob('*')):
-                if file.suffix.lower() in [*PICTURES, *VIDEOS]:
-                    self._add_file(file, file.relative_to(path))
-        elif path.suffix.lower() in VIDEOS or '://' not in str(each):
-            self._add_file(path, Path(path.name))
-        else:
+        elif '://' in str(each):
+            path = Path(urlsplit(str(each)).path)
+            if path.suffix.lower() in VIDEOS:
+                raise DataError(
+                    f'{each}: videos are read from local files. Fetch it '
+                    'first.'
+                )
             self._found.append(Picture(path.stem, str(each)))
+        elif Path(each).is_dir():
+            folder = Path(each)
+            for file in sorted(folder.rglob('*')):
+                if file.is_file() and _suffix(file) in (*PICTURES, *VIDEOS):
+                    self._add_file(file, file.relative_to(folder))
+        else:
+            self._add_file(Path(each), Path(Path(each).name))
 
     def _add_file(self, path: Path, name: Path) -> None:
         if not path.is_file():
             raise DataError(f'{path}: no such picture, video or folder.')
-        if path.suffix.lower() not in VIDEOS:
-            self._found.append(Picture(str(name.with_suffix('')), str(path)))
-            return
-        video = VideoReader(str(path))
-        if not len(video):
-            raise DataError(
-                f'{path} is no video that OpenCV can read. Convert it, for '
-                'example to H.264 in an .mp4 file.'
-            )
-        self._videos[path] = video
-        self._found.append(path)
+        name = str(name.with_suffix(''))
+        if _suffix(path) in VIDEOS:
+            self._found.append(_Film.of(path, name))
+        else:
+            self._found.append(Picture(name, str(path)))
 
     def __len__(self) -> int:
+        """As many as the files say; a video may end before."""
         return sum(
-            len(self._videos[each]) if isinstance(each, Path) else 1
+            each.frames if isinstance(each, _Film) else 1
             for each in self._found
         )
 
     def __iter__(self) -> Iterator[Picture]:
         for each in self._found:
-            if not isinstance(each, Path):
+            if isinstance(each, _Film):
+                yield from each
+            else:
                 yield each
-                continue
-            reader = self._videos[each]
-            video = Video(each.stem, reader.fps)
-            for index, frame in enumerate(reader):
-                if frame is None:  # containers promise more than they have
-                    break
-                yield Picture(f'{each.stem}_{index:06d}', frame, video)
+
+
+class _Film(NamedTuple):
+    """A video file, open only while it is read."""
+
+    path: Path
+    video: Video
+    frames: int
+
+    @classmethod
+    def of(cls, path: Path, name: str) -> '_Film':
+        reader = VideoReader(str(path))
+        if not reader.opened:
+            raise DataError(
+                f'{path} is no video that OpenCV can read. Convert it, for '
+                'example to H.264 in an .mp4 file.'
+            )
+        # Recordings may not know how many there are.
+        return cls(path, Video(name, reader.fps), max(reader.frame_cnt, 0))
+
+    def __iter__(self) -> Iterator[Picture]:
+        name = self.video.name
+        for index, frame in enumerate(VideoReader(str(self.path))):
+            yield Picture(f'{name}_{index:06d}', frame, self.video)
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()

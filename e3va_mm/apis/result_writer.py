@@ -41,7 +41,9 @@ class ResultWriter:
         self._draw = draw
         self._score_thr = score_thr
         self._names: set[str] = set()
+        self._films: set[str] = set()
         self._video: Video | None = None
+        self._film = ''  # the name of its drawing
         self._videos: dict[str, cv2.VideoWriter] = {}
 
     def __enter__(self) -> 'ResultWriter':
@@ -63,44 +65,40 @@ class ResultWriter:
         Raises:
             DataError: If a file cannot be written.
         """
-        name = picture.name
-        number = 1
-        while name in self._names:
-            number += 1
-            name = f'{picture.name}_{number}'
-        self._names.add(name)
+        name = _free(picture.name, self._names)
         image = picture.read()[..., ::-1] if self._draw else None
         if picture.video is not self._video:
             self._end_video()
             self._video = picture.video
+            if picture.video is not None:
+                self._film = _free(picture.video.name, self._films)
         for task, result in results.items():
             path = self.folder / task / 'preds' / name
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._tasks[task].write(self._tasks[task].plain(result), path)
+                if image is not None:
+                    path = self.folder / task / 'vis' / name
+                    self._write_drawing(task, path, image, result)
             except OSError as error:
                 raise DataError(
                     f'{path} cannot be written: {error}. Free some room, or '
                     'name another folder.'
                 ) from error
-            if image is not None:
-                drawn = self._tasks[task].draw(image, result, self._score_thr)
-                self._write_drawing(task, name, drawn[..., ::-1])
 
-    def _write_drawing(self, task: str, name: str, image: np.ndarray) -> None:
-        """Write a drawing (H, W, 3), BGR, or add it to its video."""
-        folder = self.folder / task / 'vis'
+    def _write_drawing(
+        self, task: str, path: Path, image: np.ndarray, result: BaseDataElement
+    ) -> None:
+        """Draw on a picture (H, W, 3), RGB; write it, or add it to a video."""
+        drawn = self._tasks[task].draw(image, result, self._score_thr)
+        drawn = np.ascontiguousarray(drawn[..., ::-1])
         if self._video is None:
-            path = folder / f'{name}.jpg'
-            written = mmcv.imwrite(image, str(path))
+            written = mmcv.imwrite(drawn, f'{path}.jpg')
         else:
-            path = folder / f'{self._video.name}.mp4'
-            written = self._add_frame(task, path, image)
+            path = self.folder / task / 'vis' / f'{self._film}.mp4'
+            written = self._add_frame(task, path, drawn)
         if not written:
-            raise DataError(
-                f'{path} cannot be written. Free some room, or name another '
-                'folder.'
-            )
+            raise OSError('OpenCV has not written it')
 
     def _add_frame(self, task: str, path: Path, image: np.ndarray) -> bool:
         if task not in self._videos:
@@ -111,10 +109,20 @@ class ResultWriter:
                 self._video.fps or 25.0,
                 image.shape[1::-1],
             )
-        self._videos[task].write(np.ascontiguousarray(image))
+        self._videos[task].write(image)
         return self._videos[task].isOpened()
 
     def _end_video(self) -> None:
         for video in self._videos.values():
             video.release()
         self._videos = {}
+
+
+def _free(wanted: str, taken: set[str]) -> str:
+    """A name that is not taken yet; now it is."""
+    name, number = wanted, 1
+    while name in taken:
+        number += 1
+        name = f'{wanted}_{number}'
+    taken.add(name)
+    return name

@@ -20,7 +20,11 @@ def run_pipelines(
     Returns:
         dict[str, Any]: What the last of each gives; nothing is shared.
     """
-    done = {name: picture for name, steps in pipelines.items() if not steps}
+    done = {
+        name: copy.deepcopy(picture)
+        for name, steps in pipelines.items()
+        if not steps
+    }
     alike = defaultdict(dict)
     for name, steps in pipelines.items():
         if steps:
@@ -31,8 +35,6 @@ def run_pipelines(
         found = first(copy.deepcopy(picture))
         rest = {name: steps[1:] for name, steps in group.items()}
         done |= run_pipelines(rest, found)
-    if len(done) > 1:
-        done = {name: copy.deepcopy(value) for name, value in done.items()}
     return {name: done[name] for name in pipelines}
 
 
@@ -42,4 +44,7 @@ def _key(step: Callable) -> Hashable:
     One with a part that cannot be told apart from another's is only equal to
     itself.
     """
-    return type(step), repr(sorted(vars(step).items(), key=str))
+    values = sorted(vars(step).items(), key=str)
+    if any(isinstance(value, np.ndarray) for _, value in values):
+        return id(step)  # long ones are written in short
+    return type(step), repr(values)

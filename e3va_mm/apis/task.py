@@ -46,12 +46,14 @@ class Task(ABC):
     """
 
     scope: str
+    visualizer: str | None = None  # that the stock inferencer needs
     collate: Callable = staticmethod(pseudo_collate)
 
     def __init__(
         self, name: str, config: Config, checkpoint: str, device: str
     ) -> None:
         self.name = name
+        self._check(config)
         with self.in_scope():
             self._inferencer = self._load(config, checkpoint, device)
         self.model: nn.Module = self._inferencer.model
@@ -106,6 +108,24 @@ class Task(ABC):
         self, config: Config, checkpoint: str, device: str
     ) -> BaseInferencer:
         """The stock inferencer with its model."""
+
+    def _check(self, config: Config) -> None:
+        """Refuse a config that the stock inferencer cannot use."""
+        loader = config.get('test_dataloader') or {}
+        pipeline = (loader.get('dataset') or {}).get('pipeline') or [{}]
+        kind = pipeline[0].get('type', 'nothing')
+        kind = kind if isinstance(kind, str) else kind.__name__
+        if kind.split('.')[-1] != 'LoadImageFromFile':
+            raise ConfigError(
+                f'Task {self.name!r}: `test_dataloader.dataset.pipeline` '
+                f'should begin with LoadImageFromFile, but begins with {kind}.'
+            )
+        if self.visualizer and config.get('visualizer') is None:
+            raise ConfigError(
+                f'Task {self.name!r}: the config should have a `visualizer`: '
+                f"visualizer=dict(type='{self.visualizer}', "
+                "name='visualizer')."
+            )
 
     def _steps(self) -> list[Callable]:
         first, *rest = self._inferencer.pipeline.transforms
@@ -171,6 +191,7 @@ class DetectionTask(Task):
     """A detector of mmdet."""
 
     scope = 'mmdet'
+    visualizer = 'DetLocalVisualizer'
 
     def _load(
         self, config: Config, checkpoint: str, device: str
@@ -180,9 +201,25 @@ class DetectionTask(Task):
         return DetInferencer(config, checkpoint, device, show_progress=False)
 
     def plain(self, result: BaseDataElement) -> dict:
-        """Lists: ``bboxes``, ``labels``, ``scores``, perhaps ``masks``."""
-        found = self._inferencer.postprocess([result], None)
-        return found['predictions'][0]
+        """Lists: ``bboxes``, ``labels``, ``scores``, perhaps ``masks``.
+
+        Of panoptic models also ``panoptic_seg``.
+
+        Raises:
+            ConfigError: If panopticapi is needed and not installed.
+        """
+        try:
+            # It writes into a panoptic map.
+            found = self._inferencer.postprocess([result.clone()], None)
+        except RuntimeError as error:
+            if 'panoptic_seg' in str(error) or 'panopticapi' in str(error):
+                raise ConfigError(f'Task {self.name!r}: {error}') from error
+            raise
+        plain = found['predictions'][0]
+        return {
+            key: value.tolist() if isinstance(value, np.ndarray) else value
+            for key, value in plain.items()
+        }
 
     def write(self, plain: dict, path: Path) -> None:
         """As JSON."""
@@ -205,6 +242,7 @@ class SegmentationTask(Task):
     """A segmentor of mmsegmentation."""
 
     scope = 'mmseg'
+    visualizer = 'SegLocalVisualizer'
 
     def _load(
         self, config: Config, checkpoint: str, device: str
@@ -222,8 +260,12 @@ class SegmentationTask(Task):
         ]
 
     def write(self, plain: np.ndarray, path: Path) -> None:
-        """As a PNG whose values are the classes."""
-        Image.fromarray(plain.astype(np.uint8)).save(f'{path}.png')
+        """As a PNG whose values are the classes; depths as an array."""
+        if np.issubdtype(plain.dtype, np.floating):
+            np.save(f'{path}.npy', plain)
+        else:
+            kind = np.uint8 if plain.max() < 256 else np.uint16
+            Image.fromarray(plain.astype(kind)).save(f'{path}.png')
 
     def draw(
         self, image: np.ndarray, result: BaseDataElement, score_thr: float

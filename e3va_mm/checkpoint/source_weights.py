@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class SourceWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        # Read once as long as somebody has it, as several models on one trunk.
+        self._alive: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
         self._places: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
         offset = 0
         try:
@@ -46,10 +49,13 @@ class SourceWeights(Mapping[str, Tensor]):
             ) from error
 
     def __getitem__(self, name: str) -> Tensor:
-        offset, dtype, shape = self._places[name]
-        tensor = torch.empty(shape, dtype=dtype)
-        self._file.seek(offset)
-        self._file.readinto(_bytes(tensor))
+        tensor = self._alive.get(name)
+        if tensor is None:
+            offset, dtype, shape = self._places[name]
+            tensor = torch.empty(shape, dtype=dtype)
+            self._file.seek(offset)
+            self._file.readinto(_bytes(tensor))
+            self._alive[name] = tensor
         return tensor
 
     def __iter__(self) -> Iterator[str]:

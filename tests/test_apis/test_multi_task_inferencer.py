@@ -8,6 +8,7 @@ from mmengine.registry import DefaultScope
 
 import e3va_mm.registry  # noqa: F401  torchvision, before mmpretrain
 from e3va_mm.apis import MultiTaskInferencer
+from e3va_mm.apis.pictures import Pictures
 from e3va_mm.errors import CheckpointError, ConfigError, DataError
 from e3va_mm.models import SidePathBackbone
 from e3va_mm.registry import MODELS
@@ -177,8 +178,22 @@ def test_another_trunk_is_not_shared(tmp_path, tuned, alone, pictures):
     infer.add('other', *others['boxes'])
     assert infer.on_trunk_of('other') == []
     found = infer(pictures, return_datasamples=True)
-    found.pop('other')
+    own = MultiTaskInferencer(dict(other=others['boxes']), 'cpu')
+    own = own(pictures, return_datasamples=True)['other']['predictions']
+    for ours, theirs in zip(
+        found.pop('other')['predictions'], own, strict=True
+    ):
+        ours, theirs = ours.pred_instances, theirs.pred_instances
+        assert torch.equal(ours.scores, theirs.scores)
     assert_same(predictions(found), alone)
+
+
+def test_a_task_that_comes_while_others_run(tuned, pictures):
+    infer = MultiTaskInferencer(dict(boxes=tuned['boxes']), 'cpu')
+    run = infer.run(Pictures(pictures))
+    next(run)
+    infer.add('parts', *tuned['parts'])
+    assert all(list(found.results) == ['boxes'] for found in run)
 
 
 def test_other_options_of_the_trunk_are_not_shared(tmp_path, tuned):
@@ -208,6 +223,26 @@ def stock_checkpoint(config, path):
         model = MODELS.build(config.model)
     meta = dict(dataset_meta=dict(classes=('cat', 'dog', 'bird')))
     torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(visualizer=None), "visualizer=dict.type='DetLocalVisualizer'"),
+        (
+            {'test_dataloader.dataset.pipeline.0.type': 'Resize'},
+            'should begin with LoadImageFromFile, but begins with Resize',
+        ),
+        (dict(test_dataloader=None), 'but begins with nothing'),
+    ],
+)
+def test_a_config_that_cannot_be_used(tuned, changes, message):
+    config = Config.fromfile(tuned['boxes'].config)
+    config.merge_from_dict(changes)
+    with pytest.raises(ConfigError, match=message):
+        MultiTaskInferencer(
+            dict(boxes=(config, tuned['boxes'].adapter)), 'cpu'
+        )
 
 
 def test_what_is_refused(tuned, folder, tmp_path):

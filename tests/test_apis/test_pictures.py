@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import pytest
+from mmcv import VideoReader
 from PIL import Image
 
 from e3va_mm.apis.pictures import Picture, Pictures
@@ -58,9 +59,23 @@ def test_a_list_of_several_kinds(folder):
     assert bright == sorted(bright) and bright[2] > 100
 
 
+def test_a_video_is_open_while_it_is_read(folder, monkeypatch):
+    """Recordings may not know how many frames they have."""
+    (folder / 'inner' / 'deep.png').mkdir()  # a folder is no picture
+    film(folder / 'inner' / 'clip.mp4')
+    monkeypatch.setattr(VideoReader, 'frame_cnt', -1)
+    pictures = Pictures(folder)
+    assert len(pictures) == 3
+    frames = [each for each in pictures if each.video]
+    assert [each.name for each in frames] == [
+        f'inner/clip_00000{index}' for index in range(3)
+    ]
+
+
 def test_a_url_is_left_to_its_loader():
-    (picture,) = Pictures('https://example.com/some/a.jpg')
-    assert picture == Picture('a', 'https://example.com/some/a.jpg')
+    url = 'https://example.com/some/a.jpg?signed=' + 'x' * 300
+    (picture,) = Pictures(url)
+    assert picture == Picture('a', url)
 
 
 def test_what_is_refused(folder):
@@ -72,6 +87,7 @@ def test_what_is_refused(folder):
         ([], 'no file there ends in'),
         (str(folder / 'none.png'), 'no such picture, video or folder'),
         (str(folder / 'broken.mp4'), 'no video that OpenCV can read'),
+        ('https://example.com/clip.mp4', 'videos are read from local files'),
         (np.zeros((4, 5), np.uint8), r'\(H, W, 3\), BGR, but got uint8'),
         (np.zeros((4, 5, 3)), 'but got float64 of shape'),
     ):
@@ -79,5 +95,6 @@ def test_what_is_refused(folder):
             Pictures(inputs)
     with pytest.raises(DataError, match='not a whole picture'):
         next(iter(Pictures(folder / 'broken.jpg'))).read()
-    with pytest.raises(DataError, match='cannot be read'):
-        Picture('none', str(folder / 'none.jpg')).read()
+    for source in (str(folder / 'none.jpg'), 'http://127.0.0.1:1/a b.jpg'):
+        with pytest.raises(DataError, match='cannot be read'):
+            Picture('none', source).read()

@@ -43,16 +43,16 @@ def test_a_folder_for_each_task(tmp_path):
 def test_videos_become_videos(tmp_path):
     tasks = dict(a=Shade())
     with ResultWriter(tmp_path, tasks) as writer:
-        for name, frames in (('x', 3), ('y', 2)):
+        for name, frames in (('x', 3), ('y', 2), ('x', 2)):
             video = Video(name, 10.0)
             for index in range(frames):
                 frame = Picture(f'{name}_{index}', image(), video)
                 writer.write(frame, dict(a=90 * index))
-    for name, frames in (('x', 3), ('y', 2)):
+    for name, frames in (('x', 3), ('y', 2), ('x_2', 2)):
         video = cv2.VideoCapture(str(tmp_path / f'a/vis/{name}.mp4'))
         assert video.get(cv2.CAP_PROP_FRAME_COUNT) == frames
         assert video.get(cv2.CAP_PROP_FPS) == 10
-    assert len(list((tmp_path / 'a/preds').iterdir())) == 5
+    assert len(list((tmp_path / 'a/preds').iterdir())) == 7
 
 
 def test_without_drawings(tmp_path):
@@ -61,8 +61,11 @@ def test_without_drawings(tmp_path):
     assert [path.name for path in tmp_path.rglob('*.*')] == ['one.json']
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / 'a').write_text('in the way')
+@pytest.mark.parametrize('part', ['preds', 'vis'])
+@pytest.mark.parametrize('video', [None, Video('film', 10.0)])
+def test_a_folder_that_cannot_be_written(tmp_path, part, video):
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / part).write_text('in the way')
     with ResultWriter(tmp_path, dict(a=Shade())) as writer:
-        with pytest.raises(DataError, match='a/preds/one cannot be written'):
-            writer.write(Picture('one', image()), dict(a=1))
+        with pytest.raises(DataError, match=f'a/{part}/one cannot be written'):
+            writer.write(Picture('one', image(), video), dict(a=1))

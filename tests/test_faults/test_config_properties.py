@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mmengine.model import BaseModel
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from safetensors.torch import save_file
 from torch import nn
@@ -227,7 +228,9 @@ def swin(**options):
 def vit(**options):
     base = dict(CASES['vit'], type='e3va_mm.E3VAVisionTransformer')
     base |= dict(allow_random_trunk=True, side_path=dict(rank=4))
-    return MODELS.build({**base, **options})
+    # The class of the trunk goes by the scope, which other tests leave.
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return MODELS.build({**base, **options})
 
 
 def any_backbone(**options):

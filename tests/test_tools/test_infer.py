@@ -26,6 +26,7 @@ def test_three_tasks_on_a_folder(tuned):
     done = run('infer.py', 'images', '--out', 'out', *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert '4 pictures, 3 tasks, 4 passes of a trunk' in done.stdout
+    assert 'trunks: boxes + kinds + parts' in done.stdout
     out = folder / 'out'
     for name in ('000', '003'):
         boxes = json.loads((out / f'boxes/preds/{name}.json').read_text())

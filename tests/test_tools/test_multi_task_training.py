@@ -106,4 +106,5 @@ def test_a_run_goes_on(trained):
     )
     assert done.returncode == 0, done.stderr
     assert 'Epoch(train) [4]' in done.stderr + done.stdout
+    assert 'Epoch(train) [1]' not in done.stderr + done.stdout
     assert (folder / 'work_dirs/both/adapter_epoch_4.safetensors').is_file()

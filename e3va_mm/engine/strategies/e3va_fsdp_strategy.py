@@ -135,6 +135,12 @@ class E3VAFSDPStrategy(FSDPStrategy):
                 "`model.backbone.type='e3va_mm.E3VASwinTransformer'`, or use "
                 "mmengine's strategies."
             )
+        if len({id(trunk.storage) for trunk in trunks}) < len(trunks):
+            raise ConfigError(
+                'E3VAFSDPStrategy cannot shard a trunk that several tasks '
+                'share. Train a MultiTaskModel with DDP, without `strategy`, '
+                'or each task apart.'
+            )
         options = dict(use_orig_params=True, device_id=device)
         for backbone in trunks:
             for unit in backbone.make_shardable():

@@ -297,10 +297,16 @@ class SidePathBackbone(BaseModule):
                 {key: fitted[key] for key in trunk}
             ):
                 self.storage.address = None
+            self.storage.unstore(self.trunk, self)
+        elif self.trunk.options.weights != 'int8':
+            # The trunk, which others may run on, stays stored as it is.
+            stored = {**own, **dict(self.named_parameters())}
+            fitted.update({key: stored[key] for key in trunk})
+        else:  # cannot be loaded as it is stored
+            self.storage.unstore(self.trunk, self)
         for key in found:
             del state_dict[prefix + key]
         state_dict.update({prefix + key: v for key, v in fitted.items()})
-        self.storage.unstore(self.trunk, self)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _fit_state(

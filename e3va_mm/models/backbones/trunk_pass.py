@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..side_path.replay import OnStageTap, Replay, RunTrunk
 from ..trunks import StageEnd
+from ..trunks.base import plain_attributes
 from ..trunks.options import autocast_dtype, autocast_to
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ def trunk_difference(
 ) -> str | None:
     """The first thing in which two backbones' trunks differ, if any.
 
-    Weights are left out. So is what only training knows: drop path rates,
-    and checkpointing.
+    Weights are left out. So is what outputs do not depend on: drop path
+    rates, checkpointing, chunks.
     """
     ours, theirs = _parts(one), _parts(other)
     for name in sorted(ours | theirs):
@@ -96,20 +97,18 @@ def _parts(backbone: 'SidePathBackbone') -> dict[str, object]:
     found = {
         'the class': type(trunk).__name__,
         'the layout': getattr(trunk, 'layout', None),
-        **trunk.options._replace(drop_path=0.0)._asdict(),
+        'the number of blocks': _ends(backbone)[-1],
+        'trunk_compute': trunk.options.compute,
+        'trunk_weights': trunk.options.weights,
+        **trunk.settings(backbone),
     }
     for name, child in backbone.trunk_children():
         for path, module in child.named_modules(prefix=name):
             if isinstance(module, (DropPath, nn.Dropout, nn.Identity)):
                 continue  # does nothing here
             found[path] = type(module).__name__
-            found |= {
-                f'{path}.{key}': value
-                for key, value in vars(module).items()
-                if key not in ('training', 'with_cp')
-                and not key.startswith('_')
-                and isinstance(value, (bool, int, float, str, tuple))
-            }
+            plain = plain_attributes(module)
+            found |= {f'{path}.{key}': value for key, value in plain.items()}
     own = backbone.trunk_part(backbone.state_dict())
     return found | {key: tuple(value.shape) for key, value in own.items()}
 

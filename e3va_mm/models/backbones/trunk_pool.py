@@ -1,5 +1,6 @@
 """Trunks in memory, for backbones that are loaded later to share."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -69,6 +70,7 @@ class TrunkPool:
                 'A trunk with the same weights is in memory, but cannot be '
                 f'shared: {difference}.',
                 logger='current',
+                level=logging.WARNING,
             )
         return False
 

@@ -1,5 +1,5 @@
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -116,15 +116,27 @@ class MultiTaskModel(BaseModel):
             sizes[image.shape[1:]][name] = image
         found = {}
         for group in sizes.values():
-            first, *others = group.values()
-            rows = None
-            if not all(torch.equal(first, other) for other in others):
-                ends = accumulate(len(image) for image in group.values())
-                rows = [slice(*pair) for pair in pairwise([0, *ends])]
-                first = torch.cat([*group.values()])
+            image, rows = _batch([*group.values()])
             backbones = [self._backbones[name] for name in group]
-            found |= zip(group, run_trunk(backbones, first, rows), strict=True)
+            outputs = run_trunk(backbones, image, rows)
+            found |= zip(group, outputs, strict=True)
         return found
+
+
+def _batch(images: Sequence[Tensor]) -> tuple[Tensor, list[slice] | None]:
+    """One batch of several, equal ones once, and where each is in it."""
+    different: list[Tensor] = []
+    places = []
+    for image in images:
+        equal = [torch.equal(image, other) for other in different]
+        if not any(equal):
+            different.append(image)
+        places.append(equal.index(True) if any(equal) else len(equal))
+    if len(different) == 1:
+        return different[0], None
+    ends = accumulate(map(len, different), initial=0)
+    rows = [slice(*pair) for pair in pairwise(ends)]
+    return torch.cat(different), [rows[place] for place in places]
 
 
 def _share_trunk(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -147,6 +159,13 @@ def _share_trunk(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
                 'Tasks that train together should take the same weights of '
                 f'the trunk, but `init_cfg` of `tasks.{first}` is '
                 f'{sources[0]} and that of `tasks.{name}` {sources[1]}.'
+            )
+        rates = [b.trunk.options.drop_path for b in (trunk, backbone)]
+        if rates[0] != rates[1]:
+            raise ConfigError(
+                'Tasks that train together should have the same '
+                f'`side_path.trunk_drop_path`, but that of `tasks.{first}` is '
+                f'{rates[0]} and that of `tasks.{name}` {rates[1]}.'
             )
     for name, backbone in others:
         try:

@@ -55,6 +55,36 @@ class Downsampling(NamedTuple):
     bands: Callable[[int], Iterable[Band]] | None = None
 
 
+# What a stock backbone knows of training and of its own outputs alone.
+NO_SETTINGS = (
+    'attn_drop_rate',
+    'convert_weights',
+    'drop_path_rate',
+    'drop_rate',
+    'final_norm',
+    'frozen_stages',
+    'norm_eval',
+    'out_indices',
+    'out_origin',
+    'out_type',
+    'output_cls_token',
+    'pretrained',
+    'training',
+    'with_cp',
+)
+
+
+def plain_attributes(module: nn.Module) -> dict[str, object]:
+    """Numbers, texts and tuples that a module computes with, by name."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if key not in NO_SETTINGS
+        and not key.startswith('_')
+        and isinstance(value, (bool, int, float, str, tuple))
+    }
+
+
 class Trunk(ABC):
     """Reads one family of stock backbones; knows no side path.
 
@@ -104,6 +134,10 @@ class Trunk(ABC):
             on_end (Callable, optional): Given each stage's end, before the
                 next begins.
         """
+
+    def settings(self, holder: nn.Module) -> dict[str, object]:
+        """What the stock class itself, not its parts, computes with."""
+        return {}
 
     def with_stages(self, ends: Sequence[int]) -> 'Trunk':
         """The same trunk with other stages, where it has but one resolution.

@@ -15,7 +15,16 @@ from ...checkpoint import to_stock_state
 from ...errors import ConfigError
 from ...utils import is_whole
 from .attention import ENGINES
-from .base import Downsampling, OnEnd, OnTap, Size, StageEnd, StageSpec, Trunk
+from .base import (
+    Downsampling,
+    OnEnd,
+    OnTap,
+    Size,
+    StageEnd,
+    StageSpec,
+    Trunk,
+    plain_attributes,
+)
 from .engine import FeedForward, GatedFeedForward, Product, Wide, install
 from .layout import Layout, find, length_of
 from .options import TrunkOptions, autocast_dtype, autocast_to
@@ -139,6 +148,10 @@ class StockTrunk(Trunk):
         ]
 
     # -- running ------------------------------------------------------------
+
+    def settings(self, holder: nn.Module) -> dict[str, object]:
+        """See :class:`Trunk`."""
+        return plain_attributes(self.stock)
 
     def with_stages(self, ends: Sequence[int]) -> 'StockTrunk':
         """See :class:`Trunk`."""

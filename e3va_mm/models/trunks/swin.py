@@ -127,6 +127,10 @@ class SwinTrunk(Trunk):
             next_tokens, next_size, tokens, size = sequence(tokens, size)
         return StageEnd(tokens, size), next_tokens, next_size
 
+    def settings(self, holder: nn.Module) -> dict[str, object]:
+        """See :class:`Trunk`."""
+        return dict(use_abs_pos_embed=holder.use_abs_pos_embed)
+
     def downsampling(
         self, holder: nn.Module, stage: int, size: Size
     ) -> Downsampling:

@@ -5,6 +5,7 @@ import torch
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.models.backbones.trunk_pass import run_trunk, trunk_difference
+from e3va_mm.models.trunks.families import FAMILIES
 from e3va_mm.registry import MODELS
 from tests.adapted_models import HEADS, trained, trunk_file
 from tests.helpers import build_e3va
@@ -104,13 +105,14 @@ def test_a_shared_trunk_is_stored_once(stored, tmp_path):
     assert torch.equal(one.state_dict()[weight], doubled[weight])
 
 
-def plain(out_indices):
+def plain(out_indices, layout=None, **options):
     need(CASES['vit'])
-    config = dict(CASES['vit'], out_indices=out_indices)
+    config = dict(CASES['vit'], **{'out_indices': out_indices, **options})
     return MODELS.build(
         dict(
             type='e3va_mm.E3VABackbone',
             trunk=config,
+            layout=layout,
             side_path=dict(rank=4),
             allow_random_trunk=True,
         )
@@ -150,7 +152,8 @@ def test_prepared_outputs_are_given_for_that_tensor_alone():
     [
         (dict(window_size=4), 'relative_position_bias_table is (169, 1)'),
         (dict(depths=(2, 1, 1, 1)), 'stages.2.blocks.1'),
-        (dict(side_path=dict(trunk_compute='bf16')), 'compute is'),
+        (dict(side_path=dict(trunk_compute='bf16')), 'trunk_compute is'),
+        (dict(use_abs_pos_embed=True), 'absolute_pos_embed'),
         (dict(act_cfg=dict(type='ReLU')), 'GELU in one and ReLU'),
     ],
 )
@@ -161,9 +164,32 @@ def test_another_trunk_is_refused(options, named):
         other.share_trunk(one)
 
 
+def test_another_plain_trunk_is_refused():
+    one = plain((1,))
+    for other, named in (
+        (plain((1,), interpolate_mode='bilinear'), 'interpolate_mode is'),
+        (plain((0,)), 'layers.1'),
+    ):
+        assert named in trunk_difference(one, other)
+
+
+def test_blocks_that_no_layout_cuts_off_are_counted():
+    name = 'mmpretrain.VisionTransformer'
+    layout = FAMILIES[name]._replace(cut=None)._asdict()
+    one, other = (plain(out, layout=layout) for out in ((0,), (1,)))
+    assert 'the number of blocks is 1 in one and 2' in (
+        trunk_difference(one, other)
+    )
+
+
 def test_what_only_training_knows_is_no_difference():
     one = build_e3va(drop_path_rate=0.0)
-    other = build_e3va(drop_path_rate=0.3, drop_rate=0.1, with_cp=True)
+    other = build_e3va(
+        drop_path_rate=0.3,
+        drop_rate=0.1,
+        with_cp=True,
+        side_path=dict(trunk_chunk=64, trunk_drop_path=0.1),
+    )
     assert trunk_difference(one, other) is None
 
 

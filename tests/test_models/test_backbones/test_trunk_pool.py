@@ -1,12 +1,14 @@
 """Adapter files find their trunk in memory."""
 
 import pytest
+import torch
 
 from e3va_mm.checkpoint import adapter_of, trunk_records
 from e3va_mm.errors import CheckpointError
 from e3va_mm.models import SidePathBackbone
 from e3va_mm.models.backbones.trunk_pool import TrunkPool
 from tests.adapted_models import segmentor, trained, trunk_file
+from tests.trunk_cases import image_for
 
 NAME = 'swin of mmdet'
 
@@ -57,7 +59,30 @@ def test_another_trunk_is_left_alone(source, tmp_path, monkeypatch):
     later = segmentor(NAME, None)
     with pool.open():
         later.load_state_dict(dict(state))
-    assert 'cannot be shared: compute is bf16 in one' in lines[0]
+    assert 'cannot be shared: trunk_compute is bf16 in one' in lines[0]
+
+
+def test_a_trunk_that_is_stored_stays_so(source, tmp_path):
+    """It may not fit into memory as it came."""
+    stored = dict(trunk_weights='bf16')
+    model = trained(NAME, source, **stored)
+    state = checkpoint(model, tmp_path / 'adapter.safetensors')
+    pool = TrunkPool()
+    pool.add(model.backbone)
+    image = image_for(NAME)
+    before = model.backbone(image)
+    later = segmentor(NAME, None, **stored).eval()
+    with pool.open():
+        later.load_state_dict(dict(state))
+    weight = 'stages.0.blocks.0.ffn.layers.1.weight'
+    assert later.backbone.storage.stored
+    assert later.backbone.get_parameter(weight).dtype == torch.bfloat16
+    for ours, theirs in zip(later.backbone(image), before, strict=True):
+        assert torch.equal(ours, theirs)
+    # As they came, once for both.
+    states = [each.backbone.state_dict() for each in (model, later)]
+    assert states[0][weight] is states[1][weight]
+    assert states[0][weight].dtype == torch.float32
 
 
 def test_whole_checkpoints_share_what_is_equal(source):

@@ -170,7 +170,12 @@ def changed(path, folder, name, **backbone):
         (
             dict(side_path=dict(trunk_compute='bf16')),
             '`tasks.boxes` and `tasks.parts`: Expected two backbones with the '
-            'same trunk, but compute is',
+            'same trunk, but trunk_compute is',
+        ),
+        (
+            dict(side_path=dict(trunk_drop_path=0.1)),
+            'the same `side_path.trunk_drop_path`, but that of `tasks.boxes` '
+            'is 0.0 and that of `tasks.parts` 0.1',
         ),
     ],
 )

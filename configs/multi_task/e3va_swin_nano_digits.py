@@ -8,7 +8,8 @@ Run: python tools/train.py configs/multi_task/e3va_swin_nano_digits.py
 Test: each task by its own config and adapter file, which `tools/adapter.py
 task` takes out of one of both (docs/multi_task.md).
 Trains 242,688 values in the two side paths, necks and heads as usual.
-Expected: not yet measured.
+Expected: 0.507 box AP, 0.479 mask AP and 17.1 mIoU on the test split (one
+run, seed 0; the segmentor's own config has twice the steps and rate).
 """
 _base_ = [
     'mmdet::_base_/default_runtime.py',

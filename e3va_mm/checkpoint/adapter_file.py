@@ -4,6 +4,7 @@ A safetensors file, with no pickle on the way. Its metadata tell where the
 trunk's weights are read from, and how they are recognised.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -32,6 +33,8 @@ RECORD = 'side_path.trunk_record'
 # What a trunk's ``trunk_source`` says of a file that it does not know.
 CHECKPOINT = 'the checkpoint'
 MIB = 2**20
+# What network and FUSE mounts say of the fsync of a folder.
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -509,12 +512,7 @@ def write_whole(path: Path, content: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        # Or the new name may be gone after a loss of power.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(
             f'Expected {len(content) / MIB:,.1f} MiB of room for {path}, but '
@@ -522,6 +520,19 @@ def write_whole(path: Path, content: bytes) -> None:
             'there before are whole. Make room or choose another folder, and '
             'run it again.'
         ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have new names outlast a loss of power, where a mount can do that."""
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
 
 
 def _free(folder: Path) -> str:

@@ -4,6 +4,7 @@ Files of ``torch.save`` go through :mod:`.safe_pickle` and never fall back to
 plain unpickling; safetensors files hold no code at all.
 """
 
+import logging
 import os
 import re
 import tarfile
@@ -13,16 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
 from . import safe_pickle
 from .adapter_file import AdapterFile
+from .unwrapping import state_of
 
 _FETCH_AGAIN = (
     'Fetch or copy the file again and compare its size with the original.'
 )
+# Bytes that expanded tensors of a small file may stand for, all together.
+EXPANDED = 64 * 2**20
 _UNTRUSTED = (
     'Do not unpickle this file. Ask its author for the weights alone, saved '
     'as .safetensors or as a plain state dict.'
@@ -49,11 +54,14 @@ def read_file(path: Path, map_location: Any) -> dict:
     """
     path, head = _begin(path)
     if not _is_safetensors(path, head):
-        return _read_pickle(path, head, map_location)
+        content = _read_pickle(path, head, map_location)
+        _drop_program(path, content.get('meta'))
+        return content
     tensors, meta = _read_safetensors(path, map_location)
     adapter = AdapterFile.parse(path, tensors, meta)
     if adapter is not None:
         return adapter.checkpoint(path)
+    _drop_program(path, meta)
     return {'state_dict': tensors, 'meta': meta}
 
 
@@ -76,6 +84,21 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
             'one of a full checkpoint.'
         )
     return adapter
+
+
+def _drop_program(path: Path, meta: Any) -> None:
+    """Drop the one text of a checkpoint that mmengine runs in a resume.
+
+    It is the config of a run of mmcv, taken for Python. mmengine itself
+    writes ``cfg``, which a resume leaves alone.
+    """
+    if isinstance(meta, dict) and meta.pop('config', None) is not None:
+        print_log(
+            f'{path}: its `meta.config` was left out, for mmengine would run '
+            'it as a program in a resume. All else was read.',
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
 def _begin(path: Path) -> tuple[Path, bytes]:
@@ -170,15 +193,35 @@ def _check_states(path: Path, content: dict, bare: bool) -> None:
             'the tensors of a model by their names. Save the state dict of '
             'the model there.'
         )
-    size = path.stat().st_size
+    for what in _oddities(content, path.stat().st_size, bare):
+        raise CheckpointError(
+            f'{path} holds a tensor {what}. Expected are plain tensors by '
+            'their names: save the state dict of the model as it is in '
+            'memory, on the CPU.'
+        )
+
+
+def _oddities(content: dict, size: int, bare: bool) -> Iterator[str]:
+    """What is odd about the tensors of a file of ``size`` bytes."""
+    # Other parts, as the state of an optimizer, may have numbers for names.
+    # The first is what mmengine loads, the second what trunks are read from.
+    for state in content.get('state_dict', content), state_of(content):
+        for name, value in state.items():
+            if isinstance(value, Tensor) and not isinstance(name, str):
+                yield f'under {name!r}, which is no name'
+    # What is saved expanded is wider than its storage: one number could stand
+    # for a tensor that no memory holds. What a copy of all such tensors takes
+    # beyond their storages is at most the file's size, or EXPANDED.
+    room = max(size, EXPANDED)
     for name, value in _tensors_in(content):
-        what = _oddity(name, value, size, bare)
+        what = _oddity(name, value, bare)
         if what is not None:
-            raise CheckpointError(
-                f'{path} holds a tensor {what}. Expected are plain tensors by '
-                'their names: save the state dict of the model as it is in '
-                'memory, on the CPU.'
-            )
+            yield what
+        elif not value.is_meta:
+            stored = value.untyped_storage().nbytes()
+            room -= max(0, value.nbytes - stored)
+            if stored > size or room < 0:
+                yield f'{name!r} of {value.nbytes:,} bytes, more than the file'
 
 
 def _tensors_in(content: Any) -> Iterator[tuple[Any, Tensor]]:
@@ -196,19 +239,14 @@ def _tensors_in(content: Any) -> Iterator[tuple[Any, Tensor]]:
                 waiting += ((str(i), each) for i, each in enumerate(value))
 
 
-def _oddity(name: Any, value: Tensor, size: int, bare: bool) -> str | None:
+def _oddity(name: Any, value: Tensor, bare: bool) -> str | None:
     """Why a tensor is no plain array of a file's numbers, if it is none."""
-    if not isinstance(name, str):
-        return f'under {name!r}, which is no name'
     if value.is_nested or value.layout is not torch.strided:
         return f'{name!r} that is nested or sparse'
     if value.is_quantized:
         return f'{name!r} that is quantised'
     if value.is_meta:
         return None if bare else f'{name!r} without numbers'
-    if value.nbytes > size:
-        # One number can stand for a tensor that no memory holds.
-        return f'{name!r} of {value.nbytes:,} bytes, more than the file'
     return None
 
 

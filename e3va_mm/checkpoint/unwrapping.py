@@ -42,14 +42,19 @@ def converting(source: str) -> Iterator[None]:
         ) from error
 
 
-def tensors_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Unwrap a checkpoint; drop ``module.`` and what is no tensor."""
+def state_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict within a checkpoint, which may be one itself."""
     for name in _WRAPPERS:
         if isinstance(content.get(name), Mapping):
             content = content[name]
+    return content
+
+
+def tensors_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Unwrap a checkpoint; drop ``module.`` and what is no tensor."""
     return {
         key.removeprefix('module.'): value
-        for key, value in content.items()
+        for key, value in state_of(content).items()
         if isinstance(value, Tensor)
     }
 

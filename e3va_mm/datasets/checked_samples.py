@@ -64,10 +64,18 @@ class CheckedSamples:
 
     def _files(self, index: int) -> dict[str, str]:
         """Paths that a sample is made of, by their names in the data set."""
+        try:
+            info = dict(self.dataset.get_data_info(index))
+        # What it knows only helps a message, and data sets of videos take
+        # other indices than their samples have.
+        except Exception:
+            return {}
         return {
             key: path
-            for key, path in self.dataset.get_data_info(index).items()
-            if key.endswith('_path') and isinstance(path, str)
+            for key, path in info.items()
+            if isinstance(key, str)
+            and key.endswith('_path')
+            and isinstance(path, str)
         }
 
     def _explain(self, index: int, error: Exception) -> None:

@@ -389,7 +389,9 @@ def _check_file(path: str, what: str) -> None:
 def _type_name(cfg: dict) -> str:
     """Name of a config's class, given as a string or as the class."""
     kind = cfg.get('type')
-    return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
+    if isinstance(kind, str):
+        return kind.split('.')[-1]
+    return getattr(kind, '__name__', '')  # none: mmengine says so
 
 
 def _set_precision(cfg: Config, amp: bool) -> None:

@@ -1,7 +1,9 @@
 """Files are whole or not there, whatever happens to their writer."""
 
+import errno
 import os
 import signal
+import stat
 
 import pytest
 from mmengine.fileio import get_file_backend
@@ -57,3 +59,33 @@ def test_no_room_is_said(tmp_path):
         backend().put(b'new', tmp_path / 'file' / 'a.pth')
     text = str(error.value)
     assert 'MiB of room for' in text and 'Make room or choose' in text
+
+
+@pytest.mark.parametrize('number', ['EINVAL', 'ENOTSUP', 'EACCES', 'EPERM'])
+def test_mounts_that_do_not_sync_folders(tmp_path, monkeypatch, number):
+    real, synced = os.fsync, []
+    failing = OSError(getattr(errno, number), 'not here')
+
+    def fsync(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise failing
+        synced.append(file)
+        real(file)
+
+    monkeypatch.setattr(adapter_file.os, 'fsync', fsync)
+    backend().put(b'new', tmp_path / 'a.pth')
+    assert (tmp_path / 'a.pth').read_bytes() == b'new'
+    assert len(synced) == 1
+    failing.errno = errno.EIO
+    with pytest.raises(CheckpointError, match='writing failed'):
+        backend().put(b'newer', tmp_path / 'a.pth')
+
+
+def test_a_file_that_is_not_synced_is_not_written(tmp_path, monkeypatch):
+    def fsync(file):
+        raise OSError(errno.EINVAL, 'not here')
+
+    monkeypatch.setattr(adapter_file.os, 'fsync', fsync)
+    with pytest.raises(CheckpointError, match='writing failed'):
+        backend().put(b'new', tmp_path / 'a.pth')
+    assert not list(tmp_path.iterdir())

@@ -4,12 +4,18 @@ import zipfile
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.hooks import EMAHook
+from mmengine.runner import Runner
+from mmengine.runner._flexible_runner import FlexibleRunner
 from safetensors.torch import save_file
 from torch import nn
 
-from e3va_mm.checkpoint import read_checkpoint
+from e3va_mm.checkpoint import read_checkpoint, reading
 from e3va_mm.errors import CheckpointError
+from tests.test_checkpoint import toy_runner as toy_module
 from tests.test_checkpoint.samples import refusal_of, saved, weights
+from tests.test_checkpoint.toy_runner import toy_runner
 
 
 @pytest.mark.parametrize('zipped', [True, False])
@@ -158,3 +164,88 @@ def test_a_missing_file_names_its_folder(tmp_path, monkeypatch):
     path = tmp_path / 'such.pth'
     assert refusal_of(path).startswith(f'{path} does not exist. ')
     assert refusal_of(tmp_path).startswith(f'{tmp_path} is a folder. ')
+
+
+def _program(tmp_path):
+    """A config that touches a file wherever it is read, and that file."""
+    marker = tmp_path / 'marker'
+    return f"__import__('os').system('touch {marker}')\n", marker
+
+
+@pytest.mark.parametrize('runner_class', [Runner, FlexibleRunner])
+def test_a_config_of_a_run_is_no_program_in_a_resume(
+    tmp_path, trained, monkeypatch, runner_class
+):
+    monkeypatch.setattr(toy_module, 'Runner', runner_class)
+    config, marker = _program(tmp_path)
+    content = read_checkpoint(trained[1] / 'epoch_1.pth')
+    content['meta']['config'] = config
+    path = saved(tmp_path / 'hostile.pth', content)
+    # mmengine's FlexibleRunner resumes before its EMAHook is ready.
+    monkeypatch.delattr(EMAHook, 'after_load_checkpoint')
+    runner = toy_runner(tmp_path, 2, resume=True, load_from=str(path))
+    runner.train()
+    assert runner.iter == 2 * 4
+    assert not marker.exists()
+    Config.fromstring(config, '.py')
+    assert marker.exists()
+
+
+def test_metadata_of_safetensors_are_no_program_either(tmp_path):
+    config, marker = _program(tmp_path)
+    path = tmp_path / 'a.safetensors'
+    save_file(weights(), path, dict(epoch='1', iter='1', config=config))
+    runner = toy_runner(tmp_path, 2, resume=True, load_from=str(path))
+    with pytest.raises(KeyError, match='message_hub'):
+        runner.train()
+    assert not marker.exists()
+
+
+def test_a_config_is_left_out_with_a_warning(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(reading, 'print_log', lambda *a, **_: said.append(*a))
+    meta = dict(config='a = 1', cfg='a = 2', epoch=3)
+    path = saved(tmp_path / 'a.pth', dict(state_dict=weights(), meta=meta))
+    assert read_checkpoint(path)['meta'] == dict(cfg='a = 2', epoch=3)
+    (text,) = said
+    assert text.startswith(f'{path}: its `meta.config` was left out')
+
+
+def test_parts_beside_the_model_have_names_of_any_kind(tmp_path):
+    network = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    other = {0: torch.ones(2), ('a', 1): [torch.ones(3)]}
+    for name in ('state_dict', 'model'):
+        content = {
+            name: network.state_dict(),
+            'optimizer': optimizer.state_dict(),
+            'flat': other,
+        }
+        found = read_checkpoint(saved(tmp_path / 'a.pth', content))
+        assert torch.equal(found['flat'][0], other[0])
+        state = found['optimizer']['state']
+        assert state[0]['momentum_buffer'].shape == (2, 2)
+    path = saved(tmp_path / 'a.pth', {'teacher': other})
+    assert 'under 0, which is no name' in refusal_of(path)
+
+
+def test_expanded_tensors_are_read_up_to_a_bound(tmp_path, monkeypatch):
+    wide = torch.arange(64).expand(512, 64)  # 256 KiB of 512 bytes
+    content = {'state_dict': {'a': wide}}
+    path = saved(tmp_path / 'a.pth', content)
+    assert path.stat().st_size < wide.nbytes
+    found = read_checkpoint(path)['state_dict']['a']
+    assert torch.equal(found, wide)
+    monkeypatch.setattr(reading, 'EXPANDED', 2 * wide.nbytes)
+    names = dict.fromkeys('abc', wide)
+    path = saved(tmp_path / 'b.pth', {'state_dict': names})
+    assert 'of 262,144 bytes, more than the file' in refusal_of(path)
+
+
+def test_tied_weights_are_not_expanded(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, 'EXPANDED', 0)
+    tied = torch.rand(64, 64)
+    path = saved(tmp_path / 'a.pth', {f'{i}.weight': tied for i in range(9)})
+    assert len(read_checkpoint(path)) == 9

@@ -39,6 +39,20 @@ def test_a_transform_with_a_defect_keeps_its_trace(tmp_path):
         samples(7)
 
 
+def test_a_data_set_of_videos_does_not_hide_a_defect():
+    class Videos(Refuse):
+        def get_data_info(self, index):
+            raise TypeError('tuple indices')
+
+    defect = Videos('a.jpg')
+    samples = CheckedSamples(defect, defect, 'train_dataloader.dataset')
+    with pytest.raises(KeyError, match='gt_polygons') as error:
+        samples((0, 3))
+    if hasattr(error.value, '__notes__'):  # Python >= 3.11
+        (note,) = error.value.__notes__
+        assert 'sample (0, 3) of train_dataloader.dataset' in note
+
+
 class Maps:
     """A data set of one map."""
 

@@ -1,4 +1,6 @@
+import os.path as osp
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 
 from mmengine.dist import is_main_process
@@ -17,9 +19,10 @@ class AtomicCheckpointHook(CheckpointHook):
 
     mmengine's own removes an old checkpoint before it writes the new one, and
     writes in place: a kill meanwhile leaves a part of a file, with
-    ``max_keep_ckpts=1`` no checkpoint at all, and now and then an empty
-    ``last_checkpoint``. Here every file is whole or not there, old ones go
-    once the new one is whole and ``last_checkpoint`` names it.
+    ``max_keep_ckpts=1`` no checkpoint at all, no best one, and now and then
+    an empty ``last_checkpoint``. Here every file is whole or not there, old
+    ones go once the new one is whole and ``last_checkpoint`` names it. The
+    best one of another folder, that of a run resumed elsewhere, stays.
 
     It takes the arguments of ``CheckpointHook``. With another file backend
     than local disks the order holds; how files appear is the backend's part.
@@ -85,6 +88,49 @@ class AtomicCheckpointHook(CheckpointHook):
                     self.out_dir, self.filename_tmpl.format(each)
                 )
             )
+
+    def _save_best_checkpoint(
+        self, runner: Runner, metrics: Mapping[str, float]
+    ) -> None:
+        if not self.save_best:
+            return
+        info = runner.message_hub.runtime_info
+        info_before, before = dict(info), self._best()
+        # What it does not know, super() cannot remove before it has written.
+        self._set_best(dict.fromkeys(before))
+        try:
+            super()._save_best_checkpoint(runner, metrics)
+        except BaseException:
+            self._set_best(before)
+            info.clear()
+            info.update(info_before)
+            raise
+        written = self._best()
+        self._set_best({key: written[key] or before[key] for key in before})
+        if not is_main_process():
+            return
+        for key, new in written.items():
+            old = before[key]
+            if new is None or old is None:
+                continue
+            # A run resumed from before its best writes the same file again.
+            same = osp.realpath(old) == osp.realpath(new)
+            # The old path comes from a checkpoint, which may name any folder.
+            ours = osp.dirname(osp.realpath(old)) == osp.realpath(self.out_dir)
+            if ours and not same:
+                self._remove(old)
+
+    def _best(self) -> dict[str, str | None]:
+        """Paths of the best checkpoints, by what they are best in."""
+        if len(self.key_indicators) == 1:
+            return {'': self.best_ckpt_path}
+        return dict(self.best_ckpt_path_dict)
+
+    def _set_best(self, paths: dict[str, str | None]) -> None:
+        if len(self.key_indicators) == 1:
+            self.best_ckpt_path = paths['']
+        else:
+            self.best_ckpt_path_dict = paths
 
     def _remove(self, path: str) -> None:
         if self.file_backend.isfile(path):

@@ -109,6 +109,13 @@ class DatasetCheckHook(Hook):
             if own is not None and not isinstance(own, CheckedSamples):
                 leaf.dataset.prepare_data = CheckedSamples(
                     own, leaf.dataset, leaf.option, ignored)
+        if _workers_have_begun(runner):
+            runner.logger.warning(
+                'All files were checked, but samples are not looked at while '
+                'training: this mmengine starts the workers before any hook. '
+                'Take onedl-mmengine>=0.10.8, or set '
+                '`train_dataloader.num_workers=0` and '
+                '`train_dataloader.persistent_workers=False`.')
 
     def before_train_iter(self,
                           runner: Runner,
@@ -170,6 +177,13 @@ class DatasetCheckHook(Hook):
         runner.logger.info(
             f'Checked {count:,} files of {", ".join(datasets)} in '
             f'{time.monotonic() - start:.1f} s')
+
+
+def _workers_have_begun(runner: Runner) -> bool:
+    """Whether samples are made by processes that hooks do not reach."""
+    batches = getattr(runner.train_loop, 'dataloader_iterator', None)
+    return (runner.train_dataloader.num_workers > 0
+            and getattr(batches, '_iterator', None) is not None)
 
 
 def _pictures(batch) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import MessageHub
 
 from e3va_mm.checkpoint import adapter_file
 from e3va_mm.engine import launch
 from e3va_mm.engine.hooks import AtomicCheckpointHook
 from e3va_mm.errors import CheckpointError
-from tests.test_checkpoint.toy_runner import toy_runner
+from tests.test_checkpoint.toy_runner import ToyMetric, toy_runner
 
 
 def run(folder, epochs, resume=False, **options):
@@ -138,6 +139,100 @@ def test_the_best_is_whole_too(tmp_path, monkeypatch):
     assert 'best_acc_epoch_1.pth' in names(tmp_path)
 
 
+@pytest.fixture
+def better(monkeypatch):
+    """Scores that rise with every validation, in two metrics."""
+    scores = iter(range(1, 9))
+
+    def compute_metrics(self, results):
+        score = next(scores)
+        return dict(acc=score / 10, loss=1 - score / 10)
+
+    monkeypatch.setattr(ToyMetric, 'compute_metrics', compute_metrics)
+
+
+TWO = dict(save_best=['acc', 'loss'], rule=['greater', 'less'])
+
+
+@pytest.mark.parametrize(
+    'options, bests',
+    [
+        (dict(save_best='acc', rule='greater'), ['best_acc']),
+        (dict(save_best='auto'), ['best_acc']),
+        (TWO, ['best_acc', 'best_loss']),
+    ],
+)
+def test_a_better_one_takes_the_place_of_the_best(
+    tmp_path, better, options, bests
+):
+    for epoch in (2, 3):
+        runner = run(tmp_path, epoch, resume=epoch > 2, **options)
+        expected = [f'{best}_epoch_{epoch}.pth' for best in bests]
+        assert sorted(p.name for p in tmp_path.glob('best*')) == expected
+    for key, path in runner.message_hub.runtime_info.items():
+        if key.startswith('best_ckpt'):
+            assert Path(path).is_file()
+
+
+@pytest.mark.parametrize(
+    'options, best',
+    [
+        (dict(save_best='acc', rule='greater'), ('best_ckpt', 'best_score')),
+        (TWO, ('best_ckpt_loss', 'best_score_loss')),
+    ],
+)
+def test_a_full_disk_leaves_the_best(
+    tmp_path, better, monkeypatch, options, best
+):
+    real = os.replace
+    kind = options['save_best'][-1] if options is TWO else 'acc'
+
+    def replace(old, new):
+        if f'best_{kind}_epoch_2' in str(new):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(old, new)
+
+    monkeypatch.setattr(adapter_file.os, 'replace', replace)
+    first = tmp_path / f'best_{kind}_epoch_1.pth'
+    with pytest.raises(CheckpointError, match=f'best_{kind}_epoch_2.pth'):
+        run(tmp_path, 3, **options)
+    info = MessageHub.get_current_instance().runtime_info
+    assert info[best[0]] == str(first)
+    assert info[best[1]] == (0.9 if kind == 'loss' else 0.1)
+    assert zipfile.ZipFile(first).testzip() is None
+    # Nor does the newest checkpoint name a best one that is not there.
+    newest = torch.load(tmp_path / 'epoch_2.pth', weights_only=False)
+    assert newest['message_hub']['runtime_info'][best[0]] == str(first)
+
+
+def test_no_file_of_other_folders_is_removed(tmp_path, better):
+    """Where a checkpoint says that the best one is, anything may be."""
+    best = dict(save_best='acc', rule='greater')
+    run(tmp_path / 'a', 1, **best)
+    private = tmp_path / 'private'
+    private.mkdir()
+    path = tmp_path / 'a' / 'epoch_1.pth'
+    content = torch.load(path, weights_only=False)
+    content['message_hub']['runtime_info']['best_ckpt'] = str(private)
+    torch.save(content, path)
+    run(tmp_path / 'a', 2, resume=True, **best)
+    assert private.is_dir()
+    assert (tmp_path / 'a' / 'best_acc_epoch_2.pth').is_file()
+
+
+def test_the_same_best_is_written_again(tmp_path, better):
+    best = dict(save_best='acc', rule='greater')
+    run(tmp_path, 1, **best)
+    path = tmp_path / 'epoch_1.pth'
+    content = torch.load(path, weights_only=False)
+    info = content['message_hub']['runtime_info']
+    info['best_ckpt'] = str(tmp_path / 'best_acc_epoch_2.pth')
+    torch.save(content, path)
+    (tmp_path / 'best_acc_epoch_2.pth').touch()
+    run(tmp_path, 2, resume=True, **best)
+    assert (tmp_path / 'best_acc_epoch_2.pth').stat().st_size
+
+
 def test_another_folder_and_backend(tmp_path):
     run(tmp_path / 'work', 1, out_dir=str(tmp_path / 'out'))
     assert names(tmp_path / 'out' / 'work') == epochs(1)
@@ -154,6 +249,8 @@ def test_another_folder_and_backend(tmp_path):
         (dict(checkpoint=dict(interval=3)), 'e3va_mm.AtomicCheckpointHook'),
         (dict(checkpoint=dict(type='Own')), 'Own'),
         (dict(checkpoint=None), None),
+        # Without a type it is mmengine that refuses it.
+        (dict(checkpoint=dict(save_last=False)), None),
     ],
 )
 def test_the_tool_takes_it_for_mmengine_s(hooks, kind):
@@ -162,6 +259,6 @@ def test_the_tool_takes_it_for_mmengine_s(hooks, kind):
         config.default_hooks.checkpoint.type = 'CheckpointHook'
     launch._save_whole_files(config)
     hook = config.default_hooks.checkpoint
-    assert (hook and hook.type) == kind
+    assert (hook and hook.get('type')) == kind
     if hooks and hook and 'interval' in hook:
         assert hook.interval == 3

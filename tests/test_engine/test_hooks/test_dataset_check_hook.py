@@ -8,7 +8,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ConcatDataset, RepeatDataset
 from mmengine.registry import DefaultScope
-from mmengine.runner import Runner
+from mmengine.runner import Runner, loops
 from PIL import Image
 from torch import nn
 
@@ -350,6 +350,29 @@ def test_segmentation_heads_and_truncated_maps(tmp_path):
     assert f'{tmp_path}/maps/002.png: cannot be decoded' in str(error.value)
     assert '[train_dataloader.dataset.data_prefix.seg_map_path]' in str(
         error.value) or '[val_dataloader' in str(error.value)
+
+
+class Begun(loops._InfiniteDataloaderIterator):
+    """As that of mmengine 0.10.7: begins with the loop."""
+
+    def __init__(self, dataloader):
+        super().__init__(dataloader)
+        self._iterator = iter(dataloader)
+
+
+@pytest.mark.parametrize('workers, begun', [(1, True), (1, False), (0, True)])
+def test_workers_that_no_hook_reaches(tmp_path, monkeypatch, workers, begun):
+    if begun:
+        monkeypatch.setattr(loops, '_InfiniteDataloaderIterator', Begun)
+    make_segmentation(tmp_path)
+    config = Config.fromfile(segmentation_config(tmp_path))
+    config.custom_hooks = [dict(type='e3va_mm.DatasetCheckHook')]
+    config.train_dataloader.num_workers = workers
+    config.train_dataloader.persistent_workers = False
+    Runner.from_cfg(config).train()
+    log, = tmp_path.glob('work/*/*.log')
+    text = 'samples are not looked at while training: this mmengine starts'
+    assert log.read_text().count(text) == (workers == 1 and begun)
 
 
 def _check_on_two_ranks(rank, folder, port):

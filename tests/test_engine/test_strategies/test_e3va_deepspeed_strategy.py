@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import textwrap
 import types
 from pathlib import Path
 
@@ -148,3 +149,28 @@ def test_two_processes_train_and_go_on(tmp_path):
     code, _, error = run('--cfg-options', adapter)
     assert code == 1
     assert 'is no folder that DeepSpeed has written' in error
+
+
+def test_it_is_there_where_mmengine_has_no_fsdp():
+    script = """
+        import mmengine._strategy
+        del mmengine._strategy.FSDPStrategy
+        from e3va_mm.errors import ConfigError
+        from e3va_mm.registry import STRATEGIES
+        assert STRATEGIES.get('e3va_mm.E3VADeepSpeedStrategy')
+        try:
+            STRATEGIES.build(dict(type='e3va_mm.E3VAFSDPStrategy', a=1))
+        except ConfigError as error:
+            print('refused:', error)
+    """
+    process = subprocess.run(
+        [sys.executable, '-c', textwrap.dedent(script)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    text = process.stdout.rpartition('refused: ')[2]
+    assert text.startswith('E3VAFSDPStrategy needs the FSDPStrategy of mmeng')
+    assert "cannot import name 'FSDPStrategy'" in text
+    assert 'or train without `strategy`.' in text

@@ -436,3 +436,16 @@ def test_eight_bits_cannot_be_spread():
     backbone.trunk.options = backbone.trunk.options._replace(weights='int8')
     with pytest.raises(ConfigError, match="`trunk_weights='bf16'`, or train"):
         backbone.make_shardable()
+
+
+def test_a_trunk_that_tasks_share_cannot_be_spread(monkeypatch):
+    strategy = E3VAFSDPStrategy()
+    monkeypatch.setattr(E3VAFSDPStrategy, 'world_size', 2)
+    monkeypatch.setattr(
+        'e3va_mm.engine.strategies.e3va_fsdp_strategy.is_distributed',
+        lambda: True,
+    )
+    tasks = torch.nn.ModuleList(build_ours('convnext') for _ in range(2))
+    tasks[1].share_trunk(tasks[0])
+    with pytest.raises(ConfigError, match='a trunk that several tasks share'):
+        strategy._wrap_model(tasks)

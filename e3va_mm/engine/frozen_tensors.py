@@ -5,6 +5,7 @@ from hashlib import sha256
 from typing import NamedTuple
 
 import torch
+from mmengine.model import BaseAveragedModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -26,7 +27,9 @@ class FrozenTensors:
 
     Frozen are parameters that require no gradient, the buffers of a module
     all of whose parameters are such (the statistics of a norm), and all of
-    the trunk of a backbone with a side path.
+    the trunk of a backbone with a side path. Averages of a model inside of it
+    (``BaseAveragedModel``) are not, for they follow what trains; nor are
+    buffers that no state dict holds, caches mostly, outside of those trunks.
 
     They are remembered as 64 values each, compared bit by bit, and as a
     SHA-256 each: a few KiB a hundred tensors. Values are compared as they are
@@ -37,7 +40,8 @@ class FrozenTensors:
         exempt (Collection[str]): Names that may change. Defaults to none.
 
     Attributes:
-        names (list[str]): The frozen tensors by their names in the model.
+        names (list[str]): The frozen tensors by their names in the model;
+            without those that were found to train since.
     """
 
     def __init__(self, model: nn.Module, exempt: Collection[str] = ()) -> None:
@@ -63,7 +67,12 @@ class FrozenTensors:
             found = [n for n in same if _digest(now[n]) != self._digests[n]]
         else:
             found = self._changed_samples(same, now)
-        return [n for n in self.names if n in {*changed, *found}]
+        changed = {*changed, *found}
+        if changed:
+            # Something may have made them train. Not looked for in each call:
+            # it takes longer than to compare.
+            changed -= self._forget_what_trains(changed)
+        return [n for n in self.names if n in changed]
 
     def accept_new_forms(self) -> None:
         """Remember anew what is now stored in another type.
@@ -75,6 +84,12 @@ class FrozenTensors:
         self._remember(
             [n for n in self.names if self._forms[n] != _form(now, n)]
         )
+
+    def _forget_what_trains(self, names: Collection[str]) -> set[str]:
+        present = {name for name, _ in _named_tensors(self._model)}
+        trains = {n for n in names if n in present} - {*_frozen(self._model)}
+        self.names = [n for n in self.names if n not in trains]
+        return trains
 
     def _remember(self, names: list[str]) -> None:
         now = self._leaves()
@@ -115,14 +130,16 @@ def _frozen(model: nn.Module) -> list[str]:
     """Names of the frozen tensors, parameters first."""
     names = [n for n, p in model.named_parameters() if not p.requires_grad]
     buffers = dict(model.named_buffers())
-    frozen = set()
+    frozen, caches, averages = set(), set(), ()
     for prefix, module in model.named_modules():
+        inside = f'{prefix}.' if prefix else ''
+        caches |= {inside + n for n in module._non_persistent_buffers_set}
+        if isinstance(module, BaseAveragedModel):
+            averages += (inside,)
         trains = [p.requires_grad for p in module.parameters()]
         if trains and not any(trains):
-            frozen |= {
-                f'{prefix}.{name}'.lstrip('.')
-                for name, _ in module.named_buffers()
-            }
+            frozen |= {inside + name for name, _ in module.named_buffers()}
+    frozen -= caches
     for prefix, backbone in backbones(model):
         own = {
             name[len(prefix) :]: buffer
@@ -130,7 +147,8 @@ def _frozen(model: nn.Module) -> list[str]:
             if name.startswith(prefix)
         }
         frozen |= {prefix + name for name in backbone.trunk_part(own)}
-    return names + [name for name in buffers if name in frozen]
+    names += [name for name in buffers if name in frozen]
+    return [name for name in names if not name.startswith(averages)]
 
 
 def _plain(tensor: Tensor) -> Iterator[_Leaf]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mmengine.model import ExponentialMovingAverage
 from torch import nn
 
 from e3va_mm.engine.frozen_tensors import SAMPLES, FrozenTensors
@@ -93,6 +94,41 @@ def test_what_is_missing_or_has_another_type_has_changed():
     changed = [n for n in TRUNK if 'trunk.1' in n and 'num' not in n]
     assert set(frozen.changed()) == {'trunk.0.bias', *changed}
     assert frozen.changed() == frozen.changed(full=True)
+
+
+def test_averages_and_caches_may_change():
+    model = Model()
+    model.average = ExponentialMovingAverage(model.head)
+    model.average_of_a_trunk = nn.Sequential(
+        ExponentialMovingAverage(nn.Sequential(model.trunk))
+    )
+    model.trunk.register_buffer('seen', torch.zeros(2), persistent=False)
+    model.trunk.register_buffer('kept', torch.zeros(2))
+    names = FrozenTensors(model).names
+    assert set(names) == {*TRUNK, 'trunk.kept'}
+    assert FrozenTensors(model.average).names == []
+
+
+def test_caches_of_trunks_may_not_change():
+    backbone = build_e3va()
+    backbone.stages.register_buffer('seen', torch.ones(2), persistent=False)
+    assert 'stages.seen' in FrozenTensors(backbone).names
+
+
+@pytest.mark.parametrize('full', [False, True])
+def test_what_trains_by_now_may_change(full):
+    model = Model()
+    frozen = FrozenTensors(model)
+    model.trunk[1].requires_grad_(True)
+    with torch.no_grad():
+        for tensor in tensors(model.trunk).values():
+            tensor.add_(1)
+    first = [name for name in TRUNK if name.startswith('trunk.0')]
+    assert frozen.changed(full) == first
+    assert frozen.names == [*first, 'mixed.bias']
+    # Its former values matter no more.
+    model.trunk[1].requires_grad_(False)
+    assert frozen.changed(full) == first
 
 
 @pytest.mark.parametrize('weights', [None, 'bf16', 'int8'])

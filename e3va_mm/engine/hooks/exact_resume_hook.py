@@ -3,6 +3,7 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
+import mmengine
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
@@ -176,7 +177,7 @@ def seed_all(numbers: Sequence[int]) -> None:
 
     Args:
         numbers (Sequence[int]): What the seeds follow from, none negative.
-            Neighbours give unrelated seeds.
+            Neighbours give unrelated seeds; zeros at the end are ignored.
     """
     seeds = np.random.SeedSequence(numbers).generate_state(3, np.uint32)
     torch.manual_seed(int(seeds[0]))
@@ -197,10 +198,7 @@ def _take_over(runner: Runner, resumed: dict[str, Any] | None) -> '_Batches':
         batch_sampler=batches, dataset=_SeededDataset(loader.dataset)
     )
     if isinstance(loop, IterBasedTrainLoop):
-        skips = hasattr(loop.dataloader_iterator, 'skip_iter')
-        loop.dataloader_iterator = _Endless(
-            loop, batches, ignored=0 if skips else runner.iter
-        )
+        loop.dataloader_iterator = _Endless(loop, batches)
     return batches
 
 
@@ -231,7 +229,9 @@ class _Batches:
         batches = iter(self.batches)
         for i in count(self.began):
             numbers = *self.numbers, i
-            seed_all((*numbers, 0))  # some samplers draw from the global ones
+            # Some samplers draw from the global generators. With a 0 at the
+            # end they would draw what the iteration itself draws.
+            seed_all((*numbers, 1))
             try:
                 batch = next(batches)
             except StopIteration:
@@ -239,7 +239,7 @@ class _Batches:
             if i >= first:
                 yield [
                     _Sample(index, (*numbers, place))
-                    for place, index in enumerate(batch, 1)
+                    for place, index in enumerate(batch, 2)
                 ]
 
     def __len__(self) -> int:
@@ -285,21 +285,15 @@ class _Endless:
     Takes the place of mmengine's, which goes to where a run was by itself.
     """
 
-    def __init__(
-        self, loop: IterBasedTrainLoop, batches: _Batches, ignored: int
-    ) -> None:
+    def __init__(self, loop: IterBasedTrainLoop, batches: _Batches) -> None:
         self._loop = loop
         self._batches = batches
-        self._ignored = ignored
         self._iterator: Iterator | None = None
 
     def __iter__(self) -> '_Endless':
         return self
 
     def __next__(self) -> Any:
-        if self._ignored:  # mmengine before 0.10.8 asks for what it drops
-            self._ignored -= 1
-            return None
         if self._iterator is None:
             self._begin()
         try:
@@ -389,6 +383,15 @@ def _check(runner: Runner) -> None:
             'EpochBasedTrainLoop or IterBasedTrainLoop, but got '
             f'`train_cfg.type={type(runner.train_loop).__name__}`',
             'use one of the two',
+        )
+    if isinstance(runner.train_loop, IterBasedTrainLoop) and not hasattr(
+        runner.train_loop.dataloader_iterator, 'skip_iter'
+    ):
+        # Its loop has an iterator from the start, and with workers samples.
+        _refuse(
+            'mmengine>=0.10.8, whose loops of iterations load nothing before '
+            f'they run, but got {mmengine.__version__}',
+            "update it: pip install 'onedl-mmengine>=0.10.8'",
         )
     if isinstance(runner.optim_wrapper, OptimWrapperDict):
         _refuse(

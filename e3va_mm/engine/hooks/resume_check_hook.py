@@ -3,14 +3,18 @@ from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import nn
+from torch.optim import Optimizer
 
 from ...checkpoint.adapter_file import RECORD
 from ...errors import CheckpointError
 from ...registry import HOOKS
 
-# In the `meta` of a checkpoint: names of what trained, in their order.
+# In the `meta` of a checkpoint: names of what the optimizer held, in order.
+OPTIMIZED = 'e3va_mm_optimized'
+# In older ones: names of what required a gradient.
 TRAINABLE = 'e3va_mm_trainable'
 SHOWN = 5  # names in one error
 
@@ -19,9 +23,11 @@ SHOWN = 5  # names in one error
 class ResumeCheckHook(Hook):
     """Refuses to resume what cannot go on, before any state is loaded.
 
-    Checkpoints keep the names of the parameters that train. A run that
-    resumes with others would give the optimizer's state to the wrong ones, or
-    fail in torch's words. Refused are, too, files without the state of the
+    Checkpoints keep the names of the parameters that the optimizer holds. A
+    run that resumes with others would give the optimizer's state to the wrong
+    ones, or fail in torch's words. What requires a gradient does not matter:
+    it may change in a run, by backbones that freeze in ``train()`` or by
+    hooks. Refused are, too, files without the state of the
     optimizer, of schedules or of the run: adapter files, the framework's
     ``best_*.pth``, published ones. mmengine goes on from some of them in
     silence, with an optimizer that has forgotten.
@@ -36,9 +42,9 @@ class ResumeCheckHook(Hook):
     priority = 'VERY_HIGH'
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Write down what trains."""
+        """Write down what the optimizer holds."""
         meta = checkpoint.setdefault('meta', {})
-        meta[TRAINABLE] = trainable_names(runner.model)
+        meta[OPTIMIZED] = optimized_names(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare a checkpoint to resume from with this run."""
@@ -63,9 +69,11 @@ class ResumeCheckHook(Hook):
                 '`save_param_scheduler=True`, or start anew from these '
                 f'weights: `resume=False`, `load_from={source!r}`.'
             )
-        before = checkpoint.get('meta', {}).get(TRAINABLE)
-        if before is not None:
-            _compare(source, before, trainable_names(runner.model))
+        meta = checkpoint.get('meta', {})
+        if OPTIMIZED in meta:
+            _compare(source, meta[OPTIMIZED], optimized_names(runner))
+        elif TRAINABLE in meta:
+            _compare(source, meta[TRAINABLE], trainable_names(runner.model))
 
 
 def _missing(runner: Runner, checkpoint: dict[str, Any]) -> list[str]:
@@ -115,3 +123,36 @@ def trainable_names(model: nn.Module) -> list[str]:
     while is_model_wrapper(model):
         model = model.module
     return [n for n, p in model.named_parameters() if p.requires_grad]
+
+
+def optimized_names(runner: Runner) -> list[str]:
+    """Names of the parameters that the optimizer holds, in its order.
+
+    Where it is not torch's, or holds others than the model has: of those that
+    require a gradient, in the order of the model.
+    """
+    model = runner.model
+    while is_model_wrapper(model):
+        model = model.module
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    held = [
+        parameter
+        for optimizer in optimizers_of(runner)
+        for group in optimizer.param_groups
+        for parameter in group['params']
+    ]
+    if held and names.keys() >= {*held}:
+        return [names[parameter] for parameter in held]
+    return trainable_names(model)
+
+
+def optimizers_of(runner: Runner) -> list[Optimizer]:
+    """What steps; nothing where that is not torch's."""
+    wrapper = runner.optim_wrapper
+    wrappers = (
+        list(wrapper.optim_wrappers.values())
+        if isinstance(wrapper, OptimWrapperDict)
+        else [wrapper]
+    )
+    found = [getattr(each, 'optimizer', None) for each in wrappers]
+    return found if all(isinstance(o, Optimizer) for o in found) else []

@@ -8,10 +8,10 @@ import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapperDict
 from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.structures import BaseDataElement
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ...checkpoint.adapter_file import backbones
@@ -26,10 +26,14 @@ from ...utils.paths import (
 from ...utils.values import is_whole
 from ..frozen_tensors import FrozenTensors
 from .adapter_checkpoint_hook import AdapterCheckpointHook
+from .resume_check_hook import optimizers_of
 
 # Up projections start at zero: what lies before one has a gradient from the
 # second step on.
 STEPS = 3
+# Those gradients grow with it. In a warm-up from a thousandth of the learning
+# rate they are too small for fp16 at first.
+ZERO_STEPS = 100
 # Names that a message lists.
 SHOWN = 10
 
@@ -44,15 +48,21 @@ class TrainingGuardHook(Hook):
       pictures of the batch. The update of that iteration has been made
       already, so no checkpoint is written from then on: nor is one when
       trained weights are not finite though the loss was;
-    * a parameter that trains has had no gradient in the first three steps of
-      the optimizer, or one of a side path only zeros;
+    * a parameter of a side path has had no gradient in the first three steps
+      of the optimizer, or only zeros in the first hundred;
+    * any other that trains has had none, and several processes
+      (DistributedDataParallel without ``find_unused_parameters``) wait for
+      it: after the first step;
     * a frozen parameter, or a buffer of a frozen module such as the
       statistics of a norm, has changed: 64 values of each are compared at
       the first three iterations and at every ``interval``, all values when
       training ends.
 
-    With ``find_unused_parameters=True`` a parameter outside of side paths may
-    be without a gradient; that is logged.
+    Elsewhere a parameter outside of side paths that has had no gradient in
+    three steps is a warning. What trains is what requires a gradient at the
+    first iteration and still does: backbones may freeze in ``train()``, hooks
+    later. Averaged models inside of the model may change, and the ``teacher``
+    of MMDetection's MeanTeacherHook.
 
     In several processes each looks for itself, and the one that finds
     something ends: the launcher then stops the others, which wait for its
@@ -67,8 +77,8 @@ class TrainingGuardHook(Hook):
             that may be without a gradient, ``*`` standing for any one part.
             Defaults to none.
         may_change (Sequence[str]): Paths of frozen modules, parameters or
-            buffers that may change: ``['teacher']`` where a hook averages
-            weights into one. Defaults to none.
+            buffers that may change: where a hook of your own averages
+            weights into them. Defaults to none.
 
     Raises:
         ConfigError: If a path matches nothing.
@@ -101,12 +111,29 @@ class TrainingGuardHook(Hook):
         self.may_change = may_change
 
     def before_train(self, runner: Runner) -> None:
-        """Remember what is frozen, with all weights where they belong."""
+        """Find what the options name."""
         model = self._model = _unwrapped(runner.model)
-        self._frozen = FrozenTensors(model, _below(model, self.may_change))
+        may_change = [*self.may_change, *_averaged(runner, model)]
+        self._exempt = _below(model, may_change)
+        self._excused = _excused(model, self.without_gradient)
+        self._frozen: FrozenTensors | None = None
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Remember what is frozen, all weights being where they belong.
+
+        Not earlier: only now has the model been put in train mode.
+        """
+        if self._frozen is not None:
+            return
+        self._frozen = FrozenTensors(self._model, self._exempt)
         self._begun = self._looked = runner.iter
-        excused = _excused(model, self.without_gradient)
-        self._gradients = _Gradients(model, excused, _optimizers(runner))
+        self._gradients = _Gradients(
+            self._model, self._excused, optimizers_of(runner)
+        )
+        self._waits = _waits(runner.model)
+        self._seen_absent = self._seen_zero = False
         if not self._gradients.watched:
             runner.logger.info(
                 "Training guard: gradients are not looked at, as torch's "
@@ -130,8 +157,7 @@ class TrainingGuardHook(Hook):
             self._frozen.accept_new_forms()
         if done <= STEPS or self.every_n_train_iters(runner, self.interval):
             self._check_frozen(runner, runner.iter + 1)
-        if self._gradients.complete:
-            self._check_gradients(runner)
+        self._check_gradients(runner)
         if self._checkpoint_is_due(runner, batch_idx) and self._broken():
             raise TrainingError(
                 self._not_finite(runner, data_batch, outputs, 'what trains')
@@ -157,6 +183,8 @@ class TrainingGuardHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         """Compare every value of what is frozen."""
+        if self._frozen is None:
+            return  # a resumed run that was at its end
         self._gradients.remove()
         self._looked = self._begun
         self._check_frozen(runner, runner.iter, full=True)
@@ -183,34 +211,58 @@ class TrainingGuardHook(Hook):
 
     def _check_gradients(self, runner: Runner) -> None:
         gradients = self._gradients
-        gradients.remove()
-        absent, zero = gradients.absent(), gradients.zero()
-        if _finds_unused(runner):
+        steps = gradients.steps
+        if not gradients.looks:
+            return
+        if not self._seen_absent and steps >= (1 if self._waits else STEPS):
+            self._seen_absent = True
+            self._check_absent(runner)
+        if steps < STEPS:
+            return
+        zero = gradients.zero()
+        if not zero:
+            gradients.remove()
+        elif not self._seen_zero:
+            self._seen_zero = True
+            runner.logger.warning(
+                f'Training guard: in {_count(steps)} all gradients were zero '
+                f'in the side path for {_listed(zero)}. It is an error if '
+                f'they still are after {ZERO_STEPS}.'
+            )
+        elif steps >= ZERO_STEPS:
+            gradients.remove()
+            raise TrainingError(
+                f'{_where(runner.iter + 1)}: in {_count(steps)} all gradients '
+                f'were zero in the side path for {_listed(zero)}. Its output '
+                'reaches no loss, the learning rate is zero, or the gradients '
+                'are too small for fp16 '
+                "(`optim_wrapper.loss_scale='dynamic'`)."
+            )
+
+    def _check_absent(self, runner: Runner) -> None:
+        gradients = self._gradients
+        absent, steps = gradients.absent(), _count(gradients.steps)
+        if not self._waits:
             known = [n for n in absent if n not in gradients.declared]
             absent = [n for n in absent if n in gradients.declared]
             if known:
                 runner.logger.warning(
-                    f'Training guard: no gradient in {STEPS} steps, as '
-                    '`find_unused_parameters` allows, for '
-                    f'{_listed(known)}.'
+                    f'Training guard: in {steps} no gradient has come to '
+                    f'{_listed(known)}, so it does not learn. Freeze it by '
+                    '`e3va_mm.FreezeHook`, or allow it: '
+                    '`TrainingGuardHook(without_gradient=[...])`.'
                 )
         if absent:
+            gradients.remove()
             raise TrainingError(
-                f'{_where(runner.iter + 1)}: in {STEPS} steps of the '
-                f'optimizer no gradient has come to {_listed(absent)}. The '
-                'loss does not depend on it: several processes would end '
-                'with "Expected to have finished reduction". Freeze it by '
-                '`e3va_mm.FreezeHook`, leave out what nothing reads (a '
-                "backbone's `out_indices` that the neck ignores), or allow "
-                'it: `TrainingGuardHook(without_gradient=[...])`.'
-            )
-        if zero:
-            raise TrainingError(
-                f'{_where(runner.iter + 1)}: in {STEPS} steps of the '
-                'optimizer all gradients were zero in the side path for '
-                f'{_listed(zero)}. Its output reaches no loss, the learning '
-                'rate is zero, or the gradients are too small for fp16 '
-                "(`optim_wrapper.loss_scale='dynamic'`)."
+                f'{_where(runner.iter + 1)}: in {steps} no gradient has come '
+                f'to {_listed(absent)}. The loss does not depend on it: '
+                'several processes would end with "Expected to have finished '
+                'reduction". Freeze it by `e3va_mm.FreezeHook`, leave out '
+                "what nothing reads (a backbone's `out_indices` that the neck "
+                'ignores), or allow it: '
+                '`TrainingGuardHook(without_gradient=[...])`; several '
+                'processes need `find_unused_parameters=True` then.'
             )
 
     def _checkpoint_is_due(self, runner: Runner, batch_idx: int) -> bool:
@@ -267,7 +319,7 @@ class TrainingGuardHook(Hook):
 
 
 class _Gradients:
-    """Which parameters have a gradient in the first steps of optimizers.
+    """Which parameters have had a gradient in steps of optimizers.
 
     Looks right before a step, when gradients are averaged over processes,
     summed over accumulated iterations and rid of their loss scale. Steps that
@@ -308,18 +360,30 @@ class _Gradients:
             self.watched = {}
 
     @property
-    def complete(self) -> bool:
-        """Whether every optimizer has made its steps; once."""
-        return bool(self._handles) and min(self._steps) >= STEPS
+    def looks(self) -> bool:
+        """Whether steps are still looked at."""
+        return bool(self._handles)
+
+    @property
+    def steps(self) -> int:
+        """How many steps every optimizer has made at least."""
+        return min(self._steps, default=0)
 
     def absent(self) -> list[str]:
         """Names without a gradient, in the model's order."""
-        return [name for name in self.watched if name in self._absent]
+        return self._training(self._absent)
 
     def zero(self) -> list[str]:
         """Names of a side path whose gradients were zero all the time."""
-        zero = self._zero - self._absent
-        return [name for name in self.watched if name in zero]
+        return self._training(self._zero - self._absent)
+
+    def _training(self, names: set[str]) -> list[str]:
+        """Those that still require a gradient."""
+        return [
+            name
+            for name, parameter in self.watched.items()
+            if name in names and parameter.requires_grad
+        ]
 
     def remove(self) -> None:
         """Look no longer."""
@@ -334,25 +398,13 @@ class _Gradients:
         self._absent = {
             n for n in self._absent if self.watched[n].grad is None
         }
-        names = sorted(self._zero - self._absent)
+        names = [n for n in self.zero() if self.watched[n].grad is not None]
         if names:
             moved = [self.watched[n].grad.any() for n in names]
             moved = torch.stack(moved).tolist()
             self._zero -= {
                 name for name, m in zip(names, moved, strict=True) if m
             }
-
-
-def _optimizers(runner: Runner) -> list[Optimizer]:
-    """What steps; nothing where that is not torch's."""
-    wrapper = runner.optim_wrapper
-    wrappers = (
-        list(wrapper.optim_wrappers.values())
-        if isinstance(wrapper, OptimWrapperDict)
-        else [wrapper]
-    )
-    found = [getattr(each, 'optimizer', None) for each in wrappers]
-    return found if all(isinstance(o, Optimizer) for o in found) else []
 
 
 def _excused(model: nn.Module, patterns: Sequence[str]) -> set[nn.Parameter]:
@@ -387,13 +439,24 @@ def _below(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     return {name for name, tensor in named if id(tensor) in tensors}
 
 
-def _finds_unused(runner: Runner) -> bool:
-    """Whether the config lets parameters be without a gradient."""
-    wrapper = runner.cfg.get('model_wrapper_cfg') or {}
-    return bool(
-        runner.cfg.get('find_unused_parameters')
-        or wrapper.get('find_unused_parameters')
+def _waits(model: nn.Module) -> bool:
+    """Whether processes wait for the gradients of all parameters."""
+    return any(
+        isinstance(module, DistributedDataParallel)
+        and not getattr(module, 'find_unused_parameters', True)
+        and not module.static_graph
+        for module in model.modules()
     )
+
+
+def _averaged(runner: Runner, model: nn.Module) -> list[str]:
+    """Paths of what hooks of the frameworks write averages into."""
+    writes = any(
+        kind.__name__ == 'MeanTeacherHook'
+        for hook in runner.hooks
+        for kind in type(hook).__mro__
+    )
+    return ['teacher'] if writes and hasattr(model, 'teacher') else []
 
 
 def _to_check(outputs: Mapping) -> Iterator[float]:
@@ -444,6 +507,10 @@ def _listed(names: Sequence[str]) -> str:
     more = len(names) - SHOWN
     shown = ', '.join(names[:SHOWN])
     return f'{shown} and {more} more' if more > 0 else shown
+
+
+def _count(steps: int) -> str:
+    return f'{steps} step{"s" * (steps > 1)} of the optimizer'
 
 
 def _kind(model: nn.Module) -> str:

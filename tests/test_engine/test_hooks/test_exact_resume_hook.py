@@ -7,6 +7,7 @@ import pickle
 import random
 import types
 
+import mmengine
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from e3va_mm.engine.hooks import ExactResumeHook
 from e3va_mm.engine.hooks.exact_resume_hook import (
+    _Batches,
     _check_data,
     _Sample,
     _SeededDataset,
@@ -131,6 +133,10 @@ AMP = dict(
 CASES = {
     'iterations': ({}, (2, 5)),
     # Where an update is due after 3, 6 and 7.
+    'iterations, with a worker': (
+        dict(train_dataloader=dict(num_workers=1)),
+        (2, 5),
+    ),
     'accumulation': (ACCUMULATION, (1, 2, 3)),
     'passes over a finite sampler': (SHUFFLED, (3, 5)),
     'a sampler without a seed': (
@@ -316,6 +322,35 @@ def test_seeds_of_neighbours_differ(numbers):
         seed_all(each)
         drawn |= {random.random(), np.random.rand(), torch.rand(1).item()}
     assert len(drawn) == 3 * len(numbers)
+
+
+def test_no_seed_is_used_twice(monkeypatch):
+    module = 'e3va_mm.engine.hooks.exact_resume_hook.seed_all'
+    used = []
+    monkeypatch.setattr(module, used.append)
+    batches = _Batches([['a', 'b'], ['c']], (3, 0))
+    samples = [sample for batch in batches for sample in batch]
+    assert [sample.index for sample in samples] == ['a', 'b', 'c']
+    assert len(used) == 3  # for two batches, and to find the end
+    used += [sample.numbers for sample in samples]
+    used += [(3, 0, i) for i in range(3)]  # of the iterations
+    drawn = set()
+    for numbers in used:
+        seed_all(numbers)
+        drawn |= {random.random(), np.random.rand(), torch.rand(1).item()}
+    assert len(drawn) == 3 * 9
+
+
+def test_loops_that_load_before_they_run_are_refused(tmp_path, monkeypatch):
+    iterator = 'mmengine.runner.loops._InfiniteDataloaderIterator'
+    monkeypatch.delattr(f'{iterator}.skip_iter')
+    config = segmentor_with(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        run(config, tmp_path / 'work')
+    text = str(error.value)
+    assert 'needs mmengine>=0.10.8, whose' in text
+    assert f'but got {mmengine.__version__}. ' in text
+    assert "update it: pip install 'onedl-mmengine>=0.10.8'" in text
 
 
 class OwnRandom(BaseTransform):

@@ -1,13 +1,22 @@
 """What cannot be resumed is refused before any state is loaded."""
 
+import types
+
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
+from torch import nn
 
 from e3va_mm.engine import launch
-from e3va_mm.engine.hooks.resume_check_hook import TRAINABLE
+from e3va_mm.engine.hooks.resume_check_hook import (
+    OPTIMIZED,
+    TRAINABLE,
+    optimized_names,
+)
 from e3va_mm.errors import CheckpointError
+from tests.helpers import TINY
 from tests.test_engine.test_hooks.interrupted import run
 from tests.test_engine.test_hooks.tiny import (
     make_segmentation,
@@ -58,7 +67,7 @@ def test_the_same_set_goes_on(config, tmp_path):
     work = tmp_path / 'run'
     run(config, work, stop=1)
     names = torch.load(work / 'iter_1.pth', weights_only=False)['meta'][
-        TRAINABLE
+        OPTIMIZED
     ]
     assert 'decode_head.conv_seg.weight' in names
     assert not any(name.startswith('backbone.stages') for name in names)
@@ -97,10 +106,77 @@ def test_another_order_is_refused(config, tmp_path):
     run(config, tmp_path / 'run', stop=1)
     path = tmp_path / 'run' / 'iter_1.pth'
     checkpoint = torch.load(path, weights_only=False)
-    checkpoint['meta'][TRAINABLE].reverse()
+    checkpoint['meta'][OPTIMIZED].reverse()
     torch.save(checkpoint, path)
     text = refusal(config, tmp_path / 'run')
     assert 'the same parameters, but in another order' in text
+
+
+def test_older_checkpoints_name_what_required_a_gradient(config, tmp_path):
+    runner = run(config, tmp_path / 'run', stop=1)
+    path = tmp_path / 'run' / 'iter_1.pth'
+    checkpoint = torch.load(path, weights_only=False)
+    del checkpoint['meta'][OPTIMIZED]
+    checkpoint['meta'][TRAINABLE] = [
+        n for n, p in runner.model.named_parameters() if p.requires_grad
+    ]
+    torch.save(checkpoint, path)
+    assert run(config, tmp_path / 'run', resume=True).iter == 2
+
+    gone = checkpoint['meta'][TRAINABLE].pop()
+    torch.save(checkpoint, path)
+    text = refusal(config, tmp_path / 'run', load_from=str(path))
+    assert f'{gone} train now and did not' in text
+
+
+def test_a_backbone_that_freezes_in_train_goes_on(tmp_path):
+    """A stock Swin: all of it requires a gradient until then."""
+    make_segmentation(tmp_path)
+    base = segmentation_config(tmp_path)
+    config = tmp_path / 'swin.py'
+    config.write_text(f"""
+_base_ = {base!r}
+model = dict(
+    backbone=dict(
+        _delete_=True, type='SwinTransformer', frozen_stages=2, **{TINY}),
+    decode_head=dict(in_channels=256, norm_cfg=dict(type='BN')))
+{MORE}
+train_cfg.update(max_iters=5)
+custom_hooks += [dict(type='e3va_mm.TrainingGuardHook')]
+model['backbone']['out_indices'] = (3, )
+model['decode_head']['in_index'] = 0
+""")
+    work = tmp_path / 'run'
+    runner = run(config, work, stop=2)
+    assert not runner.model.backbone.stages[0].blocks[0].norm1.weight.grad
+    assert run(config, work, resume=True).iter == 5
+    logs = ''.join(log.read_text() for log in work.glob('*/*.log'))
+    assert 'frozen tensors are what they were' in logs
+    assert 'no gradient has come' not in logs
+
+
+def test_names_are_those_of_the_optimizer():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    runner = types.SimpleNamespace(model=model)
+
+    def wrapper(*layers):
+        groups = [dict(params=[*layer.parameters()]) for layer in layers]
+        return OptimWrapper(torch.optim.SGD(groups, lr=0.1))
+
+    model[1].requires_grad_(False)
+    # In the order of its groups, which its state has.
+    runner.optim_wrapper = wrapper(model[1], model[0])
+    names = ['1.weight', '1.bias', '0.weight', '0.bias']
+    assert optimized_names(runner) == names
+    runner.optim_wrapper.param_groups[0]['params'].pop()
+    assert optimized_names(runner) == [names[0], *names[2:]]
+    two = OptimWrapperDict(a=wrapper(model[1]), b=wrapper(model[0]))
+    runner.optim_wrapper = two
+    assert optimized_names(runner) == names
+    # Flat parameters of another library, another optimizer.
+    for other in (wrapper(nn.Linear(2, 2)), types.SimpleNamespace(), None):
+        runner.optim_wrapper = other
+        assert optimized_names(runner) == names[2:]
 
 
 def test_an_adapter_file_is_refused(config, tmp_path):

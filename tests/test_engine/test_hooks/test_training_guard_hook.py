@@ -1,5 +1,6 @@
 """Runs that cannot come to anything end at once; all others go on."""
 
+import copy
 import os
 import re
 import subprocess
@@ -9,15 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel
+from mmengine.model import (
+    BaseModel,
+    ExponentialMovingAverage,
+    MMDistributedDataParallel,
+)
 from mmengine.registry import HOOKS
 from mmengine.runner import FlexibleRunner, Runner
 from mmengine.structures import BaseDataElement
 from torch import nn
 
-from e3va_mm.engine.hooks import TrainingGuardHook
+from e3va_mm.engine.hooks import TrainingGuardHook, training_guard_hook
 from e3va_mm.engine.hooks.training_guard_hook import _Gradients
 from e3va_mm.errors import ConfigError, TrainingError
 from tests.test_engine.test_hooks.tiny import (
@@ -265,16 +271,22 @@ def test_what_a_train_step_without_a_loss_gives(tmp_path):
 # ---- gradients
 
 
+NONE = 'no gradient has come to '
+
+
 @pytest.mark.parametrize('counts', [1, 2])
 def test_a_parameter_without_gradient(tmp_path, counts):
+    """One process trains fine with it."""
     options = dict(optim_wrapper=dict(accumulative_counts=counts))
-    options['train_cfg'] = dict(by_epoch=False, max_iters=6)
-    text = failing(runner_of(tmp_path, Toy(spare=True), **options))
-    assert text.startswith(
-        f'Iteration {3 * counts}: in 3 steps of the optimizer no gradient has '
-        'come to spare.0.weight, spare.0.bias. '
-    )
-    assert 'FreezeHook' in text and 'without_gradient=[' in text
+    options['train_cfg'] = dict(by_epoch=False, max_iters=8)
+    runner = runner_of(tmp_path, Toy(spare=True), **options)
+    runner.train()
+    (before, text) = log_of(tmp_path).split('in 3 steps of the optimizer ')
+    assert text.startswith(f'{NONE}spare.0.weight, spare.0.bias, so it does ')
+    assert f'checkpoint at {3 * counts - 1} iterations' in before
+    assert f'checkpoint at {3 * counts} iterations' not in before
+    warning = text[: text.index('\n')]
+    assert 'FreezeHook' in warning and 'without_gradient=[' in warning
 
 
 @pytest.mark.parametrize(
@@ -283,20 +295,72 @@ def test_a_parameter_without_gradient(tmp_path, counts):
 def test_parameters_that_may_be_without_gradient(tmp_path, paths):
     guard = dict(without_gradient=paths)
     runner_of(tmp_path, Toy(spare=True), guard).train()
+    assert NONE not in log_of(tmp_path)
 
 
-@pytest.mark.parametrize(
-    'cfg',
-    [
-        dict(find_unused_parameters=True),
-        dict(model_wrapper_cfg=dict(find_unused_parameters=True)),
-    ],
-)
-def test_unused_parameters_that_the_config_allows_are_logged(tmp_path, cfg):
-    runner_of(tmp_path, Toy(spare=True), cfg=cfg).train()
-    log = log_of(tmp_path)
-    assert 'allows, for spare.0.weight, spare.0.bias.' in log
-    assert log.count('as `find_unused_parameters` allows') == 1
+@pytest.fixture
+def one_process(monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    dist.init_process_group(
+        'gloo', store=dist.HashStore(), rank=0, world_size=1
+    )
+    yield
+    dist.destroy_process_group()
+
+
+def test_processes_that_wait_for_gradients(tmp_path, one_process):
+    """Torch would end in the second iteration, with numbers for names."""
+    runner = runner_of(tmp_path, Toy(spare=True))
+    runner.model = MMDistributedDataParallel(runner.model, device_ids=None)
+    text = failing(runner)
+    assert text.startswith(
+        f'Iteration 1: in 1 step of the optimizer {NONE}spare.0.weight, '
+        'spare.0.bias. '
+    )
+    assert 'FreezeHook' in text and 'without_gradient=[' in text
+    assert '`find_unused_parameters=True`' in text
+
+
+def test_processes_that_find_what_has_no_gradient(tmp_path, one_process):
+    runner = runner_of(tmp_path, Toy(spare=True))
+    runner.model = MMDistributedDataParallel(
+        runner.model, device_ids=None, find_unused_parameters=True
+    )
+    runner.train()
+    assert f'{NONE}spare.0.weight, spare.0.bias' in log_of(tmp_path)
+
+
+class FreezesInTrain(Toy):
+    """As MobileNetV2 and stock Swins do."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.spare.requires_grad_(False)
+        return self
+
+
+def test_what_freezes_in_train(tmp_path):
+    runner_of(tmp_path / 'a', FreezesInTrain(spare=True)).train()
+    assert NONE not in log_of(tmp_path / 'a')
+    assert 'all of the 9 frozen tensors' in log_of(tmp_path / 'a')
+
+    def write(model):
+        model.spare[0].weight += 1
+
+    model, hooks = FreezesInTrain(spare=True), [DoHook(write, [2])]
+    failing(
+        runner_of(tmp_path / 'b', model, hooks=hooks),
+        'Iteration 2: .* has changed since iteration 1: spare.0.weight. ',
+    )
+
+
+def test_what_a_hook_freezes_later(tmp_path):
+    def freeze(model):
+        model.spare.requires_grad_(False)
+
+    hooks = [DoHook(freeze, [2])]
+    runner_of(tmp_path, Toy(spare=True), hooks=hooks).train()
+    assert NONE not in log_of(tmp_path)
 
 
 def test_a_run_of_two_steps_is_left_alone(tmp_path):
@@ -305,6 +369,7 @@ def test_a_run_of_two_steps_is_left_alone(tmp_path):
         Toy(spare=True),
         train_cfg=dict(by_epoch=False, max_iters=2),
     ).train()
+    assert NONE not in log_of(tmp_path)
 
 
 def test_a_gradient_in_one_of_the_steps_is_enough(tmp_path):
@@ -316,12 +381,14 @@ def test_a_gradient_in_one_of_the_steps_is_enough(tmp_path):
             return losses
 
     runner_of(tmp_path, Sometimes(spare=True)).train()
+    assert NONE not in log_of(tmp_path)
 
 
 def test_many_names_are_cut_short(tmp_path):
     model = Toy(spare=True)
     model.spare.extend(nn.Linear(2, 2) for _ in range(7))
-    assert 'spare.4.bias and 6 more. ' in failing(runner_of(tmp_path, model))
+    runner_of(tmp_path, model).train()
+    assert 'spare.4.bias and 6 more, so' in log_of(tmp_path)
 
 
 @pytest.mark.skipif(
@@ -333,15 +400,16 @@ def test_steps_that_a_loss_scaler_leaves_out_do_not_count():
     gradients = _Gradients(model, set(), [optimizer])
     scaler = torch.amp.GradScaler('cpu', init_scale=4.0)
     for factor in (INF, 1.0, INF, 1.0, 1.0):
-        assert not gradients.complete
+        assert gradients.steps < 3
         optimizer.zero_grad()
         loss = (model(torch.ones(2)) * factor).sum()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    assert gradients.complete
+    assert gradients.steps == 3 and gradients.looks
     assert gradients.absent() == gradients.zero() == []
     gradients.remove()
+    assert not gradients.looks
     assert not optimizer._optimizer_step_pre_hooks
 
 
@@ -371,12 +439,48 @@ def test_a_side_path_without_gradient(tmp_path):
     assert 'backbone.norm0.weight' in text and 'out_indices' in text
 
 
-def test_a_side_path_whose_gradients_are_zero(tmp_path):
+def test_a_side_path_whose_gradients_stay_zero(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_guard_hook, 'ZERO_STEPS', 4)
     loss = "loss_decode=dict(type='CrossEntropyLoss', loss_weight=0.)"
     runner = segmentor(tmp_path, more=LAST, head=f'in_index=0, {loss}')
-    text = failing(runner, 'Iteration 3: .* all gradients were zero in the s')
+    text = failing(runner, 'Iteration 4: in 4 .* all gradients were zero in t')
     assert 'backbone.side_path.' in text
     assert 'decode_head' not in text
+    (log,) = tmp_path.glob('work/*/*.log')
+    assert log.read_text().count(WARNING) == 1
+
+
+WARNING = 'guard: in 3 steps of the optimizer all gradients were zero in the s'
+
+
+def test_a_side_path_whose_gradients_are_zero_at_first(tmp_path, monkeypatch):
+    """As in a warm-up in fp16."""
+    monkeypatch.setattr(training_guard_hook, 'ZERO_STEPS', 8)
+    more = LAST + 'train_cfg.update(max_iters=9)\n'
+    runner = segmentor(tmp_path, more=more, head='in_index=0')
+    for parameter in runner.model.backbone.side_path.parameters():
+        parameter.register_hook(lambda g: g * (runner.iter > 3))
+    runner.train()
+    assert runner.iter == 9
+    (log,) = tmp_path.glob('work/*/*.log')
+    assert log.read_text().count(WARNING) == 1
+    assert not runner.optim_wrapper.optimizer._optimizer_step_pre_hooks
+
+
+def test_zeros_and_no_gradient_by_turns():
+    model = nn.Linear(2, 2)
+    model.trunk_state = None
+    model.trainable_children = lambda: [('', model)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradients = _Gradients(model, set(), [optimizer])
+    for value in (0.0, None, 1.0):
+        assert gradients.zero() == ['weight', 'bias'] * bool(gradients.steps)
+        for parameter in model.parameters():
+            parameter.grad = (
+                None if value is None else torch.full_like(parameter, value)
+            )
+        optimizer.step()
+    assert gradients.zero() == gradients.absent() == []
 
 
 @pytest.mark.parametrize('weights', ['fp32', 'bf16'])
@@ -440,6 +544,63 @@ def test_buffers_that_may_change(tmp_path):
         hooks = [DoHook(let_the_norm_run, [1])]
         runner_of(tmp_path, hooks=hooks).train()
     runner_of(tmp_path, None, guard, hooks).train()
+
+
+def test_what_a_hook_lets_train_later(tmp_path):
+    def thaw(model):
+        model.trunk.requires_grad_(True)
+        model.norm_runs = True
+
+    runner = runner_of(tmp_path, hooks=[DoHook(thaw, [2])])
+    runner.train()
+    assert runner.model.trunk[1].num_batches_tracked == 3
+    assert 'frozen tensors are what they were' in log_of(tmp_path)
+
+
+class Averaging(Toy):
+    """As MoCo and BYOL: an average of the model is part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = ExponentialMovingAverage(self.norm, momentum=0.1)
+
+    def forward(self, *args, **kwargs):
+        self.average.update_parameters(self.norm)
+        return super().forward(*args, **kwargs)
+
+
+def test_an_average_inside_of_the_model(tmp_path):
+    runner = runner_of(tmp_path, Averaging())
+    before = runner.model.average.module.weight.clone()
+    runner.train()
+    assert runner.model.average.steps == 5
+    assert not torch.equal(before, runner.model.average.module.weight)
+
+
+class Student(Toy):
+    def __init__(self):
+        super().__init__()
+        self.student = self.norm
+        self.teacher = copy.deepcopy(self.norm).requires_grad_(False)
+
+
+@pytest.mark.parametrize('known', [True, False])
+def test_a_teacher_that_a_hook_averages_into(tmp_path, known):
+    module = pytest.importorskip('mmdet.engine.hooks')
+    kind = module.MeanTeacherHook
+    if not known:
+        run = kind.after_train_iter
+        kind = type('Own', (Hook,), dict(momentum_update=kind.momentum_update))
+        kind.after_train_iter = run
+        kind.momentum, kind.interval, kind.skip_buffers = 0.1, 1, True
+    hook = kind() if not known else kind(momentum=0.1)
+    runner = runner_of(tmp_path, Student(), hooks=[hook])
+    if known:
+        before = runner.model.teacher.weight.clone()
+        runner.train()
+        assert not torch.equal(before, runner.model.teacher.weight)
+    else:
+        failing(runner, 'Iteration .*: teacher.weight')
 
 
 def test_a_trunk_in_16_bits_that_changes(tmp_path):
@@ -512,7 +673,8 @@ def test_other_runners(tmp_path):
 
 def test_compiled_steps(tmp_path):
     cfg = dict(compile=dict(backend='eager'))
-    failing(runner_of(tmp_path, Toy(spare=True), cfg=cfg), '^Iteration 3')
+    runner_of(tmp_path, Toy(spare=True), cfg=cfg).train()
+    assert f'in 3 steps of the optimizer {NONE}spare' in log_of(tmp_path)
 
 
 def test_a_run_that_diverges_under_the_frameworks_own_train(tmp_path):

@@ -1,10 +1,7 @@
 """Two processes train and test the digits config by the scripts."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS, DefaultScope
 
 from e3va_mm.datasets.digits import build_dataset
+from tests.dist_scripts import launched
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs' / 'cascade_e3va_swin_nano_digits.py'
@@ -84,20 +82,7 @@ def gradients_alone(model, record, seed):
 
 
 def run(script, *arguments, cwd):
-    """From a folder that holds the data and no part of the project."""
-    process = subprocess.run(
-        ['bash', ROOT / 'tools' / f'{script}.sh', *map(str, arguments)],
-        cwd=cwd,
-        env={
-            **os.environ,
-            'CUDA_VISIBLE_DEVICES': '',
-            'OMP_NUM_THREADS': '1',
-            'PYTHON': sys.executable,
-        },
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    process = launched(script, *arguments, cwd=cwd)
     assert process.returncode == 0, process.stderr
     return process.stdout
 

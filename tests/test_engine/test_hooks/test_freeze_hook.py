@@ -1,8 +1,5 @@
 """What is frozen stays as it was, and the rest of the run goes on."""
 
-import os
-import subprocess
-import sys
 import time
 import weakref
 from pathlib import Path
@@ -21,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from e3va_mm.engine.hooks import FreezeHook, TrainingGuardHook
 from e3va_mm.errors import ConfigError
+from tests.dist_scripts import launched
 from tests.test_engine.test_hooks.tiny import (
     detection_config,
     make_coco,
@@ -541,19 +539,7 @@ def test_two_processes_wait_for_no_frozen_gradient(tmp_path):
         randomness=dict(seed=0),
         env_cfg=dict(dist_cfg=dict(backend='gloo')),
     )
-    process = subprocess.run(
-        ['bash', ROOT / 'tools' / 'dist_train.sh', config, '2'],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            'CUDA_VISIBLE_DEVICES': '',
-            'OMP_NUM_THREADS': '1',
-            'PYTHON': sys.executable,
-        },
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    process = launched('dist_train', config, 2, cwd=tmp_path)
     assert process.returncode == 0, process.stderr[-3000:]
     before, after = (
         [

@@ -1,10 +1,7 @@
 """Runs that cannot come to anything end at once; all others go on."""
 
 import copy
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from torch import nn
 from e3va_mm.engine.hooks import TrainingGuardHook, training_guard_hook
 from e3va_mm.engine.hooks.training_guard_hook import _Gradients
 from e3va_mm.errors import ConfigError, TrainingError
+from tests.dist_scripts import launched
 from tests.test_engine.test_hooks.tiny import (
     detection_config,
     make_coco,
@@ -726,19 +724,7 @@ def test_one_process_of_two_ends_both(tmp_path):
     )
     with open(config, 'a') as file:
         file.write("\ndefault_hooks['checkpoint'].update(interval=1)\n")
-    process = subprocess.run(
-        ['bash', ROOT / 'tools' / 'dist_train.sh', config, '2'],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            'CUDA_VISIBLE_DEVICES': '',
-            'OMP_NUM_THREADS': '1',
-            'PYTHON': sys.executable,
-        },
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    process = launched('dist_train', config, 2, cwd=tmp_path)
     assert process.returncode != 0
     # Which of them comes first is a matter of chance; the hook is the tool's.
     found = re.findall(

@@ -1,8 +1,9 @@
 """Models whose weights are spread over processes."""
 
 from mmengine.dist import is_main_process
-from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
+
+from .wrappers import unwrapped
 
 # Set on a parameter that is about to be sharded.
 _SIZE = 'e3va_mm_size'
@@ -34,9 +35,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         dict[str, Tensor]: Empty on all processes but the main one.
     """
-    inner = model
-    while is_model_wrapper(inner):
-        inner = inner.module
+    inner = unwrapped(model)
     sharded = any(is_sharded(value) for value in inner.parameters())
     if sharded:
         # Their wrapper knows how, and gives the names of the inner model.

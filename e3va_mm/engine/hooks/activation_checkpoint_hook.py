@@ -2,11 +2,10 @@ import logging
 from collections.abc import Sequence
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import nn
 
 from ...registry import HOOKS
+from ...utils.wrappers import unwrapped
 from ..checkpointing import checkpoint_modules
 
 
@@ -45,7 +44,7 @@ class ActivationCheckpointHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Wraps the modules; nothing is compiled before the first step."""
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         self._names = checkpoint_modules(model, self.modules)
         self._first = True
         runner.logger.info(
@@ -60,7 +59,7 @@ class ActivationCheckpointHook(Hook):
         if not self._first:
             return
         self._first = False
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         unused = [
             name
             for name in self._names
@@ -75,8 +74,3 @@ class ActivationCheckpointHook(Hook):
                 f"'{unused[0]}.*'.",
             )
 
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while is_model_wrapper(model):
-        model = model.module
-    return model

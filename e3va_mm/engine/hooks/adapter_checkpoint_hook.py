@@ -8,9 +8,7 @@ from mmengine.dist import (
     master_only,
 )
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
-from torch import nn
 
 from ...checkpoint.adapter_file import (
     CHECKPOINT,
@@ -24,6 +22,7 @@ from ...checkpoint.atomic_local_backend import remove_parts
 from ...errors import ConfigError
 from ...registry import HOOKS
 from ...utils.sharding import whole_state
+from ...utils.wrappers import unwrapped
 
 # Where the message hub, and with it a checkpoint to resume from, keeps them.
 _KEPT, _BEST, _SOURCES = (
@@ -110,7 +109,7 @@ class AdapterCheckpointHook(Hook):
                 'no epoch ever ends. Set `by_epoch=False`, and `interval` to '
                 'the iterations between two files.'
             )
-        model = _model(runner)
+        model = unwrapped(runner.model)
         sources = _recall(runner, _SOURCES, {})
         if runner._load_from and not runner._resume:
             # A whole detector or segmentor has brought the trunk.
@@ -186,7 +185,7 @@ class AdapterCheckpointHook(Hook):
         runner.message_hub.update_info(_KEPT, kept[-self.max_keep :])
 
     def _save(self, runner: Runner, name: str) -> str:
-        model = _model(runner)
+        model = unwrapped(runner.model)
         # As Runner.save_checkpoint: EMAHook puts in its average here.
         checkpoint = dict(meta={}, state_dict=whole_state(runner.model))
         path = Path(runner.work_dir, f'adapter_{name}.safetensors')
@@ -228,10 +227,6 @@ def _read_best(runner: Runner) -> None:
 def _remove(path: str) -> None:
     Path(path).unlink(missing_ok=True)
 
-
-def _model(runner: Runner) -> nn.Module:
-    model = runner.model
-    return model.module if is_model_wrapper(model) else model
 
 
 def _recall(runner: Runner, key: str, default: Any) -> Any:

@@ -9,10 +9,9 @@ import torch
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import Compose
 from mmengine.hooks import CheckpointHook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -22,6 +21,7 @@ from torch.utils.data import (
 
 from ...errors import CheckpointError, ConfigError
 from ...registry import HOOKS
+from ...utils.wrappers import unwrapped
 from .resume_check_hook import ResumeCheckHook
 
 # In a checkpoint: where the run was, and gradients that wait for an update.
@@ -107,7 +107,7 @@ class ExactResumeHook(ResumeCheckHook):
     def before_train(self, runner: Runner) -> None:
         """Refuse what cannot be exact; bring back what waits for an update."""
         _check(runner)
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         for name, gradient in self._gradients.items():
             parameter = model.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
@@ -166,7 +166,7 @@ class ExactResumeHook(ResumeCheckHook):
             checkpoint[GRADIENTS] = {
                 name: parameter.grad.detach().cpu()
                 for name, parameter in (
-                    _unwrapped(runner.model).named_parameters()
+                    unwrapped(runner.model).named_parameters()
                 )
                 if parameter.grad is not None
             }
@@ -357,11 +357,6 @@ def _accumulation(runner: Runner) -> int:
     return getattr(wrapper, '_accumulative_counts', 1)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while is_model_wrapper(model):
-        model = model.module
-    return model
-
 
 def _check(runner: Runner) -> None:
     """Refuse what cannot be exact."""
@@ -428,7 +423,7 @@ def _check_parts(runner: Runner) -> None:
     for kind, parts, names in (
         ('sampler', _samplers(runner.train_dataloader), ()),
         ('hook', runner.hooks, FORGETFUL_HOOKS),
-        ('module', _unwrapped(runner.model).modules(), FORGETFUL_MODULES),
+        ('module', unwrapped(runner.model).modules(), FORGETFUL_MODULES),
         (
             'transform',
             _transforms(runner.train_dataloader.dataset),

@@ -20,6 +20,7 @@ from ...utils.paths import (
     parameters_of,
     parts_of,
 )
+from ...utils.wrappers import unwrapped
 
 Part = nn.Module | nn.Parameter
 
@@ -87,7 +88,7 @@ class FreezeHook(Hook):
         if not isinstance(runner.optim_wrapper, OptimWrapper):
             return  # a run that tests
         _check_wrapper(runner.model)
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         parts = parts_of(model)
         chosen = _select(model, parts, self.freeze)
         spared = _select(model, parts, self.train)
@@ -259,6 +260,3 @@ def _wrap_anew(runner: Runner) -> None:
             'Give the runner a model without a wrapper.'
         )
 
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model

@@ -4,13 +4,13 @@ import time
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook, LoggerHook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from ...errors import ConfigError
 from ...measure import LiveBytes
 from ...registry import HOOKS
 from ...utils import count_parameters, is_whole
+from ...utils.wrappers import unwrapped
 
 MIB = 2**20
 PREFIX = 'measured_'
@@ -130,7 +130,7 @@ class MeasureHook(Hook):
         return result
 
     def _count(self, runner: Runner) -> None:
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         total, trainable = count_parameters(model)
         self.figures.update(total=total, trainable=trainable)
         text = f'Measured: {trainable:,} of {total:,} parameters train'
@@ -145,7 +145,7 @@ class MeasureHook(Hook):
         if self._on_cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         with LiveBytes(model, runner.optim_wrapper) as count:
             result = self._step(*args, **kwargs)
         memory = dict(peak=count.peak, **count.at_peak)
@@ -220,6 +220,3 @@ def _accumulation(runner: Runner) -> int:
     """Iterations to one update of the weights."""
     return getattr(runner.optim_wrapper, '_accumulative_counts', 1)
 
-
-def _unwrapped(model):
-    return model.module if is_model_wrapper(model) else model

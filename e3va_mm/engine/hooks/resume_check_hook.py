@@ -1,8 +1,8 @@
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import nn
@@ -11,12 +11,14 @@ from torch.optim import Optimizer
 from ...checkpoint.adapter_file import RECORD
 from ...errors import CheckpointError
 from ...registry import HOOKS
+from ...utils.listing import listed
+from ...utils.wrappers import unwrapped
 
 # In the `meta` of a checkpoint: names of what the optimizer held, in order.
 OPTIMIZED = 'e3va_mm_optimized'
 # In older ones: names of what required a gradient.
 TRAINABLE = 'e3va_mm_trainable'
-SHOWN = 5  # names in one error
+_listed = partial(listed, shown=5)  # names in one error
 
 
 @HOOKS.register_module()
@@ -112,16 +114,9 @@ def _compare(source: str, before: Sequence[str], now: Sequence[str]) -> None:
     )
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN
-    text = ', '.join(names[:SHOWN]) or 'none'
-    return f'{text} and {more} more' if more > 0 else text
-
-
 def trainable_names(model: nn.Module) -> list[str]:
     """Names of the parameters that train, in the order of the model."""
-    while is_model_wrapper(model):
-        model = model.module
+    model = unwrapped(model)
     return [n for n, p in model.named_parameters() if p.requires_grad]
 
 
@@ -131,9 +126,7 @@ def optimized_names(runner: Runner) -> list[str]:
     Where it is not torch's, or holds others than the model has: of those that
     require a gradient, in the order of the model.
     """
-    model = runner.model
-    while is_model_wrapper(model):
-        model = model.module
+    model = unwrapped(runner.model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     held = [
         parameter

@@ -3,13 +3,13 @@ from collections.abc import Iterator
 
 from mmengine.hooks import EMAHook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ...checkpoint.adapter_file import backbones
 from ...registry import HOOKS
+from ...utils.wrappers import unwrapped
 
 
 @HOOKS.register_module()
@@ -38,9 +38,7 @@ class TrainableEMAHook(EMAHook):
         if self._copied_early:
             self._copied_early = False
             return
-        model = runner.model
-        if is_model_wrapper(model):
-            model = model.module
+        model = unwrapped(runner.model)
         part = _part(model, self.ema_cfg.get('update_buffers', False))
         self.ema_model = MODELS.build(
             self.ema_cfg, default_args=dict(model=part)

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from rich.box import ASCII2
 from rich.console import Console
@@ -13,6 +12,7 @@ from torch import nn
 
 from ...registry import HOOKS
 from ...utils.sharding import size_of
+from ...utils.wrappers import unwrapped
 
 # As wide as a README; the terminal's width must not change the log file.
 WIDTH = 79
@@ -55,9 +55,7 @@ class TrainableTableHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Counts on every rank, logs on the first."""
-        model = runner.model
-        if is_model_wrapper(model):
-            model = model.module
+        model = unwrapped(runner.model)
         self.parts = list(_parts(model))
         self.backbone = _backbone(model)
         self.model = Part('model', sum(part.total for part in self.parts),

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.structures import BaseDataElement
 from torch import nn
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from ...checkpoint.adapter_file import backbones
 from ...errors import ConfigError, TrainingError
 from ...registry import HOOKS
+from ...utils.listing import listed
 from ...utils.paths import (
     check_patterns,
     matching,
@@ -24,6 +24,7 @@ from ...utils.paths import (
     parts_of,
 )
 from ...utils.values import is_whole
+from ...utils.wrappers import unwrapped
 from ..frozen_tensors import FrozenTensors
 from .adapter_checkpoint_hook import AdapterCheckpointHook
 from .resume_check_hook import optimizers_of
@@ -35,7 +36,7 @@ STEPS = 3
 # rate they are too small for fp16 at first.
 ZERO_STEPS = 100
 # Names that a message lists.
-SHOWN = 10
+_listed = partial(listed, shown=10)
 
 
 @HOOKS.register_module()
@@ -112,7 +113,7 @@ class TrainingGuardHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Find what the options name."""
-        model = self._model = _unwrapped(runner.model)
+        model = self._model = unwrapped(runner.model)
         may_change = [*self.may_change, *_averaged(runner, model)]
         self._exempt = _below(model, may_change)
         self._excused = _excused(model, self.without_gradient)
@@ -503,12 +504,6 @@ def _where(iteration: int) -> str:
     return f'Iteration {iteration}{rank}'
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN
-    shown = ', '.join(names[:SHOWN])
-    return f'{shown} and {more} more' if more > 0 else shown
-
-
 def _count(steps: int) -> str:
     return f'{steps} step{"s" * (steps > 1)} of the optimizer'
 
@@ -516,8 +511,3 @@ def _count(steps: int) -> str:
 def _kind(model: nn.Module) -> str:
     return type(model).__name__
 
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while is_model_wrapper(model):
-        model = model.module
-    return model

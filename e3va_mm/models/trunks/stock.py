@@ -97,10 +97,14 @@ class StockTrunk(Trunk):
         self.stock.out_indices = ()
         self.stock.training = False
 
-    def prepare(self, holder: nn.Module) -> None:
-        """See :class:`Trunk`."""
+    def share(self, holder: nn.Module) -> None:
+        """Let the stock backbone run on the holder's children."""
         for name in ('_modules', '_parameters', '_buffers'):
             setattr(self.stock, name, getattr(holder, name))
+
+    def prepare(self, holder: nn.Module) -> None:
+        """See :class:`Trunk`."""
+        self.share(holder)
         for path in [*self.layout.embedding, *self._between()]:
             module = find(self.stock, path)
             if isinstance(module, nn.Module):
@@ -298,8 +302,7 @@ class StockTrunk(Trunk):
                 else (value.shape[2:])
             )
             return StageEnd(self._tokens(value).contiguous(), tuple(size))
-        length = value.shape[1] - self.extra_tokens
-        size = grid or _size_among(args, length) or _grid(picture, length)
+        size = grid or grid_of(args, value, self.extra_tokens, picture)
         return StageEnd(value, size)
 
     @property
@@ -397,8 +400,8 @@ class StockTrunk(Trunk):
 
     def init_random(self, holder: nn.Module) -> None:
         """See :class:`Trunk`."""
-        # Stock code draws all that is below it: the side path is not.
-        side_path = holder._modules.pop('side_path')
+        # Stock code draws all that is below it; what is added has its own.
+        added = holder._modules.pop(holder.ADDED)
         # What a whole model notes about its initialisation.
         notes = vars(holder).get('_params_init_info')
         if notes is not None:
@@ -406,7 +409,7 @@ class StockTrunk(Trunk):
         try:
             self.stock.init_weights()
         finally:
-            holder._modules['side_path'] = side_path
+            holder._modules[holder.ADDED] = added
             vars(self.stock).pop('_params_init_info', None)
 
     def to_stock_state(
@@ -535,6 +538,26 @@ def _size_among(args: Sequence, length: int) -> Size | None:
         ):
             return tuple(pair)
     return None
+
+
+def grid_of(
+    inputs: Sequence, value: Tensor, extra: int, picture: Size
+) -> Size:
+    """The grid (H, W) of the picture's tokens.
+
+    Args:
+        inputs (Sequence): What a block was called with, which may tell it.
+        value (Tensor): (B, extra + H * W, C) or (B, H, W, C).
+        extra (int): Tokens before those of the picture.
+        picture (tuple[int, int]): Height and width in pixels.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if value.ndim == 4:
+        return tuple(value.shape[1:3])
+    length = value.shape[1] - extra
+    return _size_among(inputs, length) or _grid(picture, length)
 
 
 def _grid(picture: Size, length: int) -> Size:

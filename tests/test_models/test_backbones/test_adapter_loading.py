@@ -17,7 +17,7 @@ from e3va_mm.checkpoint import (
     trunk_records,
 )
 from e3va_mm.errors import CheckpointError
-from e3va_mm.models.backbones import side_path_backbone
+from e3va_mm.models.backbones import trunk_backbone
 from tests.adapted_models import HEADS, segmentor, trained, trunk_file
 from tests.trunk_cases import awake
 
@@ -52,13 +52,13 @@ def assert_same(model, other):
 def count_reads(monkeypatch):
     read = []
 
-    real = side_path_backbone.read_checkpoint
+    real = trunk_backbone.read_checkpoint
 
     def count(source):
         read.append(source)
         return real(source)
 
-    monkeypatch.setattr(side_path_backbone, 'read_checkpoint', count)
+    monkeypatch.setattr(trunk_backbone, 'read_checkpoint', count)
     return read
 
 

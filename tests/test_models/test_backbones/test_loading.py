@@ -111,7 +111,7 @@ def test_every_format_brings_the_whole_trunk(form, scope, stock, tmp_path):
 def test_the_load_report_says_how_much_matched(stock, tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr(
-        'e3va_mm.models.backbones.side_path_backbone.print_log',
+        'e3va_mm.models.backbones.trunk_backbone.print_log',
         lambda message, **_: lines.append(message),
     )
     path = save('official', stock, tmp_path)

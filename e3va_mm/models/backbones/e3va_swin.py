@@ -115,7 +115,7 @@ class E3VASwinTransformer(SidePathBackbone):
         if isinstance(pretrain_img_size, list):
             pretrain_img_size = tuple(pretrain_img_size)
         stock = build_stock(
-            f'{_stock_scope()}.SwinTransformer',
+            f'{swin_scope()}.SwinTransformer',
             dict(
                 pretrain_img_size=pretrain_img_size,
                 in_channels=in_channels,
@@ -190,7 +190,7 @@ def _check_stages(**options: Sequence[int]) -> None:
         )
 
 
-def _stock_scope() -> str:
+def swin_scope() -> str:
     """The framework to take the stock class from."""
     preferred = current_scope()
     for name in sorted(('mmdet', 'mmseg'), key=lambda n: n != preferred):

@@ -25,6 +25,13 @@ WITHOUT_EFFECT: Mapping[str, object] = dict(
     frozen_exclude=['all'],
 )
 
+# The same over a trunk that a gradient travels through: it has drop path and
+# checkpoints as the stock one, but who trains is decided elsewhere.
+FREEZING: Mapping[str, object] = {
+    name: WITHOUT_EFFECT[name]
+    for name in ('frozen_stages', 'norm_eval', 'frozen_exclude')
+}
+
 ALLOWED: Mapping[str, tuple] = dict(
     # Of position embeddings, by torch's names.
     interpolate_mode=('nearest', 'bilinear', 'bicubic', 'area'),
@@ -68,11 +75,13 @@ def init_cfg_of(
     return dict(type='Pretrained', checkpoint=pretrained)
 
 
-def say_without_effect(owner: str, arguments: Mapping) -> list[str]:
+def say_without_effect(
+    owner: str, arguments: Mapping, without: Mapping = WITHOUT_EFFECT
+) -> list[str]:
     """Log which arguments do nothing here, in one line; their names."""
     named = [
         name
-        for name, nothing in WITHOUT_EFFECT.items()
+        for name, nothing in without.items()
         if name in arguments and arguments[name] != nothing
     ]
     if named:
@@ -123,7 +132,10 @@ def stock_class(name: str | type) -> type:
 
 
 def build_stock(
-    kind: type | str, arguments: Mapping, drop_path: float = 0.0
+    kind: type | str,
+    arguments: Mapping,
+    drop_path: float = 0.0,
+    without: Mapping = WITHOUT_EFFECT,
 ) -> object:
     """The stock backbone, without what has no effect.
 
@@ -131,6 +143,8 @@ def build_stock(
         kind (type | str): The stock class, or its name in a config.
         arguments (Mapping): Of the stock class.
         drop_path (float): Stochastic depth. Defaults to 0.
+        without (Mapping): Arguments that do nothing. With its own
+            ``drop_path_rate`` among those that do, ``drop_path`` is not read.
 
     Raises:
         ConfigError: If an argument is unknown or refused by the class, or
@@ -145,8 +159,10 @@ def build_stock(
             f'{cls.__name__}, which is the trunk. It takes '
             f'{", ".join(parameters)}.'
         )
-    given = {k: v for k, v in arguments.items() if k not in WITHOUT_EFFECT}
-    if 'drop_path_rate' in parameters:
+    given = {k: v for k, v in arguments.items() if k not in without}
+    if 'drop_path_rate' not in without:
+        pass
+    elif 'drop_path_rate' in parameters:
         given['drop_path_rate'] = drop_path
     elif drop_path:
         raise ConfigError(

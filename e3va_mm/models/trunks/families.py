@@ -86,6 +86,7 @@ FAMILIES: Mapping[str, Layout] = {
     'mmpretrain.SwinTransformerV2': Layout(
         blocks='stages.{stage}.blocks.{block}',
         taps=dict(attn='norm1', ffn='norm2'),
+        first='attn',
         output_norm='norm{stage}',
         downsampling=('stages.{next}.downsample',),
         embedding=('patch_embed',),
@@ -95,6 +96,7 @@ FAMILIES: Mapping[str, Layout] = {
         blocks='stages.{stage}.{block}',
         taps=dict(branch='drop_path'),
         channels='norm',
+        first='depthwise_conv',
         output_norm='norm{stage}',
         downsampling=('downsample_layers.{next}',),
         embedding=('downsample_layers.0',),
@@ -123,6 +125,7 @@ FAMILIES: Mapping[str, Layout] = {
         blocks='timm_model.stages_{stage}.blocks.{block}',
         taps=dict(branch='drop_path'),
         channels='norm',
+        first='conv_dw',
         downsampling=('timm_model.stages_{next}.downsample',),
         embedding=('timm_model.stem_0', 'timm_model.stem_1'),
     ),

@@ -60,6 +60,8 @@ class Layout(NamedTuple):
             for the second time that a block calls it.
         channels (str): Path, in a block, of a norm over its channels.
             Defaults to ``'norm1'``.
+        first (str, optional): Path, in a block, of the module that it calls
+            first, on its own input. Defaults to ``channels``.
         channels_last (bool): Whether maps are (B, H, W, C). Defaults to
             False: (B, C, H, W). Tokens are (B, L, C) always.
         output_norm (str, optional): Path of the norm of a stage's output.
@@ -82,6 +84,7 @@ class Layout(NamedTuple):
     blocks: str
     taps: Mapping[str, str]
     channels: str = 'norm1'
+    first: str | None = None
     channels_last: bool = False
     output_norm: str | None = None
     norm_goes_on: bool = False

@@ -1,0 +1,194 @@
+"""Any stock backbone, tuned from inside."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ...engine.optim import cover_layer_decay
+from ...errors import ConfigError
+from ...registry import MODELS
+from ...utils import mark_trainable
+from ..petl.blocks import Block
+from ..trunks import Layout, TrunkOptions
+from ..trunks.base import Size
+from ..trunks.building import build_trunk
+from ..trunks.stock import grid_of
+from .stock_arguments import (
+    FREEZING,
+    build_stock,
+    init_cfg_of,
+    registered,
+    say_without_effect,
+)
+from .trunk_backbone import TrunkBackbone
+
+STATISTICS = nn.modules.batchnorm._BatchNorm
+
+
+@MODELS.register_module()
+class PETLBackbone(TrunkBackbone):
+    """A stock backbone with a tuning method inside, to compare E3VA with.
+
+    The stock class runs as it is, forward and backward: a method inserts
+    what it adds by hooks, names which parameters train, and the rest is
+    frozen. Outputs, state dict and files are those of the stock class; what
+    is added lies under ``petl.``.
+
+    Stochastic depth, dropout and ``with_cp`` are those of the stock class.
+    Batch norms keep their statistics unless the whole backbone trains.
+
+    Args:
+        trunk (Mapping): Config of the stock backbone, with its
+            ``out_indices``. Its ``init_cfg`` may be here or outside.
+        method (Mapping): ``type`` and arguments of the method, such as
+            ``dict(type='e3va_mm.LoRA', rank=64)``.
+        layout (Mapping, optional): As for
+            :class:`~e3va_mm.models.E3VABackbone`.
+        allow_random_trunk (bool): Allow training with a trunk that has not
+            received weights. Defaults to False.
+        init_cfg (Mapping, optional): ``dict(type='Pretrained',
+            checkpoint=...)``. Every trunk weight must arrive.
+
+    Raises:
+        ConfigError: If there is no such trunk or method, an argument is
+            unknown or out of range, or a method finds nothing to tune.
+    """
+
+    ADDED = 'petl'
+    ADDED_IN_WORDS = 'tuning method'
+
+    def __init__(
+        self,
+        trunk: Mapping,
+        method: Mapping,
+        layout: Mapping | None = None,
+        allow_random_trunk: bool = False,
+        init_cfg: Mapping | None = None,
+    ) -> None:
+        if not (isinstance(trunk, Mapping) and 'type' in trunk):
+            raise ConfigError(
+                '`backbone.trunk` should be the config of a stock backbone, '
+                "such as dict(type='mmpretrain.ConvNeXt', arch='base'), but "
+                f'got {trunk!r}.'
+            )
+        stock = dict(trunk)
+        kind = stock.pop('type')
+        inner = init_cfg_of(
+            stock.pop('init_cfg', None),
+            # A switch of timm's, not a path.
+            stock.pop('pretrained', None)
+            if not isinstance(stock.get('pretrained'), bool)
+            else None,
+        )
+        if inner is not None and init_cfg is not None:
+            raise ConfigError(
+                '`init_cfg` is set in `backbone` and in `backbone.trunk`; '
+                'keep one.'
+            )
+        say_without_effect(type(self).__name__, stock, FREEZING)
+        layout = None if layout is None else Layout.of(layout)
+        built = build_stock(kind, stock, without=FREEZING)
+        out_indices = getattr(built, 'out_indices', None)
+        reader = build_trunk(built, TrunkOptions(), layout)
+        # The stock forward gives the outputs itself here.
+        built.out_indices = out_indices
+        super().__init__(
+            self._file_reader(reader),
+            built,
+            reader.out_stages,
+            allow_random_trunk,
+            inner or init_cfg,
+        )
+        reader.share(self)
+        self.out_indices = reader.out_indices
+        if getattr(built, '_is_init', False):
+            self.storage.source = f'{type(built).__name__} itself'
+        # In a list, or it would be a child of this.
+        self._stock = [built]
+        self._picture: Size = (0, 0)
+        self._extra_tokens = reader.extra_tokens
+        blocks = [
+            Block(path, module, reader.layout, self._grid)
+            for path, module in reader.body(self)
+        ]
+        method = _build_method(method)
+        trained = {id(p) for p in method.attach(built, blocks)}
+        self.petl = method
+        self._trained = [p for p in self.parameters() if id(p) in trained]
+        mark_trainable(self, [method, *self._trained])
+        self.train()
+        cover_layer_decay()
+
+    def _file_reader(self, reader):
+        """What reads files of the stock backbone."""
+        return reader
+
+    def _grid(self, inputs: tuple, value: Tensor) -> Size:
+        """The grid (H, W) of the picture's tokens among ``value``."""
+        return grid_of(inputs, value, self._extra_tokens, self._picture)
+
+    def trained_stock(self) -> set[str]:
+        """See the base class."""
+        ids = {id(p) for p in self._trained}
+        norms = self.own_names()
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if id(parameter) in ids and name.split('.')[0] not in norms
+        }
+
+    def train(self, mode: bool = True) -> 'PETLBackbone':
+        """Set the mode of all but frozen batch norms.
+
+        A backbone of which nothing trains stays in eval mode.
+        """
+        super().train(mode)
+        whole = all(p.requires_grad for p in self.parameters())
+        nothing = not any(p.requires_grad for p in self.parameters())
+        for _, child in self.trunk_children():
+            for module in child.modules():
+                if nothing or (isinstance(module, STATISTICS) and not whole):
+                    module.training = False
+        self._stock[0].training = mode and not nothing
+        return self
+
+    def merge(self) -> None:
+        """Fold what was learned into the stock weights, where that goes.
+
+        The outputs stay, within rounding; ``petl`` is empty then.
+
+        Raises:
+            ConfigError: If the method computes what no weight can hold.
+        """
+        self.petl.merge()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) -> what the stock backbone gives.
+
+        Raises:
+            ConfigError: If it trains and has received no weights.
+        """
+        self.require_weights()
+        self._picture = tuple(x.shape[-2:])
+        outputs = self._stock[0].forward(x)
+        return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _build_method(method: Mapping) -> nn.Module:
+    """A method from its config.
+
+    Raises:
+        ConfigError: If there is none of the name, or an argument is unknown.
+    """
+    kind = method.get('type') if isinstance(method, Mapping) else None
+    if kind is None or registered(kind) is None:
+        raise ConfigError(
+            '`backbone.method` should be the config of a tuning method, such '
+            f"as dict(type='e3va_mm.LoRA', rank=64), but got {method!r}."
+        )
+    try:
+        return MODELS.build(dict(method))
+    except TypeError as error:
+        if 'unexpected keyword argument' not in str(error):
+            raise
+        raise ConfigError(f'`method` of the backbone: {error}.') from error

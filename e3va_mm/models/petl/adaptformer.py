@@ -1,0 +1,88 @@
+"""AdaptFormer: adapters beside the branches."""
+
+from torch import nn
+
+from ...errors import ConfigError
+from ...registry import MODELS
+from ...utils import is_number
+from .blocks import Block
+from .bottleneck import Bottleneck
+from .method import PETLMethod, found
+
+
+@MODELS.register_module()
+class AdaptFormer(PETLMethod):
+    """An adapter parallel to a branch and its norm, scaled.
+
+    `AdaptFormer <https://arxiv.org/abs/2205.13535>`_, Sec. 3.2:
+
+        ``x <- x + mlp(norm(x)) + s * A(x)``.
+
+    Args:
+        bottleneck (int): Channels of the bottleneck. Defaults to 64.
+        scale (float): ``s``. Defaults to 0.1.
+        branches (Sequence[str], optional): Which branches have one. The paper
+            has the MLP's alone, the authors' runs on dense prediction too
+            (2.33 M on Swin-L); the published counts (4.66 M) are those of
+            both. Defaults to all.
+
+    Raises:
+        ConfigError: If an argument is out of range, or the backbone has no
+            such branch.
+    """
+
+    def __init__(
+        self,
+        bottleneck: int = 64,
+        scale: float = 0.1,
+        branches: tuple[str, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        if not is_number(scale):
+            raise ConfigError(
+                f'`method.scale` should be a number, but got {scale!r}.'
+            )
+        self.bottleneck = bottleneck
+        self.scale = scale
+        self.branches = branches
+        self.blocks = nn.ModuleList()
+
+    def attach(self, stock: nn.Module, blocks: list[Block]) -> list:
+        """See :class:`PETLMethod`."""
+        for block in blocks:
+            names = found(
+                (
+                    name
+                    for name in block.branches
+                    if self.branches is None or name in self.branches
+                ),
+                block.module,
+                f'a branch named by `method.branches` {self.branches} (it has '
+                f'{", ".join(block.branches)})',
+            )
+            adapters = nn.ModuleDict(
+                {
+                    name: Bottleneck(block.channels, self.bottleneck)
+                    for name in names
+                }
+            )
+            self.blocks.append(adapters)
+            block.insert(
+                {
+                    name: Beside(adapter, self.scale)
+                    for name, adapter in adapters.items()
+                }
+            )
+        return []
+
+
+class Beside:
+    """Adds ``s * A(stream)``."""
+
+    def __init__(self, adapter: nn.Module, scale: float) -> None:
+        self.adapter = adapter
+        self.scale = scale
+
+    def __call__(self, stream, branch, size):
+        """See ``Insertion``."""
+        return self.scale * self.adapter(stream)

@@ -1,0 +1,46 @@
+"""BitFit: biases alone train."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ...registry import MODELS
+from .blocks import Block
+from .method import PETLMethod, found
+
+# What the detectors' published code trains too, as their names hold "bias".
+TABLE = 'relative_position_bias_table'
+
+
+@MODELS.register_module()
+class BitFit(PETLMethod):
+    """Trains the biases of the backbone (`paper
+    <https://arxiv.org/abs/2106.10199>`_, Sec. 2); adds nothing.
+
+    Args:
+        position_tables (bool): Train relative position bias tables too, as
+            the code behind the published figures of dense prediction does by
+            its choice of names: 31.5 % of what it trains on Swin-B. Defaults
+            to False.
+
+    Raises:
+        ConfigError: If the backbone has no such parameter.
+    """
+
+    def __init__(self, position_tables: bool = False) -> None:
+        super().__init__()
+        self.names = ('bias', TABLE) if position_tables else ('bias',)
+
+    def attach(
+        self, stock: nn.Module, blocks: list[Block]
+    ) -> list[nn.Parameter]:
+        """See :class:`PETLMethod`."""
+        return found(self._chosen(stock), stock, 'parameters named `bias`')
+
+    def _chosen(self, stock: nn.Module) -> Iterator[nn.Parameter]:
+        for name, parameter in stock.named_parameters():
+            if name.rpartition('.')[2] in self.names:
+                yield parameter
+
+    def merge(self) -> None:
+        """Nothing to do: all is in the stock weights."""

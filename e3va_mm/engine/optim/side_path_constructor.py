@@ -1,7 +1,8 @@
-"""Optimizer groups for models whose backbone has a side path."""
+"""Optimizer groups for models of whose backbone a part trains."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -18,9 +19,9 @@ from ...registry import OPTIM_WRAPPER_CONSTRUCTORS
 )
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class SidePathOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """mmengine's default constructor, aware of side paths.
+    """mmengine's default constructor, aware of side paths and rivals of them.
 
-    A model without a side path gets exactly the default's groups. Otherwise:
+    A model without either gets exactly the default's groups. Otherwise:
 
     * Only parameters that train are in a group.
     * Side paths and the output norms that train with them have the base
@@ -30,6 +31,8 @@ class SidePathOptimWrapperConstructor(DefaultOptimWrapperConstructor):
       name it: ``custom_keys={'side_path': dict(lr_mult=...)}``,
       ``'backbone.norm0'``, ``'backbone.ln1'`` of a ViT. Weight decay follows
       the keys as usual.
+    * So has what a ``PETLBackbone`` adds, named ``'petl'``; what it trains of
+      the stock backbone follows the rules that are meant for that.
 
     Takes the arguments of ``DefaultOptimWrapperConstructor``.
     """
@@ -37,7 +40,11 @@ class SidePathOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper of ``model``."""
         inner = model.module if hasattr(model, 'module') else model
-        if not any(has_side_path(m) for m in inner.modules()):
+        # What a method has added to a backbone -> where the backbone is.
+        self._added: dict[int, str] = {}
+        if not any(
+            has_side_path(m) or is_tuned_inside(m) for m in inner.modules()
+        ):
             return super().__call__(model)
         if self.paramwise_cfg:
             return super().__call__(inner)
@@ -53,10 +60,25 @@ class SidePathOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         is_dcn_module: int | float | None = None,
     ) -> None:
         """See the base class."""
+        everywhere = self.paramwise_cfg
+        if is_tuned_inside(module):
+            self._added[id(module.petl)] = prefix
+            with _trainable_alone(module):
+                super().add_params(params, module, prefix, is_dcn_module)
+            return
+        if id(module) in self._added:
+            parent = self._added.pop(id(module))
+            self.paramwise_cfg = _side_path_rules(
+                everywhere, parent, ['petl']
+            )
+            try:
+                super().add_params(params, module, prefix, is_dcn_module)
+            finally:
+                self.paramwise_cfg = everywhere
+            return
         if not has_side_path(module):
             super().add_params(params, module, prefix, is_dcn_module)
             return
-        everywhere = self.paramwise_cfg
         children = dict(module.trainable_children())
         self.paramwise_cfg = _side_path_rules(everywhere, prefix, children)
         try:
@@ -71,6 +93,28 @@ class SidePathOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 def has_side_path(module: nn.Module) -> bool:
     """Whether a module is a backbone with a side path."""
     return hasattr(module, 'trainable_children')
+
+
+def is_tuned_inside(module: nn.Module) -> bool:
+    """Whether a module is a backbone with a tuning method inside."""
+    return hasattr(module, 'petl') and not has_side_path(module)
+
+
+@contextmanager
+def _trainable_alone(module: nn.Module) -> Iterator[None]:
+    """Hide what is frozen, of which the default logs a line each."""
+    parameters = {each: each._parameters for each in module.modules()}
+    for each, own in parameters.items():
+        each._parameters = {
+            name: parameter
+            for name, parameter in own.items()
+            if parameter is not None and parameter.requires_grad
+        }
+    try:
+        yield
+    finally:
+        for each, own in parameters.items():
+            each._parameters = own
 
 
 def names_a_part(key: str, prefix: str, part: str) -> bool:

@@ -6,7 +6,8 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 import e3va_mm.models  # noqa: F401  (puts the constructor in force)
-from tests.helpers import build_e3va, build_stock
+from e3va_mm.registry import MODELS
+from tests.helpers import TINY, build_e3va, build_stock
 from tests.trunk_cases import build_ours
 
 
@@ -153,3 +154,48 @@ def test_frozen_parameters_have_no_optimizer_state():
     assert held == {
         id(p) for p in model.backbone.parameters() if p.requires_grad
     }
+
+
+def build_rival(kind, **trunk):
+    return MODELS.build(
+        dict(
+            type='e3va_mm.PETLSwinTransformer',
+            method=dict(type=f'e3va_mm.{kind}'),
+            allow_random_trunk=True,
+            **TINY,
+        )
+    )
+
+
+@pytest.mark.parametrize('kind', ['Full', 'BitFit', 'LoRA', 'Mona', 'Fixed'])
+@pytest.mark.parametrize('paramwise_cfg', [None, *PARAMWISE])
+def test_rivals_have_no_frozen_parameters_in_a_group(kind, paramwise_cfg):
+    model = Model(build_rival(kind))
+    model.fixed.requires_grad_(True)
+    rules = {'paramwise_cfg': paramwise_cfg} if paramwise_cfg else {}
+    groups = groups_of(model, **rules)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert groups.keys() == trainable
+
+
+def test_what_a_rival_adds_has_the_base_rate_and_stock_weights_their_own():
+    rules = dict(paramwise_cfg=PARAMWISE[0])
+    added = groups_of(Model(build_rival('LoRA')), **rules)
+    name = 'backbone.petl.updates.0.down.0'
+    assert added[name]['lr'] == 1.0
+    stock = groups_of(Model(build_rival('BitFit')), **rules)
+    name = 'backbone.stages.0.blocks.0.attn.w_msa.qkv.bias'
+    assert stock[name]['lr'] == 0.1
+
+
+def test_the_rate_of_what_a_rival_adds_is_scaled_by_its_name():
+    rules = dict(paramwise_cfg=dict(custom_keys={'petl': dict(lr_mult=0.5)}))
+    groups = groups_of(Model(build_rival('LoRA')), **rules)
+    assert groups['backbone.petl.updates.0.down.0']['lr'] == 0.5
+
+
+def test_nothing_of_a_rival_is_hidden_afterwards():
+    model = Model(build_rival('LoRA'))
+    before = [name for name, _ in model.named_parameters()]
+    groups_of(model, paramwise_cfg=PARAMWISE[0])
+    assert [name for name, _ in model.named_parameters()] == before

@@ -17,7 +17,7 @@ from mmengine.structures import BaseDataElement
 from PIL import Image
 from torch import Tensor, nn
 
-from ..checkpoint.adapter_file import backbones
+from ..checkpoint.adapter_file import side_path_backbones
 from ..errors import CheckpointError, ConfigError
 
 
@@ -57,7 +57,7 @@ class Task(ABC):
         with self.in_scope():
             self._inferencer = self._load(config, checkpoint, device)
         self.model: nn.Module = self._inferencer.model
-        found = [backbone for _, backbone in backbones(self.model)]
+        found = [backbone for _, backbone in side_path_backbones(self.model)]
         if len(found) != 1:
             raise ConfigError(
                 f'Task {name!r}: expected a model with one backbone that has '

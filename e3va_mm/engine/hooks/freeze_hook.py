@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from ...checkpoint.adapter_file import backbones
+from ...checkpoint.adapter_file import side_path_backbones
 from ...errors import ConfigError
 from ...registry import HOOKS
 from ...utils.paths import (
@@ -175,7 +175,7 @@ def _check_side_paths(
     model: nn.Module, chosen: dict[str, Part], frozen: set[nn.Parameter]
 ) -> None:
     """Refuse to freeze what a backbone declares to train."""
-    for prefix, backbone in backbones(model):
+    for prefix, backbone in side_path_backbones(model):
         for name, child in backbone.trainable_children():
             own = frozen & {*child.parameters()}
             if not own:

@@ -346,8 +346,7 @@ class _Gradients:
         own = {
             parameter
             for _, backbone in backbones(model)
-            for _, child in backbone.trainable_children()
-            for parameter in child.parameters()
+            for parameter in backbone.declared()
         }
         self.declared = {n for n, p in self.watched.items() if p in own}
         self._absent = set(self.watched)

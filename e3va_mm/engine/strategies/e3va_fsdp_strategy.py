@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullStateDictConfig
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from ...checkpoint.adapter_file import backbones
+from ...checkpoint.adapter_file import side_path_backbones
 from ...errors import ConfigError, E3VAError
 from ...registry import STRATEGIES
 from ...utils.sharding import is_sharded, note_size
@@ -127,7 +127,7 @@ class E3VAFSDPStrategy(FSDPStrategy):
         else:
             device = torch.device(device.type, torch.cuda.current_device())
             model = self.convert_model(model)
-        trunks = [backbone for _, backbone in backbones(model)]
+        trunks = [backbone for _, backbone in side_path_backbones(model)]
         if not trunks:
             raise ConfigError(
                 'E3VAFSDPStrategy shards frozen trunks, but no backbone of '
@@ -258,7 +258,11 @@ class E3VAFSDPStrategy(FSDPStrategy):
         inner = self.model.module
         source, origins = {}, [None]
         if plain is not None:
-            pairs = zip(backbones(inner), backbones(plain), strict=True)
+            pairs = zip(
+                side_path_backbones(inner),
+                side_path_backbones(plain),
+                strict=True,
+            )
             for (_, ours), (_, theirs) in pairs:
                 theirs.make_shardable()
                 ours.take_source_weights(theirs)
@@ -316,11 +320,16 @@ def _values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _origins(model: nn.Module) -> list[tuple[str | None, str | None]]:
     """What backbones know of where their trunk came from."""
-    return [(b.trunk_source, b.trunk_address) for _, b in backbones(model)]
+    return [
+        (backbone.trunk_source, backbone.trunk_address)
+        for _, backbone in side_path_backbones(model)
+    ]
 
 
 def _set_origins(
     model: nn.Module, origins: list[tuple[str | None, str | None]]
 ) -> None:
-    for (_, backbone), origin in zip(backbones(model), origins, strict=True):
+    for (_, backbone), origin in zip(
+        side_path_backbones(model), origins, strict=True
+    ):
         backbone.storage.source, backbone.storage.address = origin

@@ -1,6 +1,6 @@
 """Any stock backbone, tuned from inside."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -136,6 +136,10 @@ class PETLBackbone(TrunkBackbone):
             for name, parameter in self.named_parameters()
             if id(parameter) in ids and name.split('.')[0] not in norms
         }
+
+    def declared(self) -> Iterator[nn.Parameter]:
+        """See the base class."""
+        return self.petl.parameters()
 
     def train(self, mode: bool = True) -> 'PETLBackbone':
         """Set the mode of all but frozen batch norms.

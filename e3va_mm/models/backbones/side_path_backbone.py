@@ -115,6 +115,11 @@ class SidePathBackbone(TrunkBackbone):
         if self._train_output_norms:
             yield from self.output_norms()
 
+    def declared(self) -> Iterator[nn.Parameter]:
+        """See the base class."""
+        for _, child in self.trainable_children():
+            yield from child.parameters()
+
     def train(self, mode: bool = True) -> 'SidePathBackbone':
         """Set the mode of the side path; the trunk stays in eval mode.
 

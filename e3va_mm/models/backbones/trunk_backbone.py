@@ -176,6 +176,10 @@ class TrunkBackbone(BaseModule):
             if key.split('.')[0] not in owned
         }
 
+    def declared(self) -> Iterator[nn.Parameter]:
+        """What trains whatever the model, and must receive gradients."""
+        raise NotImplementedError
+
     def trained_stock(self) -> set[str]:
         """Names of stock parameters that train, output norms left out."""
         return set()

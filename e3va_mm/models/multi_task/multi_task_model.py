@@ -7,7 +7,7 @@ from mmengine.model import BaseModel, ModuleDict
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from ...checkpoint.adapter_file import backbones
+from ...checkpoint.adapter_file import side_path_backbones
 from ...errors import ConfigError
 from ...registry import MODELS
 from ...task_configs import task_configs
@@ -143,7 +143,7 @@ def _share_trunk(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Backbones by task, all on the trunk of the first."""
     found = {}
     for name, model in models.items():
-        own = [backbone for _, backbone in backbones(model)]
+        own = [backbone for _, backbone in side_path_backbones(model)]
         if len(own) != 1:
             raise ConfigError(
                 f'`tasks.{name}` should have one backbone with a side path, '

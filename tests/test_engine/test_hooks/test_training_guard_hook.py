@@ -468,7 +468,7 @@ def test_a_side_path_whose_gradients_are_zero_at_first(tmp_path, monkeypatch):
 def test_zeros_and_no_gradient_by_turns():
     model = nn.Linear(2, 2)
     model.trunk_state = None
-    model.trainable_children = lambda: [('', model)]
+    model.declared = model.parameters
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     gradients = _Gradients(model, set(), [optimizer])
     for value in (0.0, None, 1.0):

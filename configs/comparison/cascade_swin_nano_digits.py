@@ -1,0 +1,22 @@
+"""The protocol of the comparison: Cascade Mask R-CNN, Swin-nano, digits.
+
+The detector, data and optimizer of cascade_e3va_swin_nano_digits.py in four
+epochs, the same for every tuning method; tools/compare.py sets the method and
+one of three learning rates. No method has stochastic depth.
+Data: python tools/make_digits.py
+Run: python tools/compare.py configs/comparison/cascade_swin_nano_digits.py
+Expected: the table in benchmarks/README.md.
+"""
+_base_ = '../cascade_e3va_swin_nano_digits.py'
+model = dict(backbone=dict(drop_path_rate=0.))
+epochs = 4
+train_cfg = dict(max_epochs=epochs, val_interval=epochs)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
+    dict(
+        type='CosineAnnealingLR',
+        by_epoch=True,
+        T_max=epochs,
+        eta_min_ratio=0.01,
+        convert_to_iter_based=True)
+]

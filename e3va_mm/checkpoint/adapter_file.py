@@ -301,7 +301,7 @@ def adapter_of(
         AdapterFile: What :meth:`AdapterFile.write` writes.
     """
     return AdapterFile(
-        tensors=_without_trunks(
+        tensors=without_trunks(
             model, model.state_dict() if state is None else state
         ),
         trunks=dict(trunks),
@@ -385,9 +385,10 @@ def side_path_backbones(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield prefix, module
 
 
-def _without_trunks(
+def without_trunks(
     model: nn.Module, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
+    """What of a model's state is not a frozen trunk's."""
     trunks = set()
     for prefix, backbone in backbones(model):
         own = part_of(state, prefix)
@@ -419,7 +420,7 @@ def check_adapter(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     record = next(iter(records.values()))
-    expected = _without_trunks(model, model.state_dict())
+    expected = without_trunks(model, model.state_dict())
     if record.part == 'backbone':
         expected = {
             key: value

@@ -166,9 +166,9 @@ class TrainingStep:
     def parameters(self) -> dict[str, int]:
         """Numbers of parameters: all and trainable, model and backbone.
 
-        The backbone is the outermost module of that name, counted without a
-        side path: a share is one of the stock backbone. Without a backbone
-        its figures are zero.
+        The backbone is the outermost module of that name, counted without
+        what was added to it: a share is one of the stock backbone. Without a
+        backbone its figures are zero.
         """
         total, trainable = count_parameters(self.model)
         backbones = [
@@ -178,8 +178,8 @@ class TrainingStep:
         ]
         backbone = backbones[0] if backbones else nn.Module()
         in_backbone, trainable_in_backbone = count_parameters(backbone)
-        side_path = getattr(backbone, 'side_path', nn.Module())
-        in_backbone -= count_parameters(side_path)[0]
+        added = getattr(backbone, getattr(backbone, 'ADDED', ''), nn.Module())
+        in_backbone -= count_parameters(added)[0]
         return dict(
             total=total,
             trainable=trainable,

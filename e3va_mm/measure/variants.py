@@ -31,9 +31,13 @@ SWIN = 'e3va_mm.E3VASwinTransformer'
 VIT = 'e3va_mm.E3VAVisionTransformer'
 ANY = 'e3va_mm.E3VABackbone'
 OURS = (SWIN, VIT, ANY)
+# Those with a rival method inside.
+TUNED_SWIN = 'e3va_mm.PETLSwinTransformer'
+TUNED = 'e3va_mm.PETLBackbone'
+RIVALS = (TUNED_SWIN, TUNED)
 STOCK_SWINS = ('mmdet.SwinTransformer', 'mmseg.SwinTransformer')
 # Arguments of our backbones that the stock class does not know.
-OWN_ARGUMENTS = ('side_path', 'allow_random_trunk', 'layout')
+OWN_ARGUMENTS = ('side_path', 'method', 'allow_random_trunk', 'layout')
 # Where weights come from.
 WEIGHTS = ('init_cfg', 'pretrained')
 
@@ -76,7 +80,7 @@ def variant_config(config: Config, variant: str) -> Config:
             f'{config.model.type} has the keys {", ".join(config.model)}. '
             'Measure it as-is.'
         )
-    kind = _type_name(config, backbone)
+    kind = type_name(config, backbone)
     if not _is_known(kind) and variant not in GENERIC:
         raise ConfigError(
             f'The variant {variant} needs model.backbone.type to be one of '
@@ -85,11 +89,13 @@ def variant_config(config: Config, variant: str) -> Config:
             f'{", ".join(GENERIC)}.'
         )
     if variant in ('full', 'frozen', 'lora'):
-        config.model.backbone = _stock(backbone, kind, framework(config))
+        config.model.backbone = stock_backbone(
+            backbone, kind, framework(config)
+        )
     else:
-        backbone = _ours(backbone, kind)
+        backbone = own_backbone(backbone, kind)
         backbone.allow_random_trunk = True
-        backbone.side_path = _side_path(variant, backbone.get('side_path'))
+        backbone.side_path = side_path_of(variant, backbone.get('side_path'))
         config.model.backbone = backbone
     return config
 
@@ -119,7 +125,7 @@ def _drop_weights(node) -> None:
     if isinstance(node, Mapping):
         for key in WEIGHTS:
             node.pop(key, None)
-        if _class_name(node.get('type', '')) in OURS:
+        if _class_name(node.get('type', '')) in (*OURS, *RIVALS):
             node['allow_random_trunk'] = True
         node = list(node.values())
     if isinstance(node, list | tuple):
@@ -127,7 +133,7 @@ def _drop_weights(node) -> None:
             _drop_weights(value)
 
 
-def _type_name(config: Config, backbone: Mapping) -> str:
+def type_name(config: Config, backbone: Mapping) -> str:
     """Scope and name of a class, given as a string or as the class."""
     name = _class_name(backbone.get('type', ''))
     return name if '.' in name else f'{framework(config)}.{name}'
@@ -141,20 +147,21 @@ def _class_name(kind: str | type) -> str:
 def _is_known(kind: str) -> bool:
     """Whether a backbone is ours, or a stock one that can become ours."""
     timm = kind.endswith('.TIMMBackbone')
-    return kind in (*OURS, *STOCK_SWINS, *FAMILIES) or timm
+    known = (*OURS, *RIVALS, *STOCK_SWINS, *FAMILIES)
+    return kind in known or timm
 
 
-def _stock(backbone: ConfigDict, kind: str, scope: str) -> ConfigDict:
+def stock_backbone(backbone: ConfigDict, kind: str, scope: str) -> ConfigDict:
     """The stock backbone, of which everything trains."""
     own = {key: v for key, v in backbone.items() if key not in OWN_ARGUMENTS}
-    if kind == SWIN:
+    if kind in (SWIN, TUNED_SWIN):
         own['type'] = f'{scope}.SwinTransformer'
         if scope != 'mmdet':
             own.pop('convert_weights', None)
     elif kind == VIT:
         del own['type']
         own = vit_trunk_config(own, scope)
-    elif kind == ANY:
+    elif kind in (ANY, TUNED):
         own = dict(backbone.trunk)
     else:
         own = dict(backbone)
@@ -163,10 +170,15 @@ def _stock(backbone: ConfigDict, kind: str, scope: str) -> ConfigDict:
     return ConfigDict(own)
 
 
-def _ours(backbone: ConfigDict, kind: str) -> ConfigDict:
+def own_backbone(backbone: ConfigDict, kind: str) -> ConfigDict:
     """The backbone as ours, whichever it is."""
     if kind in OURS:
         return backbone
+    if kind == TUNED_SWIN:
+        own = {k: v for k, v in backbone.items() if k != 'method'}
+        return ConfigDict(own, type=SWIN)
+    if kind == TUNED:
+        kind, backbone = backbone.trunk.type, backbone.trunk
     if kind in STOCK_SWINS:
         return ConfigDict(backbone, type=SWIN)
     if kind in VITS:
@@ -174,7 +186,7 @@ def _ours(backbone: ConfigDict, kind: str) -> ConfigDict:
     return ConfigDict(type=ANY, trunk=dict(backbone, type=kind))
 
 
-def _side_path(variant: str, given: Mapping | None) -> dict:
+def side_path_of(variant: str, given: Mapping | None) -> dict:
     """The side path of a variant, from that of the config."""
     given = dict(given or {})
     trunk = {

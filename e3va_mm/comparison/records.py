@@ -1,0 +1,169 @@
+"""What a comparison has found, and what is left of it to do."""
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..checkpoint.adapter_file import write_whole
+from ..errors import ConfigError
+
+FILE = 'comparison.json'
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    method: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Also the run's folder."""
+        return f'{self.method}/lr{self.lr:g}-seed{self.seed}'
+
+
+class Records:
+    """The runs of a comparison and their figures, in a file.
+
+    Every method trains with each learning rate and the first seed; the rate
+    that is best on validation trains with the other seeds. The test split is
+    for the runs of that rate, when all are trained.
+
+    Args:
+        folder (Path): Where ``comparison.json`` is, or will be.
+        settings (Mapping): What figures depend on. ``metric`` names the one
+            that chooses.
+        methods (Sequence[str]): What to compare.
+        lrs (Sequence[float]): The learning rates.
+        seeds (Mapping[str, int]): How many seeds a method has.
+
+    Raises:
+        ConfigError: If the file holds figures of other settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping,
+        methods: Sequence[str],
+        lrs: Sequence[float],
+        seeds: Mapping[str, int],
+    ) -> None:
+        self.path = folder / FILE
+        self.settings = dict(settings)
+        self.methods, self.lrs, self.seeds = list(methods), list(lrs), seeds
+        self.runs: dict[str, dict] = {}
+        self.measured: dict[str, dict] = {}
+        if self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            found = json.loads(self.path.read_text())
+            before = found['settings']
+            self.runs, self.measured = found['runs'], found['measured']
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f'{self.path} does not hold figures of a comparison. Remove '
+                'it, or name another folder with --work-dir.'
+            ) from None
+        changed = [
+            f'{key} was {before.get(key)}, is {value}'
+            for key, value in self.settings.items()
+            if before.get(key) != value
+        ]
+        if changed:
+            raise ConfigError(
+                f'{self.path} holds figures of another comparison: '
+                f'{"; ".join(changed)}. Name another folder with --work-dir.'
+            )
+
+    def _write(self) -> None:
+        content = dict(
+            settings=self.settings, runs=self.runs, measured=self.measured
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, json.dumps(content, indent=1).encode())
+
+    def update(self, run: Run, **figures) -> None:
+        """Take in figures of a run; the file is whole at every moment."""
+        row = dict(run._asdict(), **figures)
+        self.runs[run.name] = {**self.runs.get(run.name, {}), **row}
+        self._write()
+
+    def forget(self, run: Run) -> None:
+        """Drop the figures of a run, to train it anew."""
+        del self.runs[run.name]
+        self._write()
+
+    def update_measured(self, method: str, figures: Mapping) -> None:
+        """Take in the costs of a method."""
+        self.measured[method] = dict(figures)
+        self._write()
+
+    def validation(self, run: Run) -> float | None:
+        """The metric of a run on validation, if it is trained."""
+        found = self.runs.get(run.name, {}).get('validation')
+        return found and found[self.settings['metric']]
+
+    def searches(self, method: str) -> list[Run]:
+        """The runs that choose the learning rate."""
+        return [Run(method, lr, 0) for lr in self.lrs]
+
+    def chosen(self, method: str) -> list[Run]:
+        """The runs of the best rate; none while that is not known."""
+        found = {run: self.validation(run) for run in self.searches(method)}
+        if None in found.values():
+            return []
+        best = max(found, key=found.get)
+        return [best._replace(seed=seed) for seed in range(self.seeds[method])]
+
+    def to_train(self) -> Iterator[Run]:
+        """Runs that can be trained now; more may follow from their figures."""
+        for method in self.methods:
+            for run in [*self.searches(method), *self.chosen(method)]:
+                if self.validation(run) is None:
+                    yield run
+
+    def left(self) -> int:
+        """How many trainings are left, those to come included."""
+        left = 0
+        for method in self.methods:
+            chosen = self.chosen(method)
+            left += sum(
+                self.validation(run) is None
+                for run in {*self.searches(method), *chosen}
+            )
+            left += 0 if chosen else self.seeds[method] - 1
+        return left
+
+    def to_test(self) -> list[Run]:
+        """Chosen runs without test figures, once all are trained."""
+        if self.left():
+            return []
+        return [
+            run
+            for method in self.methods
+            for run in self.chosen(method)
+            if 'test' not in self.runs[run.name]
+        ]
+
+    def values(self, method: str, split: str, metric: str) -> list[float]:
+        """A metric of the chosen runs of a method that have it."""
+        rows = (self.runs.get(run.name, {}) for run in self.chosen(method))
+        found = (row.get(split, {}) for row in rows)
+        return [figures[metric] for figures in found if metric in figures]
+
+    def hours(self) -> float:
+        """Core hours of all trainings and tests."""
+        seconds = (row.get('core_seconds', 0) for row in self.runs.values())
+        return sum(seconds) / 3600
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample deviation; the latter is 0 of one value."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.mean(values), spread

@@ -1,0 +1,450 @@
+"""Train, test and measure every tuning method on one config, alike.
+
+    python tools/compare.py CONFIG --methods all --seeds 3
+
+Each method trains by the config's schedule with three learning rates; the one
+that is best on validation trains with the other seeds. When all are trained,
+their last checkpoints are tested, once. Memory and time are measured beside
+each other in the same run. Interrupted, the same command goes on: WORK_DIR
+holds comparison.json (all figures), comparison.md (the table) and two plots.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault('PYTHONWARNINGS', 'ignore')
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, init_default_scope
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from e3va_mm.checkpoint.adapter_file import without_trunks
+from e3va_mm.comparison import (
+    METHODS,
+    SIDE_PATHS,
+    Records,
+    Run,
+    draw,
+    markdown,
+    method_config,
+    run_config,
+)
+from e3va_mm.comparison.report import COSTS, HEADINGS
+from e3va_mm.errors import ConfigError, E3VAError
+
+ROOT = Path(__file__).resolve().parents[1]
+ALL = (*METHODS, *SIDE_PATHS)
+LOG_LINES = 15
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('config', metavar='CONFIG')
+    parser.add_argument(
+        '--methods',
+        default='all',
+        metavar='A,B',
+        help=f'all, or some of {", ".join(ALL)}',
+    )
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument(
+        '--lrs',
+        type=float,
+        nargs='+',
+        default=[1e-3, 2e-3, 4e-3],
+        help='learning rates to choose from, the same for all',
+    )
+    parser.add_argument(
+        '--trim',
+        default='',
+        metavar='A,B',
+        help='methods, far off the others, that have two seeds alone',
+    )
+    parser.add_argument(
+        '--metric',
+        help='what chooses; default: coco/bbox_mAP or mIoU, by the evaluator',
+    )
+    parser.add_argument(
+        '--jobs', type=int, default=1, help='trainings beside each other'
+    )
+    parser.add_argument(
+        '--work-dir',
+        type=Path,
+        help='default: work_dirs/compare/ and the name of the config',
+    )
+    parser.add_argument(
+        '--val-only', action='store_true', help='leave the test split alone'
+    )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument('--measure-only', action='store_true')
+    only.add_argument('--no-measure', action='store_true')
+    args = parser.parse_args(argv)
+    if args.work_dir is None:
+        args.work_dir = ROOT / 'work_dirs/compare' / Path(args.config).stem
+    return args
+
+
+def names(text: str, option: str) -> list[str]:
+    """Methods of a list with commas."""
+    found = [*ALL] if text == 'all' else [n for n in text.split(',') if n]
+    unknown = [name for name in found if name not in ALL]
+    if unknown:
+        raise ConfigError(
+            f'{option} should be all or some of {", ".join(ALL)}, but got '
+            f'{unknown[0]!r}.'
+        )
+    return found
+
+
+def metric_of(config: Config) -> str:
+    """The metric that the config's evaluator is known by."""
+    kind = config.val_evaluator['type']
+    metric = {'CocoMetric': 'coco/bbox_mAP', 'IoUMetric': 'mIoU'}.get(kind)
+    if metric is None:
+        raise ConfigError(
+            f'--metric should name what a {kind} gives, as the log of an '
+            'evaluation has it.'
+        )
+    return metric
+
+
+def records_of(args: argparse.Namespace, config: Config) -> Records:
+    """The records that the command line asks for."""
+    for name in ('seeds', 'jobs'):
+        if getattr(args, name) < 1:
+            raise ConfigError(
+                f'--{name} should be at least 1, but got '
+                f'{getattr(args, name)}.'
+            )
+    methods = names(args.methods, '--methods')
+    if not methods:
+        raise ConfigError('--methods names none.')
+    trimmed = names(args.trim, '--trim')
+    seeds = {
+        method: min(2, args.seeds) if method in trimmed else args.seeds
+        for method in methods
+    }
+    content = json.dumps(config.to_dict(), sort_keys=True, default=repr)
+    settings = dict(
+        config=Path(args.config).name,
+        content=hashlib.sha256(content.encode()).hexdigest()[:16],
+        metric=args.metric or metric_of(config),
+        torch=torch.__version__,
+    )
+    return Records(args.work_dir, settings, methods, args.lrs, seeds)
+
+
+class Job:
+    """A training or a test in a process of its own.
+
+    Args:
+        run (Run): What is trained or tested.
+        folder (Path): The run's.
+        command (Sequence[str]): A tool and its arguments.
+        threads (int): Threads of the process.
+    """
+
+    def __init__(
+        self, run: Run, folder: Path, command: Sequence[str], threads: int
+    ) -> None:
+        self.run, self.folder, self.threads = run, folder, threads
+        self.log = folder / f'{Path(command[0]).stem}.log'
+        self.start = time.monotonic()
+        with self.log.open('wb') as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
+            )
+
+    def done(self) -> bool:
+        """Whether it has ended well.
+
+        Raises:
+            E3VAError: If it has failed.
+        """
+        code = self.process.poll()
+        if code:
+            lines = self.log.read_text(errors='replace').splitlines()
+            raise E3VAError(
+                f'{self.run.name} has failed ({code}):\n'
+                + '\n'.join(lines[-LOG_LINES:])
+                + f'\nAll of it: {self.log}'
+            )
+        return code == 0
+
+    @property
+    def core_seconds(self) -> float:
+        """Seconds since it began, of each of its threads."""
+        return (time.monotonic() - self.start) * self.threads
+
+
+class Comparison:
+    """Runs what is left.
+
+    Args:
+        args (argparse.Namespace): The command line.
+        config (Config): The config that is compared on.
+        records (Records): What is known.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, config: Config, records: Records
+    ) -> None:
+        self.args, self.config, self.records = args, config, records
+        cores = len(os.sched_getaffinity(0))
+        self.threads = max(1, cores // args.jobs)
+
+    def folder(self, run: Run) -> Path:
+        """Where a run is trained."""
+        return self.args.work_dir.resolve() / run.name
+
+    def config_file(self, run: Run) -> Path:
+        """The config of a run, written."""
+        folder = self.folder(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / 'config.py'
+        config = method_config(self.config, run.method)
+        run_config(config, run.lr, run.seed).dump(path)
+        return path
+
+    def train(self, run: Run) -> Job:
+        """Begin a training, or go on with it."""
+        config, folder = self.config_file(run), self.folder(run)
+        command = ['tools/train.py', config, '--work-dir', folder, '--resume']
+        return Job(run, folder, [*map(str, command)], self.threads)
+
+    def trained(self, job: Job) -> None:
+        """Record a training that has ended."""
+        figures = validation_of(job.folder, self.records.settings['metric'])
+        if figures is None:
+            # A kill between checkpoint and validation: once more, whole.
+            shutil.rmtree(job.folder)
+            return
+        before = self.records.runs.get(job.run.name, {}).get('core_seconds', 0)
+        self.records.update(
+            job.run,
+            validation=figures,
+            core_seconds=before + job.core_seconds,
+        )
+
+    def test(self, run: Run) -> Job | None:
+        """Begin the test of a run, if its checkpoint is there."""
+        folder = self.folder(run)
+        last = folder / 'last_checkpoint'
+        if not last.exists() or not Path(last.read_text().strip()).exists():
+            # Trained elsewhere: its figures stand for nothing that is here.
+            self.records.forget(run)
+            return None
+        command = [
+            *('tools/test.py', folder / 'config.py', last.read_text().strip()),
+            *('--work-dir', folder / 'test'),
+        ]
+        return Job(run, folder, [*map(str, command)], self.threads)
+
+    def tested(self, job: Job) -> None:
+        """Record a test that has ended; its checkpoint is not needed more."""
+        path = sorted((job.folder / 'test').glob('*/*.json'))[-1]
+        figures = json.loads(path.read_text().splitlines()[-1])
+        seconds = self.records.runs[job.run.name]['core_seconds']
+        self.records.update(
+            job.run,
+            test=figures,
+            core_seconds=seconds + job.core_seconds,
+        )
+        for checkpoint in job.folder.glob('*.pth'):
+            checkpoint.unlink()
+
+    def run(self) -> None:
+        """Train all that is left, then test."""
+        console = Console(stderr=True)
+        columns = (
+            TextColumn('{task.description}'),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=console) as progress:
+            self._train_all(progress)
+            if not self.args.val_only:
+                self._test_all(progress)
+
+    def _train_all(self, progress: Progress) -> None:
+        left = self.records.left()
+        task = progress.add_task('training', total=left)
+
+        def waiting() -> list[Run]:
+            return list(dict.fromkeys(self.records.to_train()))
+
+        def ended(job: Job) -> None:
+            self.trained(job)
+            value = self.records.validation(job.run)
+            progress.console.print(
+                f'{job.run.name}: {value} on validation, '
+                f'{job.core_seconds / 60:.1f} core minutes'
+            )
+            progress.update(task, completed=left - self.records.left())
+
+        self._in_parallel(waiting, self.train, ended, progress, task)
+
+    def _test_all(self, progress: Progress) -> None:
+        runs = self.records.to_test()
+        task = progress.add_task('test', total=len(runs))
+
+        def ended(job: Job) -> None:
+            self.tested(job)
+            progress.advance(task)
+
+        self._in_parallel(
+            self.records.to_test, self.test, ended, progress, task
+        )
+
+    def _in_parallel(self, waiting, begin, ended, progress, task) -> None:
+        """Keep ``--jobs`` jobs running until none waits."""
+        jobs: list[Job] = []
+        try:
+            while True:
+                running = {job.run for job in jobs}
+                free = [run for run in waiting() if run not in running]
+                while free and len(jobs) < self.args.jobs:
+                    job = begin(free.pop(0))
+                    if job is None:
+                        raise E3VAError(
+                            'The checkpoint of a chosen run is gone. Run the '
+                            'same command again to train it anew.'
+                        )
+                    jobs.append(job)
+                    progress.update(
+                        task,
+                        description=', '.join(job.run.name for job in jobs),
+                    )
+                if not jobs:
+                    return
+                time.sleep(0.2)
+                for job in [job for job in jobs if job.done()]:
+                    jobs.remove(job)
+                    ended(job)
+        finally:
+            for job in jobs:
+                job.process.terminate()
+
+    def measure(self) -> None:
+        """Memory and time of one step of all methods, beside each other."""
+        folder = self.args.work_dir.resolve() / 'methods'
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for method in self.records.methods:
+            path = folder / f'{method}.py'
+            method_config(self.config, method).dump(path)
+            paths.append(path)
+        figures = folder / 'measured.json'
+        command = [sys.executable, 'tools/measure.py', *map(str, paths)]
+        command += ['--json', str(figures), '--device', 'cpu']
+        if figures.exists():
+            command.append('--resume')
+        done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr)
+        if done.returncode:
+            raise E3VAError('Measuring has failed; the reason stands above.')
+        rows = json.loads(figures.read_text())['variants']
+        for method in self.records.methods:
+            row = rows[method if len(paths) > 1 else 'as-is']
+            size = file_bytes(method_config(self.config, method))
+            self.records.update_measured(method, dict(row, file_bytes=size))
+
+
+def validation_of(folder: Path, metric: str) -> dict[str, float] | None:
+    """The last figures on validation that a run has written."""
+    found = None
+    for path in sorted(folder.glob('*/vis_data/scalars.json')):
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # a kill has cut it off
+                continue
+            if metric in record:
+                found = record
+    return found and {
+        key: value
+        for key, value in found.items()
+        if isinstance(value, (int, float)) and key != 'step'
+    }
+
+
+def file_bytes(config: Config) -> int:
+    """Bytes of what a task must store: all but the frozen trunk."""
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)
+    state = without_trunks(model, model.state_dict())
+    return sum(
+        value.numel() * value.element_size() for value in state.values()
+    )
+
+
+def report(records: Records, args: argparse.Namespace) -> None:
+    """Write and print the table; draw the pictures."""
+    metric = records.settings['metric']
+    metrics = [metric]
+    if metric == 'coco/bbox_mAP':
+        metrics.append('coco/segm_mAP')
+    split = 'validation' if args.val_only else 'test'
+    text = markdown(records, metrics, split)
+    note = (
+        f'{HEADINGS.get(metric, (metric, 1))[0]} on the {split} split, mean '
+        f'and deviation over seeds; learning rates {args.lrs}, the best on '
+        f'validation; {records.hours():.1f} core hours; torch '
+        f'{torch.__version__}.'
+    )
+    text = f'{text}\n\n{note}\n'
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    (args.work_dir / 'comparison.md').write_text(text)
+    for cost in COSTS:
+        figure = draw(records, metric, split, cost)
+        figure.savefig(args.work_dir / f'comparison_{cost}.png', dpi=150)
+    print(text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, train, test, report."""
+    args = parse_args(argv)
+    MMLogger.get_current_instance().setLevel('ERROR')
+    if not Path(args.config).is_file():
+        raise ConfigError(f'{args.config}: no such config file.')
+    config = Config.fromfile(args.config)
+    records = records_of(args, config)
+    comparison = Comparison(args, config, records)
+    if not args.no_measure:
+        comparison.measure()
+    if not args.measure_only:
+        comparison.run()
+    report(records, args)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except E3VAError as error:
+        sys.exit(f'error: {error}')

@@ -34,6 +34,7 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
 from e3va_mm.checkpoint.adapter_file import without_trunks
@@ -53,6 +54,12 @@ from e3va_mm.errors import ConfigError, E3VAError
 ROOT = Path(__file__).resolve().parents[1]
 ALL = (*METHODS, *SIDE_PATHS)
 LOG_LINES = 15
+# Time left is that of all trainings up to now, in seconds.
+DAY = 86400
+# In a record beside the figures of an evaluation.
+TIMES = ('step', 'time', 'data_time')
+# What an evaluator is known by.
+METRICS = {'CocoMetric': 'coco/bbox_mAP', 'IoUMetric': 'mIoU'}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -120,14 +127,16 @@ def names(text: str, option: str) -> list[str]:
 
 def metric_of(config: Config) -> str:
     """The metric that the config's evaluator is known by."""
-    kind = config.val_evaluator['type']
-    metric = {'CocoMetric': 'coco/bbox_mAP', 'IoUMetric': 'mIoU'}.get(kind)
-    if metric is None:
-        raise ConfigError(
-            f'--metric should name what a {kind} gives, as the log of an '
-            'evaluation has it.'
-        )
-    return metric
+    found = config.val_evaluator
+    evaluators = found if isinstance(found, Sequence) else [found]
+    kinds = [str(evaluator['type']).split('.')[-1] for evaluator in evaluators]
+    for kind, metric in METRICS.items():
+        if kind in kinds:
+            return metric
+    raise ConfigError(
+        f'--metric should name what {", ".join(kinds)} gives, as the log of '
+        'an evaluation has it.'
+    )
 
 
 def records_of(args: argparse.Namespace, config: Config) -> Records:
@@ -151,6 +160,7 @@ def records_of(args: argparse.Namespace, config: Config) -> Records:
         config=Path(args.config).name,
         content=hashlib.sha256(content.encode()).hexdigest()[:16],
         metric=args.metric or metric_of(config),
+        lrs=sorted(args.lrs),
         torch=torch.__version__,
     )
     return Records(args.work_dir, settings, methods, args.lrs, seeds)
@@ -218,6 +228,7 @@ class Comparison:
         self.args, self.config, self.records = args, config, records
         cores = len(os.sched_getaffinity(0))
         self.threads = max(1, cores // args.jobs)
+        self.unvalidated: set[Run] = set()
 
     def folder(self, run: Run) -> Path:
         """Where a run is trained."""
@@ -229,7 +240,12 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / 'config.py'
         config = method_config(self.config, run.method)
-        run_config(config, run.lr, run.seed).dump(path)
+        text = run_config(config, run.lr, run.seed).pretty_text
+        if path.exists() and path.read_text() != text:
+            # Of other settings: not to go on with.
+            shutil.rmtree(folder)
+            folder.mkdir()
+        path.write_text(text)
         return path
 
     def train(self, run: Run) -> Job:
@@ -240,11 +256,20 @@ class Comparison:
 
     def trained(self, job: Job) -> None:
         """Record a training that has ended."""
-        figures = validation_of(job.folder, self.records.settings['metric'])
-        if figures is None:
+        metric = self.records.settings['metric']
+        figures = validation_of(job.folder)
+        if figures is None and job.run not in self.unvalidated:
             # A kill between checkpoint and validation: once more, whole.
             shutil.rmtree(job.folder)
+            self.unvalidated.add(job.run)
             return
+        if metric not in (figures or {}):
+            raise ConfigError(
+                f'Expected {metric} in the validation of {job.run.name}, but '
+                f'found {", ".join(figures or ["nothing"])}. Name one with '
+                '--metric, or add `LocalVisBackend` to `visualizer` of the '
+                f'config. All of it: {job.log}'
+            )
         before = self.records.runs.get(job.run.name, {}).get('core_seconds', 0)
         self.records.update(
             job.run,
@@ -252,16 +277,22 @@ class Comparison:
             core_seconds=before + job.core_seconds,
         )
 
-    def test(self, run: Run) -> Job | None:
-        """Begin the test of a run, if its checkpoint is there."""
+    def checkpoint(self, run: Run) -> Path | None:
+        """The last checkpoint of a run, if it is there."""
+        last = self.folder(run) / 'last_checkpoint'
+        path = Path(last.read_text().strip()) if last.exists() else last
+        return path if path.exists() else None
+
+    def drop_checkpoints(self, run: Run) -> None:
+        """Make room: no one needs those of a run any more."""
+        for path in self.folder(run).glob('*.pth'):
+            path.unlink()
+
+    def test(self, run: Run) -> Job:
+        """Begin the test of a run."""
         folder = self.folder(run)
-        last = folder / 'last_checkpoint'
-        if not last.exists() or not Path(last.read_text().strip()).exists():
-            # Trained elsewhere: its figures stand for nothing that is here.
-            self.records.forget(run)
-            return None
         command = [
-            *('tools/test.py', folder / 'config.py', last.read_text().strip()),
+            *('tools/test.py', folder / 'config.py', self.checkpoint(run)),
             *('--work-dir', folder / 'test'),
         ]
         return Job(run, folder, [*map(str, command)], self.threads)
@@ -276,8 +307,7 @@ class Comparison:
             test=figures,
             core_seconds=seconds + job.core_seconds,
         )
-        for checkpoint in job.folder.glob('*.pth'):
-            checkpoint.unlink()
+        self.drop_checkpoints(job.run)
 
     def run(self) -> None:
         """Train all that is left, then test."""
@@ -287,10 +317,19 @@ class Comparison:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console) as progress:
+        with Progress(
+            *columns, console=console, speed_estimate_period=DAY
+        ) as progress:
             self._train_all(progress)
             if not self.args.val_only:
+                # Those whose folder is gone are trained anew.
+                for run in self.records.to_test():
+                    if self.checkpoint(run) is None:
+                        self.records.forget(run)
+                if self.records.left():
+                    self._train_all(progress)
                 self._test_all(progress)
 
     def _train_all(self, progress: Progress) -> None:
@@ -310,6 +349,11 @@ class Comparison:
             progress.update(task, completed=left - self.records.left())
 
         self._in_parallel(waiting, self.train, ended, progress, task)
+        for method in self.records.methods:
+            chosen = self.records.chosen(method)
+            for run in self.records.searches(method):
+                if run not in chosen:
+                    self.drop_checkpoints(run)
 
     def _test_all(self, progress: Progress) -> None:
         runs = self.records.to_test()
@@ -332,11 +376,6 @@ class Comparison:
                 free = [run for run in waiting() if run not in running]
                 while free and len(jobs) < self.args.jobs:
                     job = begin(free.pop(0))
-                    if job is None:
-                        raise E3VAError(
-                            'The checkpoint of a chosen run is gone. Run the '
-                            'same command again to train it anew.'
-                        )
                     jobs.append(job)
                     progress.update(
                         task,
@@ -351,6 +390,8 @@ class Comparison:
         finally:
             for job in jobs:
                 job.process.terminate()
+            for job in jobs:
+                job.process.wait()
 
     def measure(self) -> None:
         """Memory and time of one step of all methods, beside each other."""
@@ -376,7 +417,7 @@ class Comparison:
             self.records.update_measured(method, dict(row, file_bytes=size))
 
 
-def validation_of(folder: Path, metric: str) -> dict[str, float] | None:
+def validation_of(folder: Path) -> dict[str, float] | None:
     """The last figures on validation that a run has written."""
     found = None
     for path in sorted(folder.glob('*/vis_data/scalars.json')):
@@ -385,12 +426,12 @@ def validation_of(folder: Path, metric: str) -> dict[str, float] | None:
                 record = json.loads(line)
             except json.JSONDecodeError:  # a kill has cut it off
                 continue
-            if metric in record:
+            if 'loss' not in record:
                 found = record
     return found and {
         key: value
         for key, value in found.items()
-        if isinstance(value, (int, float)) and key != 'step'
+        if isinstance(value, (int, float)) and key not in TIMES
     }
 
 

@@ -1,6 +1,7 @@
 """The tuning methods of a comparison, as configs."""
 
 import copy
+import inspect
 from collections.abc import Mapping
 
 from mmengine.config import Config, ConfigDict
@@ -8,11 +9,14 @@ from mmengine.config import Config, ConfigDict
 from ..errors import ConfigError
 from ..measure.variants import (
     STOCK_SWINS,
+    WEIGHTS,
     framework,
     own_backbone,
+    side_path_of,
     stock_backbone,
     type_name,
 )
+from ..models.backbones.stock_arguments import stock_class
 
 # Inside the backbone.
 METHODS: Mapping[str, Mapping] = {
@@ -56,17 +60,19 @@ def method_config(config: Config, method: str) -> Config:
     config = copy.deepcopy(config)
     backbone = config.model.backbone
     kind = type_name(config, backbone)
+    stock = stock_backbone(backbone, kind, framework(config))
     if method in SIDE_PATHS:
         changed = ConfigDict(own_backbone(backbone, kind))
         changed.side_path = dict(
-            changed.get('side_path') or {}, **SIDE_PATHS[method]
+            side_path_of('exact', changed.get('side_path')),
+            **SIDE_PATHS[method],
         )
     else:
-        changed = stock_backbone(backbone, kind, framework(config))
         tuning = dict(METHODS[method])
         random = backbone.get('allow_random_trunk', False)
-        if type_name(config, changed) in STOCK_SWINS:
-            changed.update(
+        if type_name(config, stock) in STOCK_SWINS:
+            changed = ConfigDict(
+                stock,
                 type='e3va_mm.PETLSwinTransformer',
                 method=tuning,
                 allow_random_trunk=random,
@@ -74,15 +80,26 @@ def method_config(config: Config, method: str) -> Config:
         else:
             changed = ConfigDict(
                 type='e3va_mm.PETLBackbone',
-                trunk=changed,
+                trunk=stock,
                 method=tuning,
                 allow_random_trunk=random,
+                # What stands outside the trunk in our own backbones.
+                **{
+                    key: backbone[key]
+                    for key in ('layout', *WEIGHTS)
+                    if key in backbone and key not in stock
+                },
             )
-    for owner in (changed, changed.get('trunk', {})):
-        if 'drop_path_rate' in owner:
-            owner.drop_path_rate = 0.0
+    # Left out, it would be the class's own.
+    if 'drop_path_rate' in _parameters(type_name(config, stock)):
+        changed.get('trunk', changed).drop_path_rate = 0.0
     config.model.backbone = changed
     return config
+
+
+def _parameters(kind: str) -> Mapping[str, inspect.Parameter]:
+    """What the class of a stock backbone takes."""
+    return inspect.signature(stock_class(kind)).parameters
 
 
 def run_config(config: Config, lr: float, seed: int) -> Config:
@@ -98,7 +115,7 @@ def run_config(config: Config, lr: float, seed: int) -> Config:
     """
     config = copy.deepcopy(config)
     config.optim_wrapper.optimizer.lr = lr
-    config.randomness = dict(seed=seed)
+    config.randomness = dict(config.get('randomness', {}), seed=seed)
     # Runs beside each other must not fight for cores.
     for name in ('train', 'val', 'test'):
         loader = config[f'{name}_dataloader']

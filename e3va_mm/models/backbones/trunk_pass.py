@@ -175,7 +175,7 @@ class _SidePass:
         backbone, side_path = self.backbone, self.backbone.side_path
         end = end._replace(tokens=self._own(end.tokens))
         with torch.set_grad_enabled(self._graph):
-            total = side_path.output(self._highway, end.tokens)
+            total = side_path.output(self._highway, end.tokens, end.size)
             kept = None
             if stage in backbone.out_stages:
                 output, kept = backbone.output(stage, total, end)

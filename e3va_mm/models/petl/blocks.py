@@ -9,7 +9,6 @@ it, which activation checkpointing runs again as it runs the block again.
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
@@ -135,27 +134,3 @@ class _BranchHook(NamedTuple):
 
     def __call__(self, module: nn.Module, inputs: tuple, output: Tensor):
         return self.block.branch(self.path, output)
-
-
-def on_grid(
-    tokens: Tensor, size: Size, function: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """A function of maps, applied to tokens that lie on a grid.
-
-    Args:
-        tokens (Tensor): (B, extra + H * W, C) or (B, H, W, C). The extra
-            tokens stay as they are.
-        size (tuple[int, int]): (H, W).
-        function (Callable): (B, C, H, W) -> (B, C, H, W).
-
-    Returns:
-        Tensor: As ``tokens``.
-    """
-    if tokens.ndim == 4:
-        return function(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    extra = tokens.shape[1] - size[0] * size[1]
-    maps = tokens[:, extra:].transpose(1, 2).unflatten(2, size)
-    done = function(maps).flatten(2).transpose(1, 2)
-    if extra:
-        done = torch.cat([tokens[:, :extra], done], 1)
-    return done

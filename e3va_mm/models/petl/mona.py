@@ -7,33 +7,11 @@ from torch.nn import functional as F
 from ...errors import ConfigError
 from ...registry import MODELS
 from ...utils import is_number
+from ..grid import GridFilters, on_grid
 from ..trunks.base import Size
-from .blocks import Block, on_grid
+from .blocks import Block
 from .bottleneck import check_width
 from .method import PETLMethod
-
-KERNELS = (3, 5, 7)
-
-
-class MonaFilters(nn.Module):
-    """``y = x + mean of three depth-wise filters; y + 1x1 of y``.
-
-    Args:
-        channels (int): Channels of the map.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.filters = nn.ModuleList(
-            nn.Conv2d(channels, channels, k, padding=k // 2, groups=channels)
-            for k in KERNELS
-        )
-        self.mix = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        x = x + sum(each(x) for each in self.filters) / len(self.filters)
-        return x + self.mix(x)
 
 
 class MonaAdapter(nn.Module):
@@ -54,7 +32,7 @@ class MonaAdapter(nn.Module):
         self.gamma = nn.Parameter(1e-6 * torch.ones(channels))
         self.gamma_x = nn.Parameter(torch.ones(channels))
         self.down = nn.Linear(channels, width)
-        self.filters = MonaFilters(width)
+        self.filters = GridFilters(width)
         self.dropout = nn.Dropout(dropout)
         self.up = nn.Linear(width, channels)
         nn.init.zeros_(self.up.weight)

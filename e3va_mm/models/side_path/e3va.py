@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...registry import MODELS
 from ..trunks import Downsampling, StageSpec
+from ..trunks.base import Size
 from ..trunks.options import DTYPES
 from .adapter import LowRankAdapter
 from .highway import Highway
-from .kept_taps import TAP_CODECS
+from .kept_taps import TAP_CODECS, TapCodec
 from .replay import Replay
 from .stage_sum import (
     KeptSum,
@@ -44,7 +45,9 @@ class E3VASidePath(nn.Module):
 
     Args:
         stages (Sequence[StageSpec]): Channels, depth and taps of each stage.
-        rank (int): Inner rank of the adapters. Defaults to 16.
+        rank (int | Sequence[int]): Inner rank of the adapters. One for all
+            stages or one for each, the last for all that follow. Defaults to
+            16.
         bottleneck_ratio (float): Bottleneck of the adapters relative to the
             channels. Defaults to 0.5.
         taps (Sequence[str], optional): The taps of a block to read. Defaults
@@ -62,11 +65,18 @@ class E3VASidePath(nn.Module):
             their gradients and sums over tokens stay in single precision.
             Defaults to the type of autocast where it is on, else to that of
             the parameters.
+        kernel_size (int, optional): Width of a depth-wise convolution over
+            the token grid, of an adapter's ``rank`` inner channels; odd. It
+            adds to what it reads. Defaults to None for none.
+        tap_scale (bool): Whether each adapter learns a scale of what it
+            adds, at first 1. Defaults to False.
+        norm_taps (bool): Whether the tokens of taps are standardised over
+            their channels. Defaults to False.
 
     Raises:
         ConfigError: If ``taps``, ``downsampling``, ``save_taps`` or
-            ``compute`` names what is not there, or the adapters cannot have
-            the size asked for.
+            ``compute`` names what is not there, the adapters cannot have the
+            size asked for, or a switch is neither True nor False.
     """
 
     DOWNSAMPLINGS = ('difference', 'linear')
@@ -74,12 +84,15 @@ class E3VASidePath(nn.Module):
     def __init__(
         self,
         stages: Sequence[StageSpec],
-        rank: int = 16,
+        rank: int | Sequence[int] = 16,
         bottleneck_ratio: float = 0.5,
         taps: Sequence[str] | None = None,
         downsampling: str = 'difference',
         save_taps: str | Sequence[str] = 'exact',
         compute: str | None = None,
+        kernel_size: int | None = None,
+        tap_scale: bool = False,
+        norm_taps: bool = False,
     ) -> None:
         super().__init__()
         offered = stages[0].taps
@@ -100,8 +113,7 @@ class E3VASidePath(nn.Module):
                 '`side_path.downsampling` should be one of '
                 f'{self.DOWNSAMPLINGS}, but got {downsampling!r}.'
             )
-        several = isinstance(save_taps, (list, tuple))
-        modes = [*save_taps] if several else [save_taps]
+        modes = _for_each(save_taps, len(stages))
         if not modes or any(mode not in tuple(TAP_CODECS) for mode in modes):
             raise ConfigError(
                 '`side_path.save_taps` should be one of '
@@ -113,7 +125,20 @@ class E3VASidePath(nn.Module):
                 f'`side_path.compute` should be one of {(None, *DTYPES)}, but '
                 f'got {compute!r}.'
             )
-        modes += modes[-1:] * (len(stages) - len(modes))
+        ranks = _for_each(rank, len(stages))
+        if not ranks:
+            raise ConfigError(
+                '`side_path.rank` should be a whole number, or one for each '
+                f'stage, but got {rank!r}.'
+            )
+        for name, value in dict(
+            tap_scale=tap_scale, norm_taps=norm_taps
+        ).items():
+            if not isinstance(value, bool):
+                raise ConfigError(
+                    f'`side_path.{name}` should be True or False, but got '
+                    f'{value!r}.'
+                )
         self.downsampling = downsampling
         self.codecs = [TAP_CODECS[mode] for mode in modes]
         self.compute = DTYPES.get(compute)
@@ -122,15 +147,28 @@ class E3VASidePath(nn.Module):
                 nn.ModuleDict(
                     {
                         tap: LowRankAdapter(
-                            spec.channels, rank, bottleneck_ratio
+                            spec.channels,
+                            own,
+                            bottleneck_ratio,
+                            kernel_size,
+                            tap_scale,
+                            norm_taps,
                         )
                         for tap in self.taps
                     }
                 )
                 for _ in range(spec.depth)
             )
-            for spec in stages
+            for spec, own in zip(stages, ranks, strict=False)
         )
+
+    def codec_of_sums(self, stage: int) -> TapCodec | None:
+        """How a sum of trunk and highway is kept for backward.
+
+        A stage whose taps come again keeps its sums as the next keeps what it
+        keeps: to bring a sum again would take the adapters.
+        """
+        return next(filter(None, self.codecs[stage:]), None)
 
     def start(
         self,
@@ -168,8 +206,18 @@ class E3VASidePath(nn.Module):
         """
         highway.add(self.stages[stage][block][tap], value)
 
-    def output(self, highway: Highway, trunk: Tensor) -> Tensor:
-        """The state and the trunk (B, L, C) at a stage's end -> (B, L, C)."""
+    def output(self, highway: Highway, trunk: Tensor, size: Size) -> Tensor:
+        """What a stage's output and the next stage read.
+
+        Args:
+            highway (Highway): The state at the end of the stage.
+            trunk (Tensor): (B, extra + H * W, C), the trunk there.
+            size (tuple[int, int]): (H, W).
+
+        Returns:
+            Tensor: (B, extra + H * W, C), the sum of both.
+        """
+        highway.size = size
         total = highway.sum()
         return trunk if total is None else trunk + total
 
@@ -201,8 +249,12 @@ class E3VASidePath(nn.Module):
         if self.downsampling == 'linear':
             return downsample_linear(state, downsampling)
         if kept is None:
-            # A stage whose taps come again keeps its sum as the next keeps
-            # what it keeps: to bring the sum again would take the adapters.
-            later = self.codecs[highway.stage :]
-            kept = keep(total, next(filter(None, later), None))
+            kept = keep(total, self.codec_of_sums(highway.stage))
         return downsample_difference(total, trunk, kept, downsampling)
+
+
+def _for_each(value: object, stages: int) -> list:
+    """One for each stage: the last of a sequence is for all that follow."""
+    several = isinstance(value, (list, tuple))
+    values = [*value] if several else [value]
+    return values + values[-1:] * (stages - len(values))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ...registry import MODELS
 from ..trunks import StageSpec
+from ..trunks.base import Size
 
 
 @MODELS.register_module()
@@ -34,7 +35,7 @@ class NoSidePath(nn.Module):
     def start(self, *args) -> None:
         """Nothing to begin with."""
 
-    def output(self, highway: None, trunk: Tensor) -> Tensor:
+    def output(self, highway: None, trunk: Tensor, size: Size) -> Tensor:
         """The trunk (B, L, C) as it is."""
         return trunk
 

@@ -24,13 +24,19 @@ from .petl import (
     NormTuning,
     Partial,
 )
-from .side_path import E3VASidePath, LowRankAdapter, NoSidePath
+from .side_path import (
+    E3VAMixSidePath,
+    E3VASidePath,
+    LowRankAdapter,
+    NoSidePath,
+)
 
 __all__ = [
     'AdaptFormer',
     'Adapter',
     'BitFit',
     'E3VABackbone',
+    'E3VAMixSidePath',
     'E3VASidePath',
     'E3VASwinTransformer',
     'E3VAVisionTransformer',

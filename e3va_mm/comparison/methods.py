@@ -8,32 +8,20 @@ from mmengine.config import Config, ConfigDict
 
 from ..errors import ConfigError
 from ..measure.variants import (
-    STOCK_SWINS,
-    WEIGHTS,
+    METHODS,
     framework,
     own_backbone,
+    rival_backbone,
     side_path_of,
     stock_backbone,
     type_name,
 )
 from ..models.backbones.stock_arguments import stock_class
 
-# Inside the backbone.
-METHODS: Mapping[str, Mapping] = {
-    'full': dict(type='e3va_mm.Full'),
-    'fixed': dict(type='e3va_mm.Fixed'),
-    'bitfit': dict(type='e3va_mm.BitFit'),
-    'norm': dict(type='e3va_mm.NormTuning'),
-    'partial1': dict(type='e3va_mm.Partial', blocks=1),
-    'adapter': dict(type='e3va_mm.Adapter'),
-    'lora': dict(type='e3va_mm.LoRA'),
-    'adaptformer': dict(type='e3va_mm.AdaptFormer'),
-    'lorand': dict(type='e3va_mm.LoRand'),
-    'mona': dict(type='e3va_mm.Mona'),
-}
 # Beside it: what is set of the side path.
 SIDE_PATHS: Mapping[str, Mapping] = {
     'e3va': {},
+    'e3va-mix': dict(type='e3va_mm.E3VAMixSidePath'),
 }
 
 
@@ -68,28 +56,7 @@ def method_config(config: Config, method: str) -> Config:
             **SIDE_PATHS[method],
         )
     else:
-        tuning = dict(METHODS[method])
-        random = backbone.get('allow_random_trunk', False)
-        if type_name(config, stock) in STOCK_SWINS:
-            changed = ConfigDict(
-                stock,
-                type='e3va_mm.PETLSwinTransformer',
-                method=tuning,
-                allow_random_trunk=random,
-            )
-        else:
-            changed = ConfigDict(
-                type='e3va_mm.PETLBackbone',
-                trunk=stock,
-                method=tuning,
-                allow_random_trunk=random,
-                # What stands outside the trunk in our own backbones.
-                **{
-                    key: backbone[key]
-                    for key in ('layout', *WEIGHTS)
-                    if key in backbone and key not in stock
-                },
-            )
+        changed = rival_backbone(config, method)
     # Left out, it would be the class's own.
     if 'drop_path_rate' in _parameters(type_name(config, stock)):
         changed.get('trunk', changed).drop_path_rate = 0.0

@@ -12,8 +12,20 @@ from ..models.backbones.presets import PRESETS
 from ..models.trunks.building import scoped_name
 from ..models.trunks.families import FAMILIES, VITS
 from ..utils import mark_trainable
-from .lora import add_lora
 
+# Tuning inside the backbone, at the settings of the published comparisons.
+METHODS: Mapping[str, Mapping] = {
+    'full': dict(type='e3va_mm.Full'),
+    'fixed': dict(type='e3va_mm.Fixed'),
+    'bitfit': dict(type='e3va_mm.BitFit'),
+    'norm': dict(type='e3va_mm.NormTuning'),
+    'partial1': dict(type='e3va_mm.Partial', blocks=1),
+    'adapter': dict(type='e3va_mm.Adapter'),
+    'lora': dict(type='e3va_mm.LoRA'),
+    'adaptformer': dict(type='e3va_mm.AdaptFormer'),
+    'lorand': dict(type='e3va_mm.LoRand'),
+    'mona': dict(type='e3va_mm.Mona'),
+}
 VARIANTS = {
     'as-is': 'as the config has it',
     'full': 'the stock backbone, fine-tuned as a whole',
@@ -22,6 +34,13 @@ VARIANTS = {
     'frozen-lean': 'the trunk alone, frozen, with the trunk options of lean',
     'exact': 'with a side path, preset exact',
     'lean': 'with a side path, preset lean',
+    'bitfit': 'the stock backbone, of which biases train',
+    'norm': 'the stock backbone, of which norms train',
+    'partial1': 'the stock backbone, of which the last block trains',
+    'adapter': 'the stock backbone, frozen, with Adapter inside',
+    'adaptformer': 'the stock backbone, frozen, with AdaptFormer inside',
+    'lorand': 'the stock backbone, frozen, with LoRand inside',
+    'mona': 'the stock backbone, frozen, with Mona inside',
     'lora': 'the stock backbone, frozen, with LoRA of rank 64 on q and v',
 }
 # These work with any backbone.
@@ -46,8 +65,8 @@ def variant_config(config: Config, variant: str) -> Config:
     """The config of a variant, without any weights to download.
 
     The bytes and the arithmetic of a model do not depend on its weights, so
-    every ``init_cfg`` is dropped. What is to be frozen, and LoRA, are no
-    matter of a config: see :func:`prepare_variant`.
+    every ``init_cfg`` is dropped. That a stock backbone is frozen is no matter
+    of a config: see :func:`prepare_variant`.
 
     Args:
         config (Config): A detection or segmentation config.
@@ -88,10 +107,13 @@ def variant_config(config: Config, variant: str) -> Config:
             f'got {kind!r}. Other backbones have the variants '
             f'{", ".join(GENERIC)}.'
         )
-    if variant in ('full', 'frozen', 'lora'):
+    if variant in ('full', 'frozen'):
         config.model.backbone = stock_backbone(
             backbone, kind, framework(config)
         )
+    elif variant in METHODS:
+        config.model.backbone = rival_backbone(config, variant)
+        config.model.backbone.allow_random_trunk = True
     else:
         backbone = own_backbone(backbone, kind)
         backbone.allow_random_trunk = True
@@ -101,7 +123,7 @@ def variant_config(config: Config, variant: str) -> Config:
 
 
 def prepare_variant(model: nn.Module, variant: str) -> None:
-    """Freeze a built model's backbone, or add LoRA, as a variant has it.
+    """Freeze a built model's backbone where a variant has it frozen.
 
     Args:
         model (nn.Module): Of :func:`variant_config`, in training mode.
@@ -110,8 +132,6 @@ def prepare_variant(model: nn.Module, variant: str) -> None:
     if variant == 'frozen':
         mark_trainable(model.backbone, [])
         model.backbone.eval()
-    elif variant == 'lora':
-        add_lora(model.backbone)
 
 
 def framework(config: Config) -> str:
@@ -184,6 +204,31 @@ def own_backbone(backbone: ConfigDict, kind: str) -> ConfigDict:
     if kind in VITS:
         return ConfigDict(backbone, type=VIT, trunk_type=kind)
     return ConfigDict(type=ANY, trunk=dict(backbone, type=kind))
+
+
+def rival_backbone(config: Config, method: str) -> ConfigDict:
+    """The stock backbone of a config with a tuning method inside.
+
+    Args:
+        config (Config): A detection or segmentation config.
+        method (str): A key of ``METHODS``.
+    """
+    backbone = config.model.backbone
+    kind = type_name(config, backbone)
+    stock = stock_backbone(backbone, kind, framework(config))
+    tuned = dict(
+        method=dict(METHODS[method]),
+        allow_random_trunk=backbone.get('allow_random_trunk', False),
+    )
+    if type_name(config, stock) in STOCK_SWINS:
+        return ConfigDict(stock, type=TUNED_SWIN, **tuned)
+    # What stands outside the trunk in our own backbones.
+    outside = {
+        key: backbone[key]
+        for key in ('layout', *WEIGHTS)
+        if key in backbone and key not in stock
+    }
+    return ConfigDict(type=TUNED, trunk=stock, **tuned, **outside)
 
 
 def side_path_of(variant: str, given: Mapping | None) -> dict:

@@ -49,12 +49,19 @@ def test_side_path_trains_what_it_declares(measured):
     norms = 2 * (32 + 64 + 128 + 256)
     trains = {v: m['trainable_backbone'] for v, m in measured.items()}
     whole = measured['full']['backbone']
+    rivals = {
+        # A weight of (64, C) down and one up, with biases, twice a block.
+        **dict.fromkeys(('adapter', 'adaptformer'), 2 * (129 * blocks + 640)),
+        # Two of (64, C) for each of q and v.
+        'lora': 4 * 64 * blocks,
+    }
+    others = ('bitfit', 'norm', 'partial1', 'lorand', 'mona')
+    assert all(0 < trains.pop(name) < whole for name in others)
     assert trains == {
+        **rivals,
         **dict.fromkeys(('as-is', 'exact', 'lean'), 99 * blocks + norms),
         **dict.fromkeys(('frozen', 'frozen-same', 'frozen-lean'), 0),
         'full': whole,
-        # Two of (64, C) for each of q and v.
-        'lora': 4 * 64 * blocks,
     }
     heads = {
         v: m['trainable'] - m['trainable_backbone']

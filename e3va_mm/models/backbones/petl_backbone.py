@@ -130,12 +130,15 @@ class PETLBackbone(TrunkBackbone):
     def trained_stock(self) -> set[str]:
         """See the base class."""
         ids = {id(p) for p in self._trained}
-        norms = self.own_names()
-        return {
-            name
-            for name, parameter in self.named_parameters()
-            if id(parameter) in ids and name.split('.')[0] not in norms
+        names = {n for n, p in self.named_parameters() if id(p) in ids}
+        if self._trains_whole():  # statistics change too
+            names |= {name for name, _ in self.named_buffers()}
+        return names - {
+            name for name in names if name.split('.')[0] in self.own_names()
         }
+
+    def _trains_whole(self) -> bool:
+        return all(p.requires_grad for p in self.parameters())
 
     def declared(self) -> Iterator[nn.Parameter]:
         """See the base class."""
@@ -147,7 +150,7 @@ class PETLBackbone(TrunkBackbone):
         A backbone of which nothing trains stays in eval mode.
         """
         super().train(mode)
-        whole = all(p.requires_grad for p in self.parameters())
+        whole = self._trains_whole()
         nothing = not any(p.requires_grad for p in self.parameters())
         for _, child in self.trunk_children():
             for module in child.modules():

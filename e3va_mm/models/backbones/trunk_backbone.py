@@ -181,7 +181,10 @@ class TrunkBackbone(BaseModule):
         raise NotImplementedError
 
     def trained_stock(self) -> set[str]:
-        """Names of stock parameters that train, output norms left out."""
+        """Names of what changes in training, output norms left out.
+
+        Of the stock backbone's state alone, parameters and buffers.
+        """
         return set()
 
     def own_names(self) -> set[str]:
@@ -225,7 +228,7 @@ class TrunkBackbone(BaseModule):
         own = self.state_dict()
         fitted = self._fit_state(dict(found), prefix, own, record is not None)
         trunk = self.trunk_part(own)
-        if trunk.keys() & found.keys():
+        if record is None and self._stock_part(own).keys() & found.keys():
             self.storage.source = self._reading or CHECKPOINT
             # What a resume brings is what `init_cfg` has brought before.
             if self.storage.address and fingerprint(trunk) != fingerprint(

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 
-from ...errors import ConfigError
 from ...registry import MODELS
 from ..trunks import Layout
 from ..trunks.building import build_trunk
 from .presets import resolve_side_path
 from .side_path_backbone import SidePathBackbone
-from .stock_arguments import build_stock, init_cfg_of, say_without_effect
+from .stock_arguments import build_stock, say_without_effect, taken_apart
 
 
 @MODELS.register_module()
@@ -47,26 +46,7 @@ class E3VABackbone(SidePathBackbone):
         allow_random_trunk: bool = False,
         init_cfg: Mapping | None = None,
     ) -> None:
-        if not (isinstance(trunk, Mapping) and 'type' in trunk):
-            raise ConfigError(
-                '`backbone.trunk` should be the config of a stock backbone, '
-                "such as dict(type='mmpretrain.ConvNeXt', arch='base'), but "
-                f'got {trunk!r}.'
-            )
-        stock = dict(trunk)
-        kind = stock.pop('type')
-        inner = init_cfg_of(
-            stock.pop('init_cfg', None),
-            # A switch of timm's, not a path.
-            stock.pop('pretrained', None)
-            if not isinstance(stock.get('pretrained'), bool)
-            else None,
-        )
-        if inner is not None and init_cfg is not None:
-            raise ConfigError(
-                '`init_cfg` is set in `backbone` and in `backbone.trunk`; '
-                'keep one.'
-            )
+        kind, stock, init_cfg = taken_apart(trunk, init_cfg)
         say_without_effect(type(self).__name__, stock)
         layout = None if layout is None else Layout.of(layout)
         _, options = resolve_side_path(side_path)
@@ -79,7 +59,7 @@ class E3VABackbone(SidePathBackbone):
             reader.out_stages,
             side_path=side_path,
             allow_random_trunk=allow_random_trunk,
-            init_cfg=inner or init_cfg,
+            init_cfg=init_cfg,
         )
         self.out_indices = reader.out_indices
         if getattr(built, '_is_init', False):

@@ -16,9 +16,9 @@ from ..trunks.stock import grid_of
 from .stock_arguments import (
     FREEZING,
     build_stock,
-    init_cfg_of,
     registered,
     say_without_effect,
+    taken_apart,
 )
 from .trunk_backbone import TrunkBackbone
 
@@ -65,26 +65,7 @@ class PETLBackbone(TrunkBackbone):
         allow_random_trunk: bool = False,
         init_cfg: Mapping | None = None,
     ) -> None:
-        if not (isinstance(trunk, Mapping) and 'type' in trunk):
-            raise ConfigError(
-                '`backbone.trunk` should be the config of a stock backbone, '
-                "such as dict(type='mmpretrain.ConvNeXt', arch='base'), but "
-                f'got {trunk!r}.'
-            )
-        stock = dict(trunk)
-        kind = stock.pop('type')
-        inner = init_cfg_of(
-            stock.pop('init_cfg', None),
-            # A switch of timm's, not a path.
-            stock.pop('pretrained', None)
-            if not isinstance(stock.get('pretrained'), bool)
-            else None,
-        )
-        if inner is not None and init_cfg is not None:
-            raise ConfigError(
-                '`init_cfg` is set in `backbone` and in `backbone.trunk`; '
-                'keep one.'
-            )
+        kind, stock, init_cfg = taken_apart(trunk, init_cfg)
         say_without_effect(type(self).__name__, stock, FREEZING)
         layout = None if layout is None else Layout.of(layout)
         built = build_stock(kind, stock, without=FREEZING)
@@ -97,7 +78,7 @@ class PETLBackbone(TrunkBackbone):
             built,
             reader.out_stages,
             allow_random_trunk,
-            inner or init_cfg,
+            init_cfg,
         )
         reader.share(self)
         self.out_indices = reader.out_indices

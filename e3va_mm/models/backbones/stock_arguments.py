@@ -75,6 +75,45 @@ def init_cfg_of(
     return dict(type='Pretrained', checkpoint=pretrained)
 
 
+def taken_apart(
+    trunk: Mapping, init_cfg: Mapping | None
+) -> tuple[type | str, dict, Mapping | None]:
+    """The config of a stock backbone inside one of ours.
+
+    Args:
+        trunk (Mapping): That of the stock backbone.
+        init_cfg (Mapping, optional): That of ours, around it.
+
+    Returns:
+        tuple[type | str, dict, Mapping | None]: The stock class, its
+        arguments, and where its weights come from.
+
+    Raises:
+        ConfigError: If it is no config, or weights are named twice.
+    """
+    if not (isinstance(trunk, Mapping) and 'type' in trunk):
+        raise ConfigError(
+            '`backbone.trunk` should be the config of a stock backbone, '
+            "such as dict(type='mmpretrain.ConvNeXt', arch='base'), but "
+            f'got {trunk!r}.'
+        )
+    stock = dict(trunk)
+    kind = stock.pop('type')
+    inner = init_cfg_of(
+        stock.pop('init_cfg', None),
+        # A switch of timm's, not a path.
+        stock.pop('pretrained', None)
+        if not isinstance(stock.get('pretrained'), bool)
+        else None,
+    )
+    if inner is not None and init_cfg is not None:
+        raise ConfigError(
+            '`init_cfg` is set in `backbone` and in `backbone.trunk`; '
+            'keep one.'
+        )
+    return kind, stock, inner or init_cfg
+
+
 def say_without_effect(
     owner: str, arguments: Mapping, without: Mapping = WITHOUT_EFFECT
 ) -> list[str]:

@@ -58,6 +58,8 @@ LOG_LINES = 15
 DAY = 86400
 # In a record beside the figures of an evaluation.
 TIMES = ('step', 'time', 'data_time')
+# What the training guard says of a loss or of weights.
+DIVERGED = 'is not finite'
 # What an evaluator is known by.
 METRICS = {'CocoMetric': 'coco/bbox_mAP', 'IoUMetric': 'mIoU'}
 
@@ -181,6 +183,7 @@ class Job:
     ) -> None:
         self.run, self.folder, self.threads = run, folder, threads
         self.log = folder / f'{Path(command[0]).stem}.log'
+        self.diverged = False
         self.start = time.monotonic()
         with self.log.open('wb') as log:
             self.process = subprocess.Popen(
@@ -191,15 +194,23 @@ class Job:
                 env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
             )
 
-    def done(self) -> bool:
+    def done(self, may_diverge: bool = False) -> bool:
         """Whether it has ended well.
+
+        Args:
+            may_diverge (bool): Whether a loss that is not finite is an end as
+                well: ``diverged``. Defaults to False.
 
         Raises:
             E3VAError: If it has failed.
         """
         code = self.process.poll()
         if code:
-            lines = self.log.read_text(errors='replace').splitlines()
+            text = self.log.read_text(errors='replace')
+            lines = text.splitlines()
+            if may_diverge and DIVERGED in text:
+                self.diverged = True
+                return True
             raise E3VAError(
                 f'{self.run.name} has failed ({code}):\n'
                 + '\n'.join(lines[-LOG_LINES:])
@@ -258,6 +269,9 @@ class Comparison:
         """Record a training that has ended."""
         metric = self.records.settings['metric']
         figures = validation_of(job.folder)
+        if job.diverged:
+            # So the rate is not chosen.
+            figures = {metric: 0.0}
         if figures is None and job.run not in self.unvalidated:
             # A kill between checkpoint and validation: once more, whole.
             shutil.rmtree(job.folder)
@@ -384,7 +398,12 @@ class Comparison:
                 if not jobs:
                     return
                 time.sleep(0.2)
-                for job in [job for job in jobs if job.done()]:
+                ended_now = [
+                    job
+                    for job in jobs
+                    if job.done(self.records.searches_with(job.run))
+                ]
+                for job in ended_now:
                     jobs.remove(job)
                     ended(job)
         finally:

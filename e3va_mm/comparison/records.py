@@ -113,6 +113,10 @@ class Records:
         """The runs that choose the learning rate."""
         return [Run(method, lr, 0) for lr in self.lrs]
 
+    def searches_with(self, run: Run) -> bool:
+        """Whether a run is one of several that choose a learning rate."""
+        return run.seed == 0 and len(self.lrs) > 1
+
     def chosen(self, method: str) -> list[Run]:
         """The runs of the best rate; none while that is not known."""
         found = {run: self.validation(run) for run in self.searches(method)}

@@ -60,6 +60,7 @@ class Played:
         self.running = set()
         self.fails = None
         self.metric = 'mIoU'
+        self.says = b'last line\n'
 
     def popen(self, command, stdout, env, **kwargs):
         return Process(self, [*map(str, command[1:])], stdout, env)
@@ -82,7 +83,7 @@ class Process:
         played.started.append((self.tool, self.name))
         played.running.add(self)
         played.most = max(played.most, len(played.running))
-        stdout.write(b'first line\nlast line\n')
+        stdout.write(b'first line\n' + played.says)
 
     def poll(self):
         self.asked += 1
@@ -208,6 +209,21 @@ def test_a_failure_says_why_and_ends_the_others(main, played, tmp_path):
     assert Path(log) == tmp_path / 'work' / played.fails / 'train.log'
     assert 'fixed/lr0.001-seed0' in played.ended
     assert 'test' not in dict(played.started)
+
+
+def test_a_rate_that_diverges_is_not_chosen(main, played):
+    played.fails = 'fixed/lr0.004-seed0'
+    played.says = b'Iteration 7: loss_cls is not finite.\n'
+    main(*ALL)
+    assert 'fixed/lr0.001-seed1' in played.names('train')
+    assert 'fixed/lr0.004-seed1' not in played.names('train')
+
+
+def test_a_chosen_rate_that_diverges_is_an_error(main, played):
+    played.fails = 'fixed/lr0.001-seed1'
+    played.says = b'Iteration 7: loss_cls is not finite.\n'
+    with pytest.raises(E3VAError, match='seed1 has failed'):
+        main(*ALL)
 
 
 def test_jobs_share_the_cores(main, played, monkeypatch, tool):

@@ -5,7 +5,7 @@ iterations, the same for every tuning method; tools/compare.py sets the method
 and one of three learning rates. No method has stochastic depth.
 Data: python tools/make_digits.py
 Run: python tools/compare.py configs/comparison/upernet_swin_nano_digits.py
-Expected: the table in benchmarks/README.md.
+Expected: not yet measured.
 """
 _base_ = '../upernet_e3va_swin_nano_digits.py'
 model = dict(backbone=dict(drop_path_rate=0.))

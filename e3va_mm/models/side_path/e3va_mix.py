@@ -23,7 +23,7 @@ class E3VAMixSidePath(E3VASidePath):
     at the end of stage ``i``, with the mixer ``M``
     (:class:`~e3va_mm.models.side_path.stage_mixer.StageMixer`), before the
     output and the next stage read it. All else is E3VA's. Not part of the
-    paper; ``benchmarks/README.md`` has the ablation.
+    paper.
 
     Args:
         stages (Sequence[StageSpec]): As for :class:`E3VASidePath`.

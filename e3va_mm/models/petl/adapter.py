@@ -36,13 +36,9 @@ class Adapter(PETLMethod):
     def attach(self, stock: nn.Module, blocks: list[Block]) -> list:
         """See :class:`PETLMethod`."""
         for block in blocks:
-            adapters = nn.ModuleDict(
-                {
-                    name: Bottleneck(block.channels, self.bottleneck)
-                    for name in block.branches
-                }
+            adapters = self._adapt(
+                block, block.branches, Bottleneck, self.bottleneck
             )
-            self.blocks.append(adapters)
             *behind, last = block.branches
             insertions = {
                 name: BehindResidual(adapters[name]) for name in behind

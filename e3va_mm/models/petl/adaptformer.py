@@ -60,13 +60,7 @@ class AdaptFormer(PETLMethod):
                 f'a branch named by `method.branches` {self.branches} (it has '
                 f'{", ".join(block.branches)})',
             )
-            adapters = nn.ModuleDict(
-                {
-                    name: Bottleneck(block.channels, self.bottleneck)
-                    for name in names
-                }
-            )
-            self.blocks.append(adapters)
+            adapters = self._adapt(block, names, Bottleneck, self.bottleneck)
             block.insert(
                 {
                     name: Beside(adapter, self.scale)

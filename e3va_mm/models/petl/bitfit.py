@@ -41,6 +41,3 @@ class BitFit(PETLMethod):
         for name, parameter in stock.named_parameters():
             if name.rpartition('.')[2] in self.names:
                 yield parameter
-
-    def merge(self) -> None:
-        """Nothing to do: all is in the stock weights."""

@@ -16,6 +16,3 @@ class Fixed(PETLMethod):
     ) -> list[nn.Parameter]:
         """See :class:`PETLMethod`."""
         return []
-
-    def merge(self) -> None:
-        """Nothing to do: the stock weights are as they came."""

@@ -18,6 +18,3 @@ class Full(PETLMethod):
     ) -> Iterator[nn.Parameter]:
         """See :class:`PETLMethod`."""
         return stock.parameters()
-
-    def merge(self) -> None:
-        """Nothing to do: all is in the stock weights."""

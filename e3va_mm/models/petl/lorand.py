@@ -96,15 +96,9 @@ class LoRand(PETLMethod):
     def attach(self, stock: nn.Module, blocks: list[Block]) -> list:
         """See :class:`PETLMethod`."""
         for block in blocks:
-            adapters = nn.ModuleDict(
-                {
-                    name: LoRandAdapter(
-                        block.channels, self.rank, self.branches
-                    )
-                    for name in block.branches
-                }
+            adapters = self._adapt(
+                block, block.branches, LoRandAdapter, self.rank, self.branches
             )
-            self.blocks.append(adapters)
             block.insert(
                 {name: OnBranch(each) for name, each in adapters.items()}
             )

@@ -4,7 +4,7 @@ Finding, inserting, declaring and freezing are here; a method is a file of its
 own that says what to find and what to insert.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
@@ -39,14 +39,32 @@ class PETLMethod(nn.Module):
     def merge(self) -> None:
         """Fold what was learned into the stock weights.
 
+        Without parameters of its own, a method has it there already.
+
         Raises:
             ConfigError: If the method has a computation of its own that no
                 stock weight can hold.
         """
-        raise ConfigError(
-            f'{type(self).__name__} adds computations that no weight of the '
-            'stock backbone can hold, so that it cannot be merged. LoRA can.'
+        if any(True for _ in self.parameters()):
+            raise ConfigError(
+                f'{type(self).__name__} adds computations that no weight of '
+                'the stock backbone can hold, so that it cannot be merged. '
+                'LoRA can.'
+            )
+
+    def _adapt(
+        self,
+        block: Block,
+        branches: Sequence[str],
+        kind: Callable[..., nn.Module],
+        *options,
+    ) -> nn.ModuleDict:
+        """Make an adapter for branches of a block, a child of ``blocks``."""
+        adapters = nn.ModuleDict(
+            {name: kind(block.channels, *options) for name in branches}
         )
+        self.blocks.append(adapters)
+        return adapters
 
 
 def found(things: Iterable, owner: nn.Module, what: str) -> list:

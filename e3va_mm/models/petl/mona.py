@@ -78,15 +78,13 @@ class Mona(PETLMethod):
     def attach(self, stock: nn.Module, blocks: list[Block]) -> list:
         """See :class:`PETLMethod`."""
         for block in blocks:
-            adapters = nn.ModuleDict(
-                {
-                    name: MonaAdapter(
-                        block.channels, self.bottleneck, self.dropout
-                    )
-                    for name in block.branches
-                }
+            adapters = self._adapt(
+                block,
+                block.branches,
+                MonaAdapter,
+                self.bottleneck,
+                self.dropout,
             )
-            self.blocks.append(adapters)
             block.insert(
                 {name: _OnGrid(each) for name, each in adapters.items()}
             )

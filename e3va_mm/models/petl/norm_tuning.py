@@ -32,6 +32,3 @@ class NormTuning(PETLMethod):
             for parameter in module.parameters(recurse=False)
         )
         return found(chosen, stock, 'norms with parameters')
-
-    def merge(self) -> None:
-        """Nothing to do: all is in the stock weights."""

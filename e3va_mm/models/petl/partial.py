@@ -42,6 +42,3 @@ class Partial(PETLMethod):
             for block in blocks[-self.blocks :]
             for parameter in block.module.parameters()
         ]
-
-    def merge(self) -> None:
-        """Nothing to do: all is in the stock weights."""

@@ -52,6 +52,29 @@ def inputs_of(parts, base):
     return inputs if base is None else [*inputs, base]
 
 
+def bytes_kept(parts, mode, size=None):
+    """Beside the parameters and the picture, by storage."""
+    picture = torch.randn(TAPS, 2, TOKENS, CHANNELS)
+    own = {t.untyped_storage().data_ptr() for t in inputs_of(parts, picture)}
+    # The taps of a trunk are not its picture, and not each other's neighbours.
+    taps = [tap.clone() for tap in picture]
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    highway = Highway(None, TAP_CODECS[mode], replay_of(picture))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        for adapter, tap in zip(parts, taps, strict=True):
+            highway.add(adapter, tap)
+        highway.size = size
+        total = highway.sum()
+    assert total.requires_grad
+    return sum(n for pointer, n in kept.items() if pointer not in own)
+
+
 def gradients(function, parts, taps, base, weight):
     total = function(parts, taps, base)
     return torch.autograd.grad((total * weight).sum(), inputs_of(parts, base))
@@ -177,26 +200,7 @@ def test_the_mode_does_not_change_the_forward_pass(data, mode):
 def test_bytes_kept_for_backward(mode, of_a_token, once):
     """In fp32, counted by storage, beside the parameters and the picture."""
     parts = adapters(torch.float32)
-    picture = torch.randn(TAPS, 2, TOKENS, CHANNELS)
-    own = {t.untyped_storage().data_ptr() for t in inputs_of(parts, picture)}
-    # The taps of a trunk are not its picture, and not each other's neighbours.
-    taps = [tap.clone() for tap in picture]
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    highway = Highway(None, TAP_CODECS[mode], replay_of(picture))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        for adapter, tap in zip(parts, taps, strict=True):
-            highway.add(adapter, tap)
-        total = highway.sum()
-    assert total.requires_grad
-    assert sum(
-        size for pointer, size in kept.items() if pointer not in own
-    ) == TAPS * (2 * TOKENS * of_a_token + once)
+    assert bytes_kept(parts, mode) == TAPS * (2 * TOKENS * of_a_token + once)
 
 
 @pytest.mark.parametrize('mode', MODES)
@@ -427,28 +431,10 @@ def test_switches_under_autocast(data, mode, switches):
 def test_what_switches_keep_for_backward(mode, switches, more_of_a_token):
     """Beside parameters: nothing more, or two moments of each token."""
 
-    def bytes_kept(switches):
-        parts = switched(switches, torch.float32)
-        picture = torch.randn(TAPS, 2, TOKENS, CHANNELS)
-        taps = [tap.clone() for tap in picture]
-        inputs = inputs_of(parts, picture)
-        own = {t.untyped_storage().data_ptr() for t in inputs}
-        kept = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        highway = Highway(None, TAP_CODECS[mode], replay_of(picture))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            for adapter, tap in zip(parts, taps, strict=True):
-                highway.add(adapter, tap)
-            highway.size = SIZE
-            total = highway.sum()
-        assert total.requires_grad
-        return sum(n for pointer, n in kept.items() if pointer not in own)
+    def with_switches(switches):
+        return bytes_kept(switched(switches, torch.float32), mode, SIZE)
 
     # Taps that are exact when backward needs them have their moments again.
     more = more_of_a_token if mode in LOSSY else 0
-    assert bytes_kept(switches) == bytes_kept({}) + TAPS * 2 * TOKENS * more
+    more *= TAPS * 2 * TOKENS
+    assert with_switches(switches) == with_switches({}) + more

@@ -15,6 +15,7 @@ from ..trunks.building import build_trunk
 from ..trunks.stock import grid_of
 from .stock_arguments import (
     FREEZING,
+    build_part,
     build_stock,
     registered,
     say_without_effect,
@@ -174,9 +175,4 @@ def _build_method(method: Mapping) -> nn.Module:
             '`backbone.method` should be the config of a tuning method, such '
             f"as dict(type='e3va_mm.LoRA', rank=64), but got {method!r}."
         )
-    try:
-        return MODELS.build(dict(method))
-    except TypeError as error:
-        if 'unexpected keyword argument' not in str(error):
-            raise
-        raise ConfigError(f'`method` of the backbone: {error}.') from error
+    return build_part('method', method)

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from ...engine.optim import cover_layer_decay
 from ...errors import ConfigError
-from ...registry import MODELS
 from ...utils import mark_trainable
 from ..side_path.norm_offset import NormOffset
 from ..side_path.stage_sum import KeptSum, TokenNorm, normalise
 from ..trunks import StageEnd, Trunk
-from .stock_arguments import registered
+from .stock_arguments import build_part, registered
 from .trunk_backbone import TrunkBackbone
 from .trunk_pass import run_trunk, trunk_difference
 from .trunk_pool import share_open
@@ -80,16 +79,9 @@ class SidePathBackbone(TrunkBackbone):
                 '`side_path.type` should be the name of a side path, such as '
                 f"'e3va_mm.E3VASidePath', but got {kind!r}."
             )
-        try:
-            self.side_path = MODELS.build(
-                dict(side_path, stages=trunk.stages(self))
-            )
-        except TypeError as error:
-            if 'unexpected keyword argument' not in str(error):
-                raise
-            raise ConfigError(
-                f'`side_path` of the backbone: {error}.'
-            ) from error
+        self.side_path = build_part(
+            'side_path', dict(side_path, stages=trunk.stages(self))
+        )
         if self._train_output_norms and trunk.norm_goes_on():
             self._add_norm_offsets()
         mark_trainable(self, (part for _, part in self.trainable_children()))

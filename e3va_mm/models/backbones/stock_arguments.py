@@ -139,6 +139,20 @@ def registered(name: object) -> type | None:
     return name if isinstance(name, type) else None
 
 
+def build_part(name: str, config: Mapping) -> object:
+    """A part of a backbone, from the config under an argument's name.
+
+    Raises:
+        ConfigError: If an argument is unknown to its class.
+    """
+    try:
+        return MODELS.build(dict(config))
+    except TypeError as error:
+        if 'unexpected keyword argument' not in str(error):
+            raise
+        raise ConfigError(f'`{name}` of the backbone: {error}.') from error
+
+
 def stock_class(name: str | type) -> type:
     """The class that a config means.
 

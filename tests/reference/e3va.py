@@ -8,40 +8,18 @@ import torch
 import torch.nn.functional as F
 
 
-def adapter(state, name, x, size=None, norm=False):
-    """A(x) = GELU(z Q1 + b1) P2 s Q2 + b2 with z = x P1 + DW(x P1).
-
-    DW and s are there if ``state`` has them; DW needs ``size``.
-    """
+def adapter(state, name, x):
+    """A(x) = GELU(x P1 Q1 + b1) P2 Q2 + b2."""
     part = {
         k: state[f'{name}.{k}']
         for k in ('down.p', 'down.q', 'down.bias', 'up.p', 'up.q', 'up.bias')
     }
-    if norm:
-        variance = x.var(-1, correction=0, keepdim=True)
-        x = (x - x.mean(-1, keepdim=True)) / (variance + 1e-5).sqrt()
-    inner = torch.einsum('blm,mr->blr', x, part['down.p'])
-    if f'{name}.kernel' in state:
-        inner = inner + shifted(inner, state[f'{name}.kernel'], size)
-    inner = torch.einsum('blr,rn->bln', inner, part['down.q'])
+    inner = torch.einsum('blm,mr,rn->bln', x, part['down.p'], part['down.q'])
     inner = F.gelu(inner + part['down.bias'])
-    inner = torch.einsum('bln,nr->blr', inner, part['up.p'])
-    inner = inner * state.get(f'{name}.scale', 1)
-    return torch.einsum('blr,rm->blm', inner, part['up.q']) + part['up.bias']
-
-
-def shifted(z, kernel, size):
-    """A depth-wise convolution of the last tokens, one shift at a time."""
-    (height, width), half = size, kernel.shape[-1] // 2
-    extra = z.shape[1] - height * width
-    grid = z[:, extra:].unflatten(1, size)
-    grid = F.pad(grid, (0, 0, half, half, half, half))
-    done = sum(
-        kernel[:, 0, i, j] * grid[:, i : i + height, j : j + width]
-        for i in range(2 * half + 1)
-        for j in range(2 * half + 1)
+    return (
+        torch.einsum('bln,nr,rm->blm', inner, part['up.p'], part['up.q'])
+        + part['up.bias']
     )
-    return F.pad(done.flatten(1, 2), (0, 0, extra, 0))
 
 
 def merge(x, size, downsample, norm=True):

@@ -65,18 +65,11 @@ class E3VASidePath(nn.Module):
             their gradients and sums over tokens stay in single precision.
             Defaults to the type of autocast where it is on, else to that of
             the parameters.
-        kernel_size (int, optional): Width of a depth-wise convolution over
-            the token grid, of an adapter's ``rank`` inner channels; odd. It
-            adds to what it reads. Defaults to None for none.
-        tap_scale (bool): Whether each adapter learns a scale of what it
-            adds, at first 1. Defaults to False.
-        norm_taps (bool): Whether the tokens of taps are standardised over
-            their channels. Defaults to False.
 
     Raises:
         ConfigError: If ``taps``, ``downsampling``, ``save_taps`` or
-            ``compute`` names what is not there, the adapters cannot have the
-            size asked for, or a switch is neither True nor False.
+            ``compute`` names what is not there, or the adapters cannot have
+            the size asked for.
     """
 
     DOWNSAMPLINGS = ('difference', 'linear')
@@ -90,9 +83,6 @@ class E3VASidePath(nn.Module):
         downsampling: str = 'difference',
         save_taps: str | Sequence[str] = 'exact',
         compute: str | None = None,
-        kernel_size: int | None = None,
-        tap_scale: bool = False,
-        norm_taps: bool = False,
     ) -> None:
         super().__init__()
         offered = stages[0].taps
@@ -131,14 +121,6 @@ class E3VASidePath(nn.Module):
                 '`side_path.rank` should be a whole number, or one for each '
                 f'stage, but got {rank!r}.'
             )
-        for name, value in dict(
-            tap_scale=tap_scale, norm_taps=norm_taps
-        ).items():
-            if not isinstance(value, bool):
-                raise ConfigError(
-                    f'`side_path.{name}` should be True or False, but got '
-                    f'{value!r}.'
-                )
         self.downsampling = downsampling
         self.codecs = [TAP_CODECS[mode] for mode in modes]
         self.compute = DTYPES.get(compute)
@@ -147,12 +129,7 @@ class E3VASidePath(nn.Module):
                 nn.ModuleDict(
                     {
                         tap: LowRankAdapter(
-                            spec.channels,
-                            own,
-                            bottleneck_ratio,
-                            kernel_size,
-                            tap_scale,
-                            norm_taps,
+                            spec.channels, own, bottleneck_ratio
                         )
                         for tap in self.taps
                     }
@@ -217,7 +194,6 @@ class E3VASidePath(nn.Module):
         Returns:
             Tensor: (B, extra + H * W, C), the sum of both.
         """
-        highway.size = size
         total = highway.sum()
         return trunk if total is None else trunk + total
 

@@ -10,7 +10,6 @@ from e3va_mm.models.side_path.highway import Highway
 from e3va_mm.models.side_path.kept_taps import TAP_CODECS
 from e3va_mm.models.side_path.replay import Replay
 from e3va_mm.models.trunks.products import fast_dtype
-from tests.reference.e3va import adapter as reference
 
 CHANNELS, RANK, TAPS, TOKENS = 24, 3, 4, 50
 MODES = list(TAP_CODECS)
@@ -52,7 +51,7 @@ def inputs_of(parts, base):
     return inputs if base is None else [*inputs, base]
 
 
-def bytes_kept(parts, mode, size=None):
+def bytes_kept(parts, mode):
     """Beside the parameters and the picture, by storage."""
     picture = torch.randn(TAPS, 2, TOKENS, CHANNELS)
     own = {t.untyped_storage().data_ptr() for t in inputs_of(parts, picture)}
@@ -69,7 +68,6 @@ def bytes_kept(parts, mode, size=None):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         for adapter, tap in zip(parts, taps, strict=True):
             highway.add(adapter, tap)
-        highway.size = size
         total = highway.sum()
     assert total.requires_grad
     return sum(n for pointer, n in kept.items() if pointer not in own)
@@ -311,130 +309,3 @@ def test_neither_base_nor_taps_is_no_sum():
     assert Highway(None, TAP_CODECS['exact']).sum() is None
     base = torch.randn(1, 2, CHANNELS)
     assert Highway(base, TAP_CODECS['exact']).sum() is base
-
-
-# What an adapter may have beyond the paper; 2 of the 50 tokens are no map.
-SIZE = (6, 8)
-SWITCHES = [
-    dict(kernel_size=3),
-    dict(kernel_size=5, scale=True, norm=True),
-    dict(scale=True),
-    dict(norm=True),
-]
-
-
-def switched(switches, dtype=torch.float64):
-    made = [LowRankAdapter(CHANNELS, RANK, **switches) for _ in range(TAPS)]
-    for adapter in made:
-        for parameter in adapter.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-    return [adapter.to(dtype) for adapter in made]
-
-
-def fused_on_grid(parts, taps, base, mode='exact', compute=None):
-    highway = Highway(base, TAP_CODECS[mode], replay_of(taps), compute=compute)
-    for adapter, tap in zip(parts, taps, strict=True):
-        highway.add(adapter, tap)
-    highway.size = SIZE
-    return highway.sum()
-
-
-def plain_on_grid(parts, taps, base):
-    total = 0 if base is None else base
-    for part, tap in zip(parts, taps, strict=True):
-        state = {f'a.{n}': p for n, p in part.named_parameters()}
-        total = total + reference(state, 'a', tap, SIZE, part.norm)
-    return total
-
-
-@pytest.mark.parametrize('mode', ['exact', 'recompute'])
-@pytest.mark.parametrize('with_base', [True, False])
-@pytest.mark.parametrize('chunk', [7, 4096])
-@pytest.mark.parametrize('switches', SWITCHES)
-def test_switches_equal_the_reference(
-    data, mode, with_base, chunk, switches, monkeypatch
-):
-    monkeypatch.setattr(module, 'CHUNK', chunk)
-    taps, base, weight = data
-    base = base if with_base else None
-    parts = switched(switches)
-    tight = dict(rtol=1e-9, atol=1e-9)
-    expected = plain_on_grid(parts, taps, base)
-    torch.testing.assert_close(
-        fused_on_grid(parts, taps, base, mode), expected, **tight
-    )
-    torch.testing.assert_close(  # an adapter by itself
-        sum(part(tap, SIZE) for part, tap in zip(parts, taps, strict=True)),
-        plain_on_grid(parts, taps, None),
-        **tight,
-    )
-    got = gradients(
-        lambda *args: fused_on_grid(*args, mode), parts, taps, base, weight
-    )
-    target = gradients(plain_on_grid, parts, taps, base, weight)
-    assert_same(got, target, **tight)
-
-
-def by_name(parts, gradients):
-    """Of all adapters together: that of one scale is a sum that cancels."""
-    names = [n for part in parts for n, _ in part.named_parameters()]
-    found = {}
-    for name, gradient in zip([*names, 'base'], gradients, strict=True):
-        found.setdefault(name, []).append(gradient.flatten())
-    return {name: torch.cat(each) for name, each in found.items()}
-
-
-@pytest.mark.parametrize('mode', list(LOSSY))
-@pytest.mark.parametrize('switches', SWITCHES)
-def test_switches_with_lossy_taps(data, mode, switches):
-    taps, base, weight = data
-    parts = switched(switches)
-    assert torch.equal(
-        fused_on_grid(parts, taps, base, mode),
-        fused_on_grid(parts, taps, base),
-    )
-    got = gradients(
-        lambda *args: fused_on_grid(*args, mode), parts, taps, base, weight
-    )
-    expected = gradients(plain_on_grid, parts, taps, base, weight)
-    expected = by_name(parts, expected)
-    for name, gradient in by_name(parts, got).items():
-        exact = name in ('up.bias', 'base')
-        # Projections are in bfloat16.
-        bound = 1e-12 if exact else max(LOSSY[mode], 1e-2)
-        assert relative_error(gradient, expected[name]) < bound, name
-
-
-@pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize('switches', SWITCHES)
-def test_switches_under_autocast(data, mode, switches):
-    taps, base, weight = (t.detach().float() for t in data)
-    parts = switched(switches, torch.float32)
-    expected = gradients(
-        plain_on_grid, parts, taps, base.requires_grad_(), weight
-    )
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        total = fused_on_grid(parts, taps, base, mode)
-    got = torch.autograd.grad((total * weight).sum(), inputs_of(parts, base))
-    assert all(gradient.dtype == torch.float32 for gradient in got)
-    expected = by_name(parts, expected)
-    bound = max(LOSSY.get(mode, 0), 4e-2)
-    for name, gradient in by_name(parts, got).items():
-        assert relative_error(gradient, expected[name].double()) < bound, name
-
-
-@pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize(
-    'switches, more_of_a_token',
-    [(dict(kernel_size=3, scale=True), 0), (dict(norm=True), 8)],
-)
-def test_what_switches_keep_for_backward(mode, switches, more_of_a_token):
-    """Beside parameters: nothing more, or two moments of each token."""
-
-    def with_switches(switches):
-        return bytes_kept(switched(switches, torch.float32), mode, SIZE)
-
-    # Taps that are exact when backward needs them have their moments again.
-    more = more_of_a_token if mode in LOSSY else 0
-    more *= TAPS * 2 * TOKENS
-    assert with_switches(switches) == with_switches({}) + more

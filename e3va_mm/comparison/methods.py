@@ -19,7 +19,7 @@ from ..measure.variants import (
 from ..models.backbones.stock_arguments import stock_class
 
 # Beside it: what is set of the side path.
-SIDE_PATHS: Mapping[str, Mapping] = {
+SIDE_PATHS: dict[str, Mapping] = {
     'e3va': {},
     'e3va-mix': dict(type='e3va_mm.E3VAMixSidePath'),
 }

@@ -22,14 +22,14 @@ class E3VAMixSidePath(E3VASidePath):
 
     at the end of stage ``i``, with the mixer ``M``
     (:class:`~e3va_mm.models.side_path.stage_mixer.StageMixer`), before the
-    output and the next stage read it. All else is E3VA's. Not part of the
-    paper.
+    output and the next stage read it. Beside mixers, adapters of one tap of a
+    block do as well as of all. The rest is E3VA's. Not part of the paper.
 
     Args:
         stages (Sequence[StageSpec]): As for :class:`E3VASidePath`.
-        width (int): Channels inside a mixer. Defaults to 64.
-        mixers (int): Mixers at a stage's end, one behind the other. Defaults
-            to 1.
+        width (int): Channels inside a mixer. Defaults to 256.
+        taps (Sequence[str], optional): The taps of a block to read. Defaults
+            to its last.
 
     The remaining arguments are those of :class:`E3VASidePath`.
 
@@ -40,29 +40,27 @@ class E3VAMixSidePath(E3VASidePath):
     def __init__(
         self,
         stages: Sequence[StageSpec],
-        *args,
-        width: int = 64,
-        mixers: int = 1,
+        *,
+        width: int = 256,
+        taps: Sequence[str] | None = None,
         **kwargs,
     ) -> None:
-        super().__init__(stages, *args, **kwargs)
-        for name, value in dict(width=width, mixers=mixers).items():
-            if not is_whole(value):
-                raise ConfigError(
-                    f'`side_path.{name}` should be a whole number above zero, '
-                    f'but got {value!r}.'
-                )
-        self.mixers = nn.ModuleList(
-            nn.ModuleList(
-                StageMixer(spec.channels, width) for _ in range(mixers)
+        if taps is None:
+            taps = stages[0].taps[-1:]
+        super().__init__(stages, taps=taps, **kwargs)
+        if not is_whole(width):
+            raise ConfigError(
+                '`side_path.width` should be a whole number above zero, but '
+                f'got {width!r}.'
             )
-            for spec in stages
+        self.mixers = nn.ModuleList(
+            StageMixer(spec.channels, width) for spec in stages
         )
 
     def output(self, highway: Highway, trunk: Tensor, size: Size) -> Tensor:
         """See :class:`E3VASidePath`."""
-        for mixer in self.mixers[highway.stage]:
-            state = super().output(highway, trunk, size)
-            codec = self.codec_of_sums(highway.stage)
-            highway.add_to_sum(mix(mixer, state, size, codec, self.compute))
+        state = super().output(highway, trunk, size)
+        mixer = self.mixers[highway.stage]
+        codec = self.codec_of_sums(highway.stage)
+        highway.add_to_sum(mix(mixer, state, size, codec, self.compute))
         return super().output(highway, trunk, size)

@@ -52,7 +52,6 @@ from e3va_mm.comparison.report import COSTS, HEADINGS
 from e3va_mm.errors import ConfigError, E3VAError
 
 ROOT = Path(__file__).resolve().parents[1]
-ALL = (*METHODS, *SIDE_PATHS)
 LOG_LINES = 15
 # Time left is that of all trainings up to now, in seconds.
 DAY = 86400
@@ -75,7 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--methods',
         default='all',
         metavar='A,B',
-        help=f'all, or some of {", ".join(ALL)}',
+        help=f'all, or some of {", ".join(every_method())}',
     )
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument(
@@ -115,13 +114,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def every_method() -> tuple[str, ...]:
+    """What can be compared."""
+    return (*METHODS, *SIDE_PATHS)
+
+
 def names(text: str, option: str) -> list[str]:
     """Methods of a list with commas."""
-    found = [*ALL] if text == 'all' else [n for n in text.split(',') if n]
-    unknown = [name for name in found if name not in ALL]
+    known = every_method()
+    found = [*known] if text == 'all' else [n for n in text.split(',') if n]
+    unknown = [name for name in found if name not in known]
     if unknown:
         raise ConfigError(
-            f'{option} should be all or some of {", ".join(ALL)}, but got '
+            f'{option} should be all or some of {", ".join(known)}, but got '
             f'{unknown[0]!r}.'
         )
     return found

@@ -1,0 +1,47 @@
+"""What each candidate for a better E3VA brings, on validation.
+
+    python benchmarks/ablation.py --jobs 2
+
+Trains E3VA and all of benchmarks/candidates.py by the comparison's protocol,
+with the first seed and one learning rate; `--methods e3va,state` takes some,
+`--seeds 2` has more seeds. The other options, and how it goes on where it was
+interrupted, are those of tools/compare.py.
+The data must be there: python tools/make_digits.py
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tools'))
+
+import compare
+
+from benchmarks.candidates import CANDIDATES
+from e3va_mm.comparison import SIDE_PATHS
+from e3va_mm.errors import E3VAError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / 'benchmarks/ablation_config.py'
+PROTOCOL = [
+    '--val-only',
+    '--no-measure',
+    *('--lrs', '2e-3', '--seeds', '1'),
+    *('--work-dir', str(ROOT / 'work_dirs/ablation')),
+]
+
+
+def main() -> None:
+    """Train what is missing, then print the table."""
+    SIDE_PATHS.update(CANDIDATES)
+    every = ','.join(['e3va', *CANDIDATES])
+    compare.main([str(CONFIG), '--methods', every, *PROTOCOL, *sys.argv[1:]])
+
+
+if __name__ == '__main__':
+    if {'-h', '--help'} & {*sys.argv}:
+        sys.exit(__doc__)
+    try:
+        main()
+    except E3VAError as error:
+        sys.exit(f'error: {error}')

@@ -1,0 +1,209 @@
+"""What a better E3VA could be made of: candidates of the ablation.
+
+They are for accuracy alone: plain autograd keeps all that they compute. What
+has earned its cost is part of the package, in its own form.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from e3va_mm.models.grid import on_grid
+from e3va_mm.models.side_path.adapter import LowRankAdapter
+from e3va_mm.models.side_path.e3va import E3VASidePath
+from e3va_mm.models.side_path.e3va_mix import E3VAMixSidePath
+from e3va_mm.models.side_path.highway import Highway
+from e3va_mm.models.side_path.stage_mixer import StageMixer
+from e3va_mm.registry import MODELS
+
+
+class CandidateAdapter(LowRankAdapter):
+    """An adapter with what the paper's does not have.
+
+    Args:
+        channels (int): Channels of the tap.
+        rank (int): Inner rank.
+        bottleneck_ratio (float): Bottleneck relative to the channels.
+        kernel_size (int, optional): Width of a depth-wise convolution of the
+            projections ``x P1`` over the token grid, which adds to them.
+        scale (bool): Whether a scale of the whole, at first 1, is learned.
+        norm (bool): Whether tokens are standardised over their channels.
+        std (float, optional): Deviation of all factors but the last at first.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        rank: int,
+        bottleneck_ratio: float,
+        kernel_size: int | None,
+        scale: bool,
+        norm: bool,
+        std: float | None,
+    ) -> None:
+        super().__init__(channels, rank, bottleneck_ratio)
+        self.norm = norm
+        self.filters = self.scale = None
+        if kernel_size:
+            self.filters = nn.Conv2d(
+                rank, rank, kernel_size, padding='same', groups=rank
+            )
+        if scale:
+            self.scale = nn.Parameter(torch.ones(1))
+        if std is not None:
+            for factor in (self.down.p, self.down.q, self.up.p):
+                nn.init.normal_(factor, std=std)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, L, C) of a grid (H, W) -> (B, L, C)."""
+        if self.norm:
+            x = F.layer_norm(x, x.shape[-1:])
+        z = x @ self.down.p
+        if self.filters is not None:
+            z = z + on_grid(z, size, self.filters)
+        added = self.up(F.gelu(z @ self.down.q + self.down.bias))
+        return added if self.scale is None else added * self.scale
+
+
+@MODELS.register_module()
+class CandidateSidePath(E3VASidePath):
+    """E3VA with one or several candidates.
+
+    Args:
+        kernel_size (int, optional): See :class:`CandidateAdapter`.
+        tap_scale (bool): Its ``scale``.
+        norm_taps (bool): Its ``norm``.
+        std (float, optional): Its ``std``.
+        state (bool): Whether adapters read the highway beside their tap, one
+            after the other.
+        after_residual (bool): Whether they read the trunk's stream behind the
+            residual addition instead of the branch before it.
+
+    The remaining arguments are those of :class:`E3VASidePath`.
+    """
+
+    def __init__(
+        self,
+        stages,
+        *args,
+        kernel_size: int | None = None,
+        tap_scale: bool = False,
+        norm_taps: bool = False,
+        std: float | None = None,
+        state: bool = False,
+        after_residual: bool = False,
+        rank: int = 16,
+        bottleneck_ratio: float = 0.5,
+        **kwargs,
+    ) -> None:
+        super().__init__(stages, rank, bottleneck_ratio, *args, **kwargs)
+        self.state, self.after_residual = state, after_residual
+        options = (kernel_size, tap_scale, norm_taps, std)
+        for spec, stage in zip(stages, self.stages, strict=True):
+            for block in stage:
+                for tap in self.taps:
+                    block[tap] = CandidateAdapter(
+                        spec.channels, rank, bottleneck_ratio, *options
+                    )
+
+    def start(self, *args) -> Highway:
+        """See :class:`E3VASidePath`."""
+        highway = super().start(*args)
+        highway.taps = []
+        return highway
+
+    def add_tap(self, highway, stage, block, tap, value) -> None:
+        """Hold it until the grid is known."""
+        highway.taps.append((self.stages[stage][block][tap], value.detach()))
+
+    def output(self, highway, trunk, size) -> Tensor:
+        """See :class:`E3VASidePath`."""
+        # What the stage began with; all branches add to it.
+        stream = trunk - sum(value for _, value in highway.taps)
+        for adapter, value in highway.taps:
+            stream = stream + value
+            read = stream if self.after_residual else value
+            state = highway.sum()
+            if self.state and state is not None:
+                read = read + state
+            highway.add_to_sum(adapter(read, size))
+        highway.taps = []
+        return super().output(highway, trunk, size)
+
+
+class MixersInARow(nn.ModuleList):
+    """Mixers, each of which reads what the one before has made."""
+
+    def forward(self, state: Tensor, size: tuple[int, int]) -> Tensor:
+        """As :class:`StageMixer`."""
+        mixed = state
+        for mixer in self:
+            mixed = mixed + mixer(mixed, size)
+        return mixed - state
+
+
+@MODELS.register_module()
+class CandidateMix(E3VAMixSidePath):
+    """E3VA-Mix with one or several candidates.
+
+    Args:
+        width (int): As for :class:`E3VAMixSidePath`.
+        mixers (int): Mixers at a stage's end, one behind the other.
+        adapters (bool): Whether there are adapters at all.
+
+    The remaining arguments are those of :class:`E3VAMixSidePath`.
+    """
+
+    def __init__(
+        self,
+        stages,
+        *,
+        width: int,
+        mixers: int = 1,
+        adapters: bool = True,
+        **kwargs,
+    ) -> None:
+        super().__init__(stages, width=width, **kwargs)
+        self.mixers = nn.ModuleList(
+            MixersInARow(
+                StageMixer(spec.channels, width) for _ in range(mixers)
+            )
+            for spec in stages
+        )
+        if not adapters:
+            self.stages = None
+
+    def add_tap(self, highway, stage, block, tap, value) -> None:
+        """See :class:`E3VASidePath`."""
+        if self.stages is not None:
+            super().add_tap(highway, stage, block, tap, value)
+
+
+def _candidate(**options) -> dict:
+    return dict(type='e3va_mm.CandidateSidePath', **options)
+
+
+def _mix(width=256, taps=('attn', 'ffn'), **options) -> dict:
+    kind = dict(type='e3va_mm.CandidateMix', width=width, taps=list(taps))
+    return dict(kind, **options)
+
+
+# Changes of E3VA, then of E3VA with mixers.
+CANDIDATES = {
+    'after-residual': _candidate(after_residual=True),
+    'linear-downsampling': dict(downsampling='linear'),
+    'normal-0.02': _candidate(std=0.02),
+    'kernel-3': _candidate(kernel_size=3),
+    'tap-scale': _candidate(tap_scale=True),
+    'norm-taps': _candidate(norm_taps=True),
+    'late-rank': dict(rank=[8, 16, 32, 64]),
+    'state': _candidate(state=True),
+    'mix-64': _mix(width=64),
+    'mix-64-in-a-row-3': _mix(width=64, mixers=3),
+    'mix-128': _mix(width=128),
+    'mix-256': _mix(),
+    'mix-256-linear-downsampling': _mix(downsampling='linear'),
+    'mix-256-attn': _mix(taps=['attn']),
+    'mix-256-ffn': _mix(taps=['ffn']),
+    'mix-256-no-adapters': _mix(adapters=False),
+}

@@ -1,0 +1,14 @@
+"""E3VA-Mix, Cascade Mask R-CNN, Swin-nano, digits in photographs.
+
+Data: python tools/make_digits.py
+Run: python tools/train.py configs/cascade_e3va_mix_swin_nano_digits.py
+Differs from cascade_e3va_swin_nano_digits.py in: the side path, the learning
+rate, that of the comparison on validation.
+Trains 659,648 values in the backbone (24.61 %), neck and heads as usual,
+at a learning rate of 2e-3; the rest of the backbone is frozen.
+Expected: not yet measured.
+"""
+_base_ = './cascade_e3va_swin_nano_digits.py'
+model = dict(
+    backbone=dict(side_path=dict(type='e3va_mm.E3VAMixSidePath')))
+optim_wrapper = dict(optimizer=dict(lr=2e-3))

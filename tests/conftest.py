@@ -1,3 +1,4 @@
+import logging
 import os
 
 # One thread a test process: the suite runs in parallel, and sums in one
@@ -11,6 +12,10 @@ from torch.torch_version import TorchVersion
 from e3va_mm.errors import E3VAError
 from e3va_mm.measure.live_bytes import OLDEST_TORCH
 from e3va_mm.utils.torchvision import declare_missing_ops
+
+# A logger of the frameworks may hold a stream that a test had captured; each
+# line would print the whole stack.
+logging.raiseExceptions = False
 
 # Tests import the frameworks in any order.
 declare_missing_ops()

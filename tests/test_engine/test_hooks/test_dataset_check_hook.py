@@ -4,7 +4,6 @@ import os
 import types
 
 import pytest
-import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ConcatDataset, RepeatDataset
 from mmengine.registry import DefaultScope
@@ -22,6 +21,7 @@ from e3va_mm.engine.hooks.dataset_check_hook import (
     iter_leaves,
 )
 from e3va_mm.errors import ConfigError, DataError
+from tests.ranks import run_ranks
 from tests.test_engine.test_hooks.tiny import (
     CLASSES,
     detection_config,
@@ -375,11 +375,7 @@ def test_workers_that_no_hook_reaches(tmp_path, monkeypatch, workers, begun):
     assert log.read_text().count(text) == (workers == 1 and begun)
 
 
-def _check_on_two_ranks(rank, folder, port):
-    os.environ.update(
-        MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank),
-        WORLD_SIZE='2')
-    torch.distributed.init_process_group('gloo')
+def _check_on_two_ranks(rank, folder):
     dataset = Files([f'{folder}/not_there.jpg'])
     loader = types.SimpleNamespace(dataset=dataset)
     runner = types.SimpleNamespace(
@@ -390,16 +386,9 @@ def _check_on_two_ranks(rank, folder, port):
     except DataError as e:
         with open(f'{folder}/{rank}.json', 'w') as file:
             json.dump(str(e), file)
-    torch.distributed.destroy_process_group()
 
 
 def test_every_rank_raises_the_error_of_the_first(tmp_path):
-    import socket
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _check_on_two_ranks, (str(tmp_path), port), nprocs=2,
-        start_method='fork')
+    run_ranks(_check_on_two_ranks, tmp_path, str(tmp_path))
     texts = [(tmp_path / f'{rank}.json').read_text() for rank in (0, 1)]
     assert texts[0] == texts[1] and 'not_there.jpg' in texts[0]

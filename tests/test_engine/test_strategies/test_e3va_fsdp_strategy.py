@@ -1,13 +1,10 @@
 """Trunks spread over two processes, against the same without sharding."""
 
 import copy
-import os
 import re
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from mmengine.config import Config
 from mmengine.registry import MODELS, RUNNERS, DefaultScope
 from mmengine.runner import load_checkpoint
@@ -19,15 +16,14 @@ from e3va_mm.engine import launch
 from e3va_mm.engine.strategies import E3VAFSDPStrategy
 from e3va_mm.errors import CheckpointError, ConfigError
 from e3va_mm.utils.sharding import size_of
+from tests.ranks import WORLD, run_ranks
 from tests.test_engine.test_hooks.tiny import (
     make_segmentation,
     segmentation_config,
     side_path_config,
 )
-from tests.test_models.test_backbones.test_distributed import free_port
 from tests.trunk_cases import CASES, awake, build_ours, flat, image_for, need
 
-WORLD = 2
 STEPS = 4
 HEAD = (
     'decode_head=dict(in_channels=256, in_index=0, dropout_ratio=0.0, '
@@ -70,17 +66,6 @@ FAMILIES = (
 )
 
 
-def begin(rank, port):
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(WORLD),
-        MASTER_ADDR='127.0.0.1',
-        MASTER_PORT=str(port),
-    )
-
-
 def runner_of(folder, name, **options):
     config = Config.fromfile(folder / 'experiment.py')
     config.work_dir = str(folder / name)
@@ -119,10 +104,7 @@ def train(folder, name, **options):
     )
 
 
-def run_all(rank, port, folder):
-    begin(rank, port)
-    # The process group of the first run serves all.
-    dist.init_process_group('gloo')
+def run_all(rank, folder):
     lean = {'model.backbone.side_path': dict(preset='lean')}
     found = dict(
         ddp=train(folder, 'ddp', strategy=DDP),
@@ -161,7 +143,6 @@ def run_all(rank, port, folder):
         except (CheckpointError, ConfigError) as error:
             found['errors'].append(str(error))
     torch.save(found, folder / f'{rank}.pt')
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope='module')
@@ -170,7 +151,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp('runs')
     make_segmentation(folder)
     side_path_config(folder, segmentation_config(folder), HEAD, MORE)
-    mp.spawn(run_all, (free_port(), folder), nprocs=WORLD)
+    run_ranks(run_all, folder, folder)
     return [
         torch.load(folder / f'{rank}.pt', weights_only=False)
         for rank in range(WORLD)
@@ -317,8 +298,7 @@ def test_what_cannot_work_is_refused_by_every_process(runs):
         assert 'cannot be copied, as the EMAHook does.' in copied
 
 
-def through(rank, port, folder):
-    begin(rank, port)
+def through(rank, folder):
     found = {}
     for name in FAMILIES:
         if not has_package(name):
@@ -353,7 +333,6 @@ def through(rank, port, folder):
             gathered=gathered,
         )
     torch.save(found, folder / f'families_{rank}.pt')
-    dist.destroy_process_group()
 
 
 def has_package(name):
@@ -378,7 +357,7 @@ def outputs_and_gradients(model, backbone, image):
 
 
 def test_trunks_of_every_kind(tmp_path):
-    mp.spawn(through, (free_port(), tmp_path), nprocs=WORLD)
+    run_ranks(through, tmp_path, tmp_path)
     for rank in range(WORLD):
         found = torch.load(tmp_path / f'families_{rank}.pt')
         assert 'swin of mmdet' in found

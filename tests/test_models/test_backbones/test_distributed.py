@@ -3,12 +3,8 @@
 Freezing is complete and early.
 """
 
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
@@ -16,28 +12,14 @@ from torch.torch_version import TorchVersion
 
 from e3va_mm.models.side_path.kept_taps import TAP_CODECS
 from tests.helpers import build_e3va, randomised
+from tests.ranks import WORLD, run_ranks
 from tests.trunk_cases import CASES, build_ours, need
 
-WORLD = 2
 MODES = list(TAP_CODECS)
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return free.getsockname()[1]
-
-
-def begin(rank, port):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        'gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=WORLD
-    )
+def work(rank, which, folder):
     torch.manual_seed(0)
-
-
-def work(rank, port, which, folder):
-    begin(rank, port)
     if isinstance(which, str):
         backbone = build_ours(which)
     else:
@@ -59,7 +41,6 @@ def work(rank, port, which, folder):
         loss.backward()
         optimizer.step()
     torch.save(backbone.side_path.state_dict(), f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -69,7 +50,7 @@ def test_ranks_train_together(which, tmp_path):
     """Swin by its outputs, others by their names."""
     if isinstance(which, str):
         need(CASES[which])
-    mp.spawn(work, (free_port(), which, str(tmp_path)), nprocs=WORLD)
+    run_ranks(work, tmp_path, which, tmp_path)
     first, second = (torch.load(tmp_path / f'{r}.pt') for r in range(WORLD))
     assert first
     for name, value in first.items():
@@ -139,8 +120,8 @@ def through_fsdp(backbone, rank):
 WRAPPERS = dict(ddp=through_ddp, fsdp=through_fsdp)
 
 
-def compare(rank, port, wrapper, folder):
-    begin(rank, port)
+def compare(rank, wrapper, folder):
+    torch.manual_seed(0)
     found = {}
     for mode in MODES:
         backbone = drawn_backbone(mode)
@@ -151,7 +132,6 @@ def compare(rank, port, wrapper, folder):
         found[mode] = WRAPPERS[wrapper](backbone, rank), expected
     if rank == WORLD - 1:
         torch.save(found, f'{folder}/gradients.pt')
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize('wrapper', WRAPPERS)
@@ -159,7 +139,7 @@ def test_gradients_are_the_mean_of_the_ranks(wrapper, tmp_path):
     """Whatever is kept for backward; each rank has a picture of its own."""
     if wrapper == 'fsdp' and TorchVersion(torch.__version__) < (2, 6):
         pytest.skip('gloo scatters no sums in this version of torch')
-    mp.spawn(compare, (free_port(), wrapper, str(tmp_path)), nprocs=WORLD)
+    run_ranks(compare, tmp_path, wrapper, tmp_path)
     found = torch.load(tmp_path / 'gradients.pt')
     assert list(found) == MODES
     for mode, (got, expected) in found.items():

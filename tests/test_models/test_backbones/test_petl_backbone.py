@@ -1,12 +1,9 @@
 """Loading, modes and files of a backbone with a method inside."""
 
 import copy
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from mmengine.registry import DefaultScope
 from mmengine.runner import load_checkpoint
 from torch import nn
@@ -16,6 +13,7 @@ from e3va_mm.checkpoint import adapter_of, read_adapter, trunk_records
 from e3va_mm.errors import CheckpointError, ConfigError
 from e3va_mm.registry import MODELS
 from tests.helpers import TINY, build_stock, randomised
+from tests.ranks import WORLD, run_ranks
 from tests.trunk_cases import CASES
 
 METHODS = (
@@ -30,7 +28,6 @@ METHODS = (
     'Mona',
 )
 IMAGE = (1, 3, 64, 64)
-WORLD = 2
 
 
 def build(kind='LoRA', **kwargs):
@@ -204,17 +201,7 @@ def test_an_adapter_file_holds_what_trains_and_brings_it_back(
         assert torch.equal(value, other.state_dict()[key]), key
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        return free.getsockname()[1]
-
-
-def work(rank, port, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        'gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=WORLD
-    )
+def work(rank, folder):
     found = {}
     for kind in METHODS:
         torch.manual_seed(0)
@@ -238,11 +225,10 @@ def work(rank, port, folder):
             if p.requires_grad
         }
     torch.save(found, f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
 
 
 def test_processes_train_together(tmp_path):
-    mp.spawn(work, (free_port(), str(tmp_path)), nprocs=WORLD)
+    run_ranks(work, tmp_path, tmp_path)
     first, second = (torch.load(tmp_path / f'{r}.pt') for r in range(WORLD))
     assert set(first) == set(METHODS)
     for kind, gradients in first.items():

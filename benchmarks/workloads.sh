@@ -4,15 +4,29 @@
 # options.
 #
 #   bash benchmarks/workloads.sh w1 [options of tools/measure.py]
+#   bash benchmarks/workloads.sh w1-methods  # all rivals, and E3VA exact, lean
+#   bash benchmarks/workloads.sh w1-mix  # E3VA-Mix as `lean`
 #
 # Figures go to work_dirs/benchmarks/; interrupted, the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-workload=${1:?one of w1 w2 w3 w4 w4-checkpointed}
+workload=${1:?one of w1 w2 w3 w4 w4-checkpointed, w1-methods, w1-mix...}
 shift
 compare=full,frozen,frozen-same,exact
+options=(model.backbone.side_path.preset=lean)
 case $workload in
+  *-methods)
+    compare=full,frozen,bitfit,norm,partial1,adapter,lora,adaptformer,lorand
+    compare+=,mona,lean
+    options=(model.backbone.side_path.preset=exact)
+    ;;
+  *-mix)
+    compare=frozen-same
+    options+=(model.backbone.side_path.type=e3va_mm.E3VAMixSidePath)
+    ;;
+esac
+case ${workload%-m*} in
   w1) step=(configs/cascade_e3va_swin_b_coco.py --size 800 1216 --batch 1) ;;
   w2) step=(configs/retinanet_e3va_swin_l_voc.py --size 608 1000 --batch 2) ;;
   w3) step=(configs/upernet_e3va_swin_l_ade20k.py --size 512 512 --batch 2) ;;
@@ -26,4 +40,4 @@ esac
 exec "${PYTHON:-python}" tools/measure.py "${step[@]}" \
   "$@" --compare "$compare" --steps 3 --warmup 1 \
   --json "work_dirs/benchmarks/$workload.json" --resume \
-  --cfg-options model.backbone.side_path.preset=lean
+  --cfg-options "${options[@]}"

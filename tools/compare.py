@@ -10,15 +10,18 @@ holds comparison.json (all figures), comparison.md (the table) and two plots.
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault('PYTHONWARNINGS', 'ignore')
@@ -173,6 +176,21 @@ def records_of(args: argparse.Namespace, config: Config) -> Records:
     return Records(args.work_dir, settings, methods, args.lrs, seeds)
 
 
+def locked(work_dir: Path) -> IO:
+    """A file that one comparison, and what it has started, can hold."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    lock = (work_dir / '.lock').open('w')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise E3VAError(
+            f'In {work_dir} another comparison is running, or a training that '
+            'one has left behind. Wait for it or end it, or name another '
+            'folder with --work-dir.'
+        ) from None
+    return lock
+
+
 class Job:
     """A training or a test in a process of its own.
 
@@ -181,10 +199,16 @@ class Job:
         folder (Path): The run's.
         command (Sequence[str]): A tool and its arguments.
         threads (int): Threads of the process.
+        lock (IO): Of the work directory; held as long as the process lives.
     """
 
     def __init__(
-        self, run: Run, folder: Path, command: Sequence[str], threads: int
+        self,
+        run: Run,
+        folder: Path,
+        command: Sequence[str],
+        threads: int,
+        lock: IO,
     ) -> None:
         self.run, self.folder, self.threads = run, folder, threads
         self.log = folder / f'{Path(command[0]).stem}.log'
@@ -196,6 +220,7 @@ class Job:
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                pass_fds=[lock.fileno()],
                 env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
             )
 
@@ -236,15 +261,21 @@ class Comparison:
         args (argparse.Namespace): The command line.
         config (Config): The config that is compared on.
         records (Records): What is known.
+        lock (IO): Of the work directory.
     """
 
     def __init__(
-        self, args: argparse.Namespace, config: Config, records: Records
+        self,
+        args: argparse.Namespace,
+        config: Config,
+        records: Records,
+        lock: IO,
     ) -> None:
         self.args, self.config, self.records = args, config, records
         cores = len(os.sched_getaffinity(0))
         self.threads = max(1, cores // args.jobs)
         self.unvalidated: set[Run] = set()
+        self.lock = lock
 
     def folder(self, run: Run) -> Path:
         """Where a run is trained."""
@@ -268,7 +299,7 @@ class Comparison:
         """Begin a training, or go on with it."""
         config, folder = self.config_file(run), self.folder(run)
         command = ['tools/train.py', config, '--work-dir', folder, '--resume']
-        return Job(run, folder, [*map(str, command)], self.threads)
+        return Job(run, folder, [*map(str, command)], self.threads, self.lock)
 
     def trained(self, job: Job) -> None:
         """Record a training that has ended."""
@@ -314,7 +345,7 @@ class Comparison:
             *('tools/test.py', folder / 'config.py', self.checkpoint(run)),
             *('--work-dir', folder / 'test'),
         ]
-        return Job(run, folder, [*map(str, command)], self.threads)
+        return Job(run, folder, [*map(str, command)], self.threads, self.lock)
 
     def tested(self, job: Job) -> None:
         """Record a test that has ended; its checkpoint is not needed more."""
@@ -499,16 +530,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not Path(args.config).is_file():
         raise ConfigError(f'{args.config}: no such config file.')
     config = Config.fromfile(args.config)
-    records = records_of(args, config)
-    comparison = Comparison(args, config, records)
-    if not args.no_measure:
-        comparison.measure()
-    if not args.measure_only:
-        comparison.run()
-    report(records, args)
+    with locked(args.work_dir) as lock:
+        records = records_of(args, config)
+        comparison = Comparison(args, config, records, lock)
+        if not args.no_measure:
+            comparison.measure()
+        if not args.measure_only:
+            comparison.run()
+        report(records, args)
 
 
 if __name__ == '__main__':
+    # What it has started ends with it, as by Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         main()
     except E3VAError as error:

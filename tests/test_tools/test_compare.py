@@ -1,5 +1,6 @@
 """The command line and its protocol; trainings are played but for one."""
 
+import fcntl
 import importlib.util
 import json
 import shutil
@@ -33,6 +34,7 @@ train_cfg = dict(max_iters=10, val_interval=5)
 default_hooks = dict(checkpoint=dict(type='CheckpointHook', interval=5))
 val_evaluator = dict(type='IoUMetric')
 """
+HEAD = 'decode_head=dict(in_channels=256)'
 # A kind of backbone to its accuracy by rate: the best differ.
 ACCURACIES = {
     'e3va_mm.LoRA': {1e-3: 30.0, 2e-3: 60.0, 4e-3: 40.0},
@@ -382,11 +384,37 @@ def test_what_was_measured_goes_to_its_method(main, tool, monkeypatch):
     assert ['--resume' in command for command in commands] == [False, True]
 
 
+def test_an_end_is_the_end_of_all_that_was_started(tmp_path):
+    """No second comparison, and no training that goes on without one."""
+    make_segmentation(tmp_path)
+    base = segmentation_config(tmp_path)
+    config, _, _ = side_path_config(tmp_path, base, HEAD)
+    work = tmp_path / 'compared'
+    command = [
+        *(sys.executable, ROOT / 'tools' / 'compare.py', config),
+        *('--methods', 'lora', '--no-measure', '--work-dir', work),
+    ]
+    first = subprocess.Popen(command)
+    log = work / 'lora' / 'lr0.001-seed0' / 'train.log'
+    try:
+        end = time.monotonic() + 100
+        while not log.exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert second.returncode == 1
+        assert 'another comparison is running, or a tra' in second.stderr
+    finally:
+        first.terminate()
+    assert first.wait(60) == 1
+    # The training held it as well.
+    with (work / '.lock').open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_one_method_for_real(tmp_path):
     make_segmentation(tmp_path)
     base = segmentation_config(tmp_path)
-    heads = 'decode_head=dict(in_channels=256)'
-    config, _, _ = side_path_config(tmp_path, base, heads)
+    config, _, _ = side_path_config(tmp_path, base, HEAD)
     work = tmp_path / 'compared'
     done = subprocess.run(
         [

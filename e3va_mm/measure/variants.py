@@ -1,7 +1,7 @@
 """The variants of one config that are measured beside each other."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from mmengine.config import Config, ConfigDict
 from torch import nn
@@ -197,13 +197,26 @@ def own_backbone(backbone: ConfigDict, kind: str) -> ConfigDict:
     if kind == TUNED_SWIN:
         own = {k: v for k, v in backbone.items() if k != 'method'}
         return ConfigDict(own, type=SWIN)
+    outside = {}
     if kind == TUNED:
+        outside = _outside(backbone, ())
         kind, backbone = backbone.trunk.type, backbone.trunk
-    if kind in STOCK_SWINS:
-        return ConfigDict(backbone, type=SWIN)
-    if kind in VITS:
-        return ConfigDict(backbone, type=VIT, trunk_type=kind)
-    return ConfigDict(type=ANY, trunk=dict(backbone, type=kind))
+    if kind in (*STOCK_SWINS, *VITS):
+        outside.pop('layout', None)
+        if kind in STOCK_SWINS:
+            return ConfigDict({**backbone, **outside}, type=SWIN)
+        given = {**backbone, **outside}
+        return ConfigDict(given, type=VIT, trunk_type=kind)
+    return ConfigDict(type=ANY, trunk=dict(backbone, type=kind), **outside)
+
+
+def _outside(backbone: ConfigDict, inside: Collection[str]) -> dict:
+    """What stands outside the trunk in our backbones, unless it is inside."""
+    return {
+        key: backbone[key]
+        for key in ('layout', 'allow_random_trunk', *WEIGHTS)
+        if key in backbone and key not in inside
+    }
 
 
 def rival_backbone(config: Config, method: str) -> ConfigDict:
@@ -216,19 +229,12 @@ def rival_backbone(config: Config, method: str) -> ConfigDict:
     backbone = config.model.backbone
     kind = type_name(config, backbone)
     stock = stock_backbone(backbone, kind, framework(config))
-    tuned = dict(
-        method=dict(METHODS[method]),
-        allow_random_trunk=backbone.get('allow_random_trunk', False),
-    )
+    outside = _outside(backbone, stock)
+    outside['method'] = dict(METHODS[method])
     if type_name(config, stock) in STOCK_SWINS:
-        return ConfigDict(stock, type=TUNED_SWIN, **tuned)
-    # What stands outside the trunk in our own backbones.
-    outside = {
-        key: backbone[key]
-        for key in ('layout', *WEIGHTS)
-        if key in backbone and key not in stock
-    }
-    return ConfigDict(type=TUNED, trunk=stock, **tuned, **outside)
+        outside.pop('layout', None)
+        return ConfigDict(stock, type=TUNED_SWIN, **outside)
+    return ConfigDict(type=TUNED, trunk=stock, **outside)
 
 
 def side_path_of(variant: str, given: Mapping | None) -> dict:

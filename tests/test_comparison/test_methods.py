@@ -125,6 +125,19 @@ def test_what_stands_outside_our_trunk_is_kept():
     assert (backbone.init_cfg, backbone.layout) == (WEIGHTS, layout)
 
 
+@pytest.mark.parametrize('kind', ['mmdet.SwinTransformer', 'mmseg.BEiT'])
+@pytest.mark.parametrize('method', ['e3va', 'lora'])
+def test_weights_outside_a_trunk_are_kept_with_it(kind, method):
+    given = config(
+        type='e3va_mm.PETLBackbone',
+        trunk=dict(type=kind),
+        method=dict(type='e3va_mm.Mona'),
+        init_cfg=WEIGHTS,
+    )
+    backbone = method_config(given, method).model.backbone
+    assert backbone.init_cfg == WEIGHTS
+
+
 def test_the_side_path_is_exact_with_its_own_size():
     given = config(
         type='e3va_mm.E3VASwinTransformer',

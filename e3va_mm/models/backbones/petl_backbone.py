@@ -9,6 +9,7 @@ from ...errors import ConfigError
 from ...registry import MODELS
 from ...utils import mark_trainable
 from ..petl.blocks import Block
+from ..petl.method import PETLMethod
 from ..trunks import Layout, TrunkOptions
 from ..trunks.base import Size
 from ..trunks.building import build_trunk
@@ -149,7 +150,11 @@ class PETLBackbone(TrunkBackbone):
         Raises:
             ConfigError: If the method computes what no weight can hold.
         """
+        folds = any(True for _ in self.petl.parameters())
         self.petl.merge()
+        if folds:  # they are no one's published weights any more
+            self.storage.address = None
+            self.storage.source = f'{self.storage.source}, merged'
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) -> what the stock backbone gives.
@@ -170,7 +175,8 @@ def _build_method(method: Mapping) -> nn.Module:
         ConfigError: If there is none of the name, or an argument is unknown.
     """
     kind = method.get('type') if isinstance(method, Mapping) else None
-    if kind is None or registered(kind) is None:
+    found = kind and registered(kind)
+    if not (isinstance(found, type) and issubclass(found, PETLMethod)):
         raise ConfigError(
             '`backbone.method` should be the config of a tuning method, such '
             f"as dict(type='e3va_mm.LoRA', rank=64), but got {method!r}."

@@ -7,7 +7,7 @@ from ...registry import MODELS
 from ...utils import is_number
 from .blocks import Block
 from .bottleneck import Bottleneck
-from .method import PETLMethod, found
+from .method import PETLMethod, check_all_found, found, several
 
 
 @MODELS.register_module()
@@ -44,11 +44,14 @@ class AdaptFormer(PETLMethod):
             )
         self.bottleneck = bottleneck
         self.scale = scale
-        self.branches = branches
+        self.branches = None
+        if branches is not None:
+            self.branches = several(branches, 'branches')
         self.blocks = nn.ModuleList()
 
     def attach(self, stock: nn.Module, blocks: list[Block]) -> list:
         """See :class:`PETLMethod`."""
+        missing = set(self.branches or ())
         for block in blocks:
             names = found(
                 (
@@ -60,6 +63,7 @@ class AdaptFormer(PETLMethod):
                 f'a branch named by `method.branches` {self.branches} (it has '
                 f'{", ".join(block.branches)})',
             )
+            missing.difference_update(names)
             adapters = self._adapt(block, names, Bottleneck, self.bottleneck)
             block.insert(
                 {
@@ -67,6 +71,7 @@ class AdaptFormer(PETLMethod):
                     for name, adapter in adapters.items()
                 }
             )
+        check_all_found(missing, 'branches')
         return []
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ...errors import ConfigError
 from ...registry import MODELS
 from .blocks import Block
 from .method import PETLMethod, found
@@ -24,12 +25,18 @@ class BitFit(PETLMethod):
             to False.
 
     Raises:
-        ConfigError: If the backbone has no such parameter.
+        ConfigError: If the backbone has no such parameter, or
+            ``position_tables`` is neither True nor False.
     """
 
     def __init__(self, position_tables: bool = False) -> None:
         super().__init__()
-        self.names = ('bias', TABLE) if position_tables else ('bias',)
+        if not isinstance(position_tables, bool):
+            raise ConfigError(
+                '`method.position_tables` should be True or False, but got '
+                f'{position_tables!r}.'
+            )
+        self.position_tables = position_tables
 
     def attach(
         self, stock: nn.Module, blocks: list[Block]
@@ -39,5 +46,8 @@ class BitFit(PETLMethod):
 
     def _chosen(self, stock: nn.Module) -> Iterator[nn.Parameter]:
         for name, parameter in stock.named_parameters():
-            if name.rpartition('.')[2] in self.names:
+            last = name.rpartition('.')[2]
+            # Attention has some with names of their own, such as `q_bias`.
+            table = self.position_tables and last == TABLE
+            if last == 'bias' or last.endswith('_bias') or table:
                 yield parameter

@@ -9,6 +9,7 @@ it, which activation checkpointing runs again as it runs the block again.
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
@@ -54,6 +55,7 @@ class Block:
         self._inserted: dict[str, Insertion] = {}
         self._stream: Tensor | None = None
         self._calls: dict[str, int] = {}
+        self._sizes: dict[tuple[int, ...], Size] = {}
         self._handles: list = []
 
     def insert(self, insertions: Mapping[str, Insertion]) -> None:
@@ -73,6 +75,10 @@ class Block:
                 )
                 for path in sorted(paths)
             ),
+            *(
+                find(self.module, path).register_forward_pre_hook(self._read)
+                for path in self.layout.reads
+            ),
         ]
 
     def _enter(self, module: nn.Module, inputs: tuple) -> None:
@@ -83,6 +89,10 @@ class Block:
         self._stream = self._tokens(inputs[0])
         self._calls = {}
 
+    def _read(self, module: nn.Module, inputs: tuple) -> None:
+        """The block's own sum, so that no second one is kept."""
+        self._stream = self._tokens(inputs[0])
+
     def branch(self, path: str, output: Tensor) -> Tensor:
         """What a branch gave, with what is inserted there."""
         self._calls[path] = call = self._calls.get(path, 0) + 1
@@ -90,7 +100,10 @@ class Block:
         if name is None:
             return output
         value = self._tokens(output)
-        if self._stream.numel() != value.numel():
+        if (
+            len(self._stream) != len(value)
+            or self._stream.numel() != value.numel()
+        ):
             raise ConfigError(
                 f'Expected the branch {name!r} of {self.path} to give tokens '
                 f'as they lie in its stream, {tuple(self._stream.shape)}, but '
@@ -100,12 +113,19 @@ class Block:
         stream = self._stream.reshape(value.shape)
         insertion = self._inserted.get(name)
         if insertion is not None:
-            size = self._grid(self._inputs, value)
-            value = value + insertion(stream, value, size)
-        # The last branch of a block has no one to read its sum.
+            value = value + insertion(stream, value, self._size(value))
+        # The last branch of a block has no one to read its sum; the block's
+        # own is read where it is known who reads it.
         last = name == self.branches[-1]
-        self._stream = None if last else stream + value
+        own = len(self.layout.reads) == len(self.branches) - 1
+        self._stream = None if last or own else stream + value
         return self._as(value, output)
+
+    def _size(self, value: Tensor) -> Size:
+        """The grid of tokens; of those run again, what it was before."""
+        if torch._C._current_graph_task_id() == -1:
+            self._sizes[value.shape] = self._grid(self._inputs, value)
+        return self._sizes[value.shape]
 
     def _name(self, path: str, call: int) -> str | None:
         for name, tap in self.layout.taps.items():

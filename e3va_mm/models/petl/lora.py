@@ -10,7 +10,7 @@ from ...registry import MODELS
 from ...utils import is_number
 from .blocks import Block
 from .bottleneck import check_width
-from .method import PETLMethod, found
+from .method import PETLMethod, check_all_found, found, several
 
 QKV = ('q', 'k', 'v')
 
@@ -104,18 +104,20 @@ class LoRA(PETLMethod):
             raise ConfigError(
                 f'`method.alpha` should be a number, but got {alpha!r}.'
             )
-        if not parts or any(part not in QKV for part in parts):
+        parts = several(parts, 'parts')
+        if any(part not in QKV for part in parts):
             raise ConfigError(
                 f'`method.parts` should name some of {QKV}, but got {parts!r}.'
             )
         self.rank, self.scale = rank, alpha / rank
-        self.names = tuple(layers)
+        self.names = several(layers, 'layers')
         self.parts = [QKV.index(part) for part in parts]
         self.updates = nn.ModuleList()
         self._merges: list[tuple[LowRankUpdate, list[nn.Linear], object]] = []
 
     def attach(self, stock: nn.Module, blocks: list[Block]) -> list:
         """See :class:`PETLMethod`."""
+        missing = set(self.names)
         for block in blocks:
             layers = [
                 (owner, name, child)
@@ -129,13 +131,16 @@ class LoRA(PETLMethod):
                 f'linear layers named {", ".join(self.names)} '
                 '(`method.layers`)',
             ):
-                if getattr(owner, 'q_bias', None) is not None:
+                missing.discard(name)
+                own_bias = getattr(owner, 'q_bias', None) is not None
+                if isinstance(owner, nn.MultiheadAttention) or (
+                    own_bias and name == 'qkv'
+                ):
                     raise ConfigError(
                         'LoRA expects attention that calls its layer '
                         f'`{name}`, but {type(owner).__name__} of '
-                        f'{block.path} reads the weight itself and adds '
-                        'biases of its own. Take another method, or '
-                        "`method.layers` of the MLP, such as ('fc1', 'fc2')."
+                        f'{block.path} reads the weight itself. Take another '
+                        'method, or `method.layers` of the MLP.'
                     )
                 parts, of = [0], 1
                 if name == 'qkv':
@@ -145,6 +150,7 @@ class LoRA(PETLMethod):
                 handle = layer.register_forward_hook(update)
                 # In a list, or the layer would be a child of this.
                 self._merges.append((update, [layer], handle))
+        check_all_found(missing, 'layers')
         return []
 
     def merge(self) -> None:

@@ -85,3 +85,33 @@ def found(things: Iterable, owner: nn.Module, what: str) -> list:
             'Take another method for this backbone, or another pattern.'
         )
     return things
+
+
+def several(names: object, option: str) -> tuple[str, ...]:
+    """Names that an option of a method lists.
+
+    Raises:
+        ConfigError: If it is no list of names, or an empty one.
+    """
+    if (
+        not isinstance(names, (list, tuple))
+        or not names
+        or not all(isinstance(name, str) for name in names)
+    ):
+        raise ConfigError(
+            f'`method.{option}` should be a list of names, but got {names!r}.'
+        )
+    return tuple(names)
+
+
+def check_all_found(missing: set[str], option: str) -> None:
+    """Raise if a name of an option was found in no block.
+
+    Raises:
+        ConfigError: If there are any.
+    """
+    if missing:
+        raise ConfigError(
+            f'`method.{option}` names {", ".join(sorted(missing))}, but no '
+            'block has that. Correct it, or leave it out.'
+        )

@@ -29,6 +29,7 @@ _SWIN = Layout(
     downsampling=('stages.{stage}.downsample',),
     embedding=('patch_embed',),
     cut='stages',
+    reads=('norm2',),
 )
 _PYRAMID = Layout(  # PVT, PVTv2, MiT
     blocks='layers.{stage}.1.{block}',

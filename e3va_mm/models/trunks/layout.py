@@ -34,6 +34,7 @@ KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     'taps': (_is_named_paths, 'a dict of paths by name'),
     'channels_last': (_is_switch, 'True or False'),
     'norm_goes_on': (_is_switch, 'True or False'),
+    'reads': (_is_paths, 'a list of paths'),
     'downsampling': (_is_paths, 'a list of paths'),
     'embedding': (_is_paths, 'a list of paths'),
     'first_stage': (_is_number, 'a whole number from 0 on'),
@@ -62,6 +63,8 @@ class Layout(NamedTuple):
             Defaults to ``'norm1'``.
         first (str, optional): Path, in a block, of the module that it calls
             first, on its own input. Defaults to ``channels``.
+        reads (Sequence[str]): Paths, in a block, of the modules that read its
+            residual stream behind each branch but the last. Defaults to none.
         channels_last (bool): Whether maps are (B, H, W, C). Defaults to
             False: (B, C, H, W). Tokens are (B, L, C) always.
         output_norm (str, optional): Path of the norm of a stage's output.
@@ -85,6 +88,7 @@ class Layout(NamedTuple):
     taps: Mapping[str, str]
     channels: str = 'norm1'
     first: str | None = None
+    reads: Sequence[str] = ()
     channels_last: bool = False
     output_norm: str | None = None
     norm_goes_on: bool = False

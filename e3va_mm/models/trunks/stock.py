@@ -90,12 +90,34 @@ class StockTrunk(Trunk):
         """Nothing past the last output stays, where the stock loop allows."""
         before = set(self.stock.state_dict())
         if self.layout.cut is not None:
-            last = self.out_indices[-1]
-            del self.stock.get_submodule(self.layout.cut)[last + 1 :]
+            self._cut_behind(self.out_indices[-1])
         self.removed = before - set(self.stock.state_dict())
         # Its own outputs would be made for nothing.
         self.stock.out_indices = ()
         self.stock.training = False
+
+    def _cut_behind(self, last: int) -> None:
+        whole = self.stock.get_submodule(self.layout.cut)
+        count = len(whole)
+        del whole[last + 1 :]
+        if self.layout.plain:
+            return
+        # What else there is once for each stage; Twins count by these.
+        for child in self.stock.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                del child[last + 1 :]
+        if hasattr(self.stock, 'depths'):
+            self.stock.depths = self.stock.depths[: last + 1]
+        if hasattr(self.stock, 'num_stage'):
+            self.stock.num_stage = last + 1
+        for stage in range(last + 1, count):
+            norm = self.layout.path(self.layout.output_norm or '', stage)
+            self.stock._modules.pop(norm, None)
+        # A downsampling at the end of a stage.
+        if hasattr(whole[last], 'downsample') and any(
+            'next' not in template for template in self.layout.downsampling
+        ):
+            whole[last].downsample = None
 
     def share(self, holder: nn.Module) -> None:
         """Let the stock backbone run on the holder's children."""

@@ -49,8 +49,10 @@ class VitTrunk(StockTrunk):
         self.depth = len(stock.layers)
         super().__init__(stock, layout, out_indices, options)
         if not self._ends_the_trunk(len(self.out_stages) - 1):
-            # Nothing goes through it.
+            # Nothing goes through it; the stock forward takes the last block
+            # that is there for the last of all.
             stock._modules.pop('ln1', None)
+            stock.final_norm = False
 
     @property
     def extra_tokens(self) -> int:

@@ -155,6 +155,7 @@ def test_nothing_is_built_past_the_last_output():
     assert len(ours.stages) == 2
     assert len(ours(torch.randn(IMAGE))) == 2
     assert not hasattr(ours, 'norm2')
+    assert ours.stages[1].downsample is None
 
 
 class Model(nn.Module):

@@ -214,6 +214,17 @@ def test_outputs_and_gradients_are_those_of_the_formula(kind, formula):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
 
 
+def test_adaptformer_keeps_no_second_copy_of_a_stream():
+    """Its second adapter reads the tensor that the second norm reads."""
+    ours = build('AdaptFormer')
+    block, read = ours.stages[0].blocks[0], []
+    for module in (block.norm2, ours.petl.blocks[0]['ffn'].down):
+        module.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    ours(torch.randn(IMAGE, dtype=torch.float64))
+    norm, adapter = read
+    assert norm.data_ptr() == adapter.data_ptr()
+
+
 def test_what_is_added_makes_a_difference():
     ours = build('Adapter')
     image = torch.randn(IMAGE, dtype=torch.float64)
@@ -233,6 +244,8 @@ def test_lora_merges_exactly_and_leaves_a_stock_backbone(alpha):
         after = ours(image)[0]
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
     assert not list(ours.petl.parameters())
+    assert ours.trunk_source.endswith(', merged')
+    assert ours.trunk_address is None
     stock = MODELS.build(dict(TRUNK, type='mmdet.SwinTransformer'))
     assert ours.state_dict().keys() == stock.state_dict().keys()
     stock.load_state_dict(ours.state_dict())
@@ -263,11 +276,18 @@ def test_what_is_in_the_stock_weights_is_merged_already(kind):
         ('LoRA', dict(rank=0), '`method.rank` should be a whole number'),
         ('LoRA', dict(alpha='a'), '`method.alpha` should be a number'),
         ('LoRA', dict(parts=('x',)), '`method.parts` should name some of'),
-        ('LoRA', dict(parts=()), '`method.parts` should name some of'),
+        ('LoRA', dict(parts=()), '`method.parts` should be a list of names'),
+        ('LoRA', dict(parts=5), '`method.parts` should be a list of names'),
+        ('LoRA', dict(layers=None), '`method.layers` should be a list of'),
+        ('LoRA', dict(layers='qkv'), '`method.layers` should be a list of'),
+        ('LoRA', dict(layers=('qkv', 'fc9')), 'names fc9, but no block has'),
         ('LoRA', dict(layers=('nope',)), 'Expected linear layers named nope'),
         ('Adapter', dict(bottleneck=1.5), '`method.bottleneck` should be a'),
         ('AdaptFormer', dict(scale=True), '`method.scale` should be a number'),
         ('AdaptFormer', dict(branches=('x',)), 'Expected a branch named by'),
+        ('AdaptFormer', dict(branches=5), '`method.branches` should be a li'),
+        ('AdaptFormer', dict(branches=('attn', 'fnn')), 'names fnn, but no'),
+        ('BitFit', dict(position_tables='no'), 'should be True or False, but'),
         ('LoRand', dict(rank=-1), '`method.rank` should be a whole number'),
         ('LoRand', dict(branches=0), '`method.branches` should be a whole'),
         ('Mona', dict(dropout=1), '`method.dropout` should be a number from'),
@@ -286,7 +306,10 @@ def test_lora_of_other_layers_takes_them_whole():
     assert sizes == [(2, 16), (16, 2)] * 2
 
 
-@pytest.mark.parametrize('method', [None, 'lora', dict(rank=1)])
+@pytest.mark.parametrize(
+    'method',
+    [None, 'lora', dict(rank=1), dict(type='e3va_mm.SimpleFeaturePyramid')],
+)
 def test_a_method_is_a_config(method):
     config = dict(TRUNK, type='e3va_mm.PETLSwinTransformer', method=method)
     with pytest.raises(ConfigError, match='`backbone.method` should be the'):

@@ -188,7 +188,7 @@ def declared(method, ours):
     }
     plain = {
         'full': lambda name: True,
-        'bitfit': lambda name: name.split('.')[-1] == 'bias',
+        'bitfit': lambda name: name.endswith(('.bias', '_bias')),
     }
     if method in plain:
         return {name for name in stock if plain[method](name)}
@@ -347,3 +347,81 @@ def test_activation_checkpoints_change_nothing(method, trunk):
         assert (grad is None) == (others[name] is None), name
         if grad is not None:
             torch.testing.assert_close(grad, others[name], msg=name)
+
+
+# Several outputs, of which all but the last are left out. MSCAN and timm's
+# run to their end; DeiT3 has norms that no branch uses.
+SEVERAL = [
+    name
+    for name, config in CASES.items()
+    if isinstance(config.get('out_indices', (0, 1, 2, 3)), list | tuple)
+    and len(config.get('out_indices', (0, 1, 2, 3))) > 1
+    and not name.startswith(('timm', 'mscan', 'deit3'))
+]
+
+
+@pytest.mark.parametrize('trunk', SEVERAL)
+def test_nothing_past_the_last_output_is_left(trunk):
+    """The outputs stay, and all that trains has a gradient."""
+    stock = build_stock(trunk)
+    *first, _ = stock.out_indices
+    kept = type(CASES[trunk].get('out_indices', ()))(first)
+    ours = build('full', trunk, out_indices=kept).eval()
+    state = stock.state_dict()
+    ours.load_state_dict(
+        {key: state[key].clone() for key in ours.state_dict()}
+    )
+    image = picture(trunk)
+    found = ours(image)
+    expected = stock_outputs(trunk, stock, image)
+    count = len(flat(found))
+    assert 0 < count < len(expected)
+    for a, b in zip(flat(found), expected[:count], strict=True):
+        torch.testing.assert_close(a, b)
+    loss_of(found).backward()
+    assert not [n for n, p in ours.named_parameters() if p.grad is None]
+
+
+def test_lora_refuses_a_layer_that_is_not_called():
+    with pytest.raises(ConfigError, match=OWN_BIAS):
+        MODELS.build(
+            dict(
+                type='e3va_mm.PETLBackbone',
+                trunk=copy.deepcopy(CASES['mmseg vit']),
+                method=dict(METHODS['lora'], layers=['out_proj']),
+            )
+        )
+
+
+def test_windows_that_need_no_padding_are_told_from_tokens():
+    trunk = dict(copy.deepcopy(CASES['sam']), window_size=2)
+    ours = MODELS.build(
+        dict(
+            type='e3va_mm.PETLBackbone',
+            trunk=trunk,
+            method=METHODS['adapter'],
+            allow_random_trunk=True,
+        )
+    )
+    with pytest.raises(ConfigError, match=WINDOWS):
+        ours(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize('method', ['adapter', 'mona', 'lora'])
+def test_two_sizes_of_pictures_before_one_backward(method):
+    """A checkpoint runs each block again on its own grid."""
+    found = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        ours = build(method, 'swin of mmdet', with_cp=with_cp)
+        wake(drawn(ours)).eval()
+        generator = torch.Generator().manual_seed(1)
+        losses = [
+            loss_of(ours(torch.randn(1, 3, *size, generator=generator)))
+            for size in [(64, 128), (96, 96)]
+        ]
+        sum(losses).backward()
+        found.append({n: p.grad for n, p in added(ours).named_parameters()})
+    plain, checkpointed = found
+    for name, grad in plain.items():
+        torch.testing.assert_close(grad, checkpointed[name], msg=name)

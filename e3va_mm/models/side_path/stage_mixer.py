@@ -66,13 +66,15 @@ def mix(
     if compute == torch.float32:
         compute = None
 
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():
+        with autocast_to(state, compute):
+            return mixer(state, size).to(state.dtype)
+
     def run(state: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         with autocast_to(state, compute):
             return functional_call(mixer, parameters, (state, size))
 
     parameters = dict(mixer.named_parameters())
-    if not torch.is_grad_enabled() or torch.jit.is_tracing():
-        return run(state, parameters).to(state.dtype)
     return _Mix.apply(
         run, codec or ExactTaps(), [*parameters], state, *parameters.values()
     )

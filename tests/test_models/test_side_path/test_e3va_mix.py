@@ -63,6 +63,26 @@ def test_taps_that_come_again_give_the_same_gradients(save_taps):
         assert error < (1e-4 if save_taps == 'recompute' else 0.15), name
 
 
+def test_it_can_be_traced():
+    ours = awake(build_e3va(side_path=MIX)).eval()
+    image = torch.randn(1, 3, 64, 64)
+    traced = torch.jit.trace(ours, image, check_trace=False)
+    for a, b in zip(traced(image), ours(image), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_under_amp_are_near():
+    ours = awake(build_e3va(side_path=MIX))
+    image = torch.randn(1, 3, 64, 64)
+    expected = gradients(ours, image)
+    ours.zero_grad()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        found = gradients(ours, image)
+    for name, grad in found.items():
+        error = (grad - expected[name]).norm() / expected[name].norm()
+        assert error < 0.1, name
+
+
 def test_the_highway_carries_the_mix_to_the_next_stage():
     ours = awake(build_e3va(side_path=MIX)).eval()
     image = torch.randn(1, 3, 64, 64)

@@ -4,8 +4,8 @@
 
 Trains E3VA and all of benchmarks/candidates.py by the comparison's protocol,
 with the first seed and one learning rate; `--methods e3va,state` takes some,
-`--seeds 2` has more seeds. The other options, and how it goes on where it was
-interrupted, are those of tools/compare.py.
+`--seeds 2` has more seeds, `--no-measure` leaves costs out. The other options,
+and how it goes on where it was interrupted, are those of tools/compare.py.
 The data must be there: python tools/make_digits.py
 """
 
@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'benchmarks/ablation_config.py'
 PROTOCOL = [
     '--val-only',
-    '--no-measure',
     *('--lrs', '2e-3', '--seeds', '1'),
     *('--work-dir', str(ROOT / 'work_dirs/ablation')),
 ]
@@ -40,7 +39,8 @@ def main() -> None:
 
 if __name__ == '__main__':
     if {'-h', '--help'} & {*sys.argv}:
-        sys.exit(__doc__)
+        print(__doc__)
+        sys.exit()
     try:
         main()
     except E3VAError as error:

@@ -14,6 +14,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -40,7 +42,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from e3va_mm.checkpoint.adapter_file import without_trunks
+from e3va_mm.checkpoint.adapter_file import without_trunks, write_whole
 from e3va_mm.comparison import (
     METHODS,
     SIDE_PATHS,
@@ -58,10 +60,11 @@ ROOT = Path(__file__).resolve().parents[1]
 LOG_LINES = 15
 # Time left is that of all trainings up to now, in seconds.
 DAY = 86400
+COCO = ('coco/bbox_mAP', 'coco/segm_mAP')
 # In a record beside the figures of an evaluation.
 TIMES = ('step', 'time', 'data_time')
-# What the training guard says of a loss or of weights.
-DIVERGED = 'is not finite'
+# How a training ends of which a loss or a weight is not finite.
+DIVERGED = re.compile(r'^error: .* is not finite', re.MULTILINE)
 # What an evaluator is known by.
 METRICS = {'CocoMetric': 'coco/bbox_mAP', 'IoUMetric': 'mIoU'}
 
@@ -91,7 +94,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--trim',
         default='',
         metavar='A,B',
-        help='methods, far off the others, that have two seeds alone',
+        help='of these methods, far off the others, two seeds alone',
     )
     parser.add_argument(
         '--metric',
@@ -109,8 +112,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--val-only', action='store_true', help='leave the test split alone'
     )
     only = parser.add_mutually_exclusive_group()
-    only.add_argument('--measure-only', action='store_true')
-    only.add_argument('--no-measure', action='store_true')
+    only.add_argument(
+        '--measure-only', action='store_true', help='train nothing'
+    )
+    only.add_argument(
+        '--no-measure', action='store_true', help='no memory and time'
+    )
+    parser.add_argument(
+        '--device',
+        default='cpu',
+        help='of the measurement: cpu, the default, or cuda',
+    )
     args = parser.parse_args(argv)
     if args.work_dir is None:
         args.work_dir = ROOT / 'work_dirs/compare' / Path(args.config).stem
@@ -137,14 +149,18 @@ def names(text: str, option: str) -> list[str]:
 
 def metric_of(config: Config) -> str:
     """The metric that the config's evaluator is known by."""
-    found = config.val_evaluator
+    found = config.get('val_evaluator') or []
     evaluators = found if isinstance(found, Sequence) else [found]
-    kinds = [str(evaluator['type']).split('.')[-1] for evaluator in evaluators]
+    kinds = [
+        getattr(kind, '__name__', str(kind)).split('.')[-1]
+        for kind in (evaluator['type'] for evaluator in evaluators)
+    ]
     for kind, metric in METRICS.items():
         if kind in kinds:
             return metric
     raise ConfigError(
-        f'--metric should name what {", ".join(kinds)} gives, as the log of '
+        f'--metric should name what {", ".join(kinds) or "the evaluator"} '
+        'gives, as the log of '
         'an evaluation has it.'
     )
 
@@ -161,6 +177,12 @@ def records_of(args: argparse.Namespace, config: Config) -> Records:
     if not methods:
         raise ConfigError('--methods names none.')
     trimmed = names(args.trim, '--trim')
+    for name in trimmed:
+        if name not in methods:
+            raise ConfigError(
+                f'--trim names {name}, which is not compared. --methods are '
+                f'{", ".join(methods)}.'
+            )
     seeds = {
         method: min(2, args.seeds) if method in trimmed else args.seeds
         for method in methods
@@ -168,7 +190,7 @@ def records_of(args: argparse.Namespace, config: Config) -> Records:
     content = json.dumps(config.to_dict(), sort_keys=True, default=repr)
     settings = dict(
         config=Path(args.config).name,
-        content=hashlib.sha256(content.encode()).hexdigest()[:16],
+        content=digest(content),
         metric=args.metric or metric_of(config),
         lrs=sorted(args.lrs),
         torch=torch.__version__,
@@ -191,6 +213,17 @@ def locked(work_dir: Path) -> IO:
     return lock
 
 
+def digest(text: str) -> str:
+    """What tells one config from another."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cpu_seconds() -> float:
+    """What all processes have computed that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 class Job:
     """A training or a test in a process of its own.
 
@@ -210,7 +243,7 @@ class Job:
         threads: int,
         lock: IO,
     ) -> None:
-        self.run, self.folder, self.threads = run, folder, threads
+        self.run, self.folder = run, folder
         self.log = folder / f'{Path(command[0]).stem}.log'
         self.diverged = False
         self.start = time.monotonic()
@@ -224,12 +257,8 @@ class Job:
                 env={**os.environ, 'OMP_NUM_THREADS': str(threads)},
             )
 
-    def done(self, may_diverge: bool = False) -> bool:
-        """Whether it has ended well.
-
-        Args:
-            may_diverge (bool): Whether a loss that is not finite is an end as
-                well: ``diverged``. Defaults to False.
+    def done(self) -> bool:
+        """Whether it has ended, well or ``diverged``.
 
         Raises:
             E3VAError: If it has failed.
@@ -238,7 +267,7 @@ class Job:
         if code:
             text = self.log.read_text(errors='replace')
             lines = text.splitlines()
-            if may_diverge and DIVERGED in text:
+            if code > 0 and DIVERGED.search(text):
                 self.diverged = True
                 return True
             raise E3VAError(
@@ -249,9 +278,9 @@ class Job:
         return code == 0
 
     @property
-    def core_seconds(self) -> float:
-        """Seconds since it began, of each of its threads."""
-        return (time.monotonic() - self.start) * self.threads
+    def minutes(self) -> float:
+        """Minutes since it began."""
+        return (time.monotonic() - self.start) / 60
 
 
 class Comparison:
@@ -275,6 +304,7 @@ class Comparison:
         cores = len(os.sched_getaffinity(0))
         self.threads = max(1, cores // args.jobs)
         self.unvalidated: set[Run] = set()
+        self.spent_before = records.cpu_seconds - cpu_seconds()
         self.lock = lock
 
     def folder(self, run: Run) -> Path:
@@ -286,14 +316,36 @@ class Comparison:
         folder = self.folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / 'config.py'
-        config = method_config(self.config, run.method)
-        text = run_config(config, run.lr, run.seed).pretty_text
+        text = self.config_text(run)
         if path.exists() and path.read_text() != text:
             # Of other settings: not to go on with.
             shutil.rmtree(folder)
             folder.mkdir()
-        path.write_text(text)
+        if not path.exists():
+            write_whole(path, text.encode())
         return path
+
+    def config_text(self, run: Run) -> str:
+        """The config of a run."""
+        config = method_config(self.config, run.method)
+        return run_config(config, run.lr, run.seed).pretty_text
+
+    def check_runs(self) -> None:
+        """Check that what is known is of the methods as they are now.
+
+        Raises:
+            ConfigError: If a method has changed.
+        """
+        for method in self.records.methods:
+            runs = self.records.searches(method), self.records.chosen(method)
+            for run in {*runs[0], *runs[1]}:
+                known = self.records.runs.get(run.name, {}).get('config')
+                if known and known != digest(self.config_text(run)):
+                    raise ConfigError(
+                        f'{self.records.path} holds figures of another '
+                        f'{method} than there is now: {run.name}. Name '
+                        'another folder with --work-dir.'
+                    )
 
     def train(self, run: Run) -> Job:
         """Begin a training, or go on with it."""
@@ -304,15 +356,18 @@ class Comparison:
     def trained(self, job: Job) -> None:
         """Record a training that has ended."""
         metric = self.records.settings['metric']
-        figures = validation_of(job.folder)
+        config = digest(self.config_text(job.run))
         if job.diverged:
-            # So the rate is not chosen.
-            figures = {metric: 0.0}
+            self.records.update(job.run, diverged=True, config=config)
+            return
+        figures = validation_of(job.folder)
         if figures is None and job.run not in self.unvalidated:
             # A kill between checkpoint and validation: once more, whole.
             shutil.rmtree(job.folder)
             self.unvalidated.add(job.run)
             return
+        if figures is not None:
+            figures = self.with_nothing_found(figures)
         if metric not in (figures or {}):
             raise ConfigError(
                 f'Expected {metric} in the validation of {job.run.name}, but '
@@ -320,17 +375,20 @@ class Comparison:
                 '--metric, or add `LocalVisBackend` to `visualizer` of the '
                 f'config. All of it: {job.log}'
             )
-        before = self.records.runs.get(job.run.name, {}).get('core_seconds', 0)
-        self.records.update(
-            job.run,
-            validation=figures,
-            core_seconds=before + job.core_seconds,
-        )
+        self.records.update(job.run, validation=figures, config=config)
+
+    def with_nothing_found(self, figures: dict[str, float]) -> dict:
+        """Figures of CocoMetric, which has none where nothing is detected."""
+        found = self.records.settings['metric'] in COCO and not figures
+        return dict.fromkeys(COCO, 0.0) if found else figures
 
     def checkpoint(self, run: Run) -> Path | None:
         """The last checkpoint of a run, if it is there."""
         last = self.folder(run) / 'last_checkpoint'
-        path = Path(last.read_text().strip()) if last.exists() else last
+        if not last.exists():
+            return None
+        # It names a path of the day, and folders are moved.
+        path = last.with_name(Path(last.read_text().strip()).name)
         return path if path.exists() else None
 
     def drop_checkpoints(self, run: Run) -> None:
@@ -351,16 +409,13 @@ class Comparison:
         """Record a test that has ended; its checkpoint is not needed more."""
         path = sorted((job.folder / 'test').glob('*/*.json'))[-1]
         figures = json.loads(path.read_text().splitlines()[-1])
-        seconds = self.records.runs[job.run.name]['core_seconds']
-        self.records.update(
-            job.run,
-            test=figures,
-            core_seconds=seconds + job.core_seconds,
-        )
+        figures = {k: v for k, v in figures.items() if k not in TIMES}
+        self.records.update(job.run, test=self.with_nothing_found(figures))
         self.drop_checkpoints(job.run)
 
     def run(self) -> None:
         """Train all that is left, then test."""
+        self.check_runs()
         console = Console(stderr=True)
         columns = (
             TextColumn('{task.description}'),
@@ -377,7 +432,7 @@ class Comparison:
                 # Those whose folder is gone are trained anew.
                 for run in self.records.to_test():
                     if self.checkpoint(run) is None:
-                        self.records.forget(run)
+                        self.records.lose(run)
                 if self.records.left():
                     self._train_all(progress)
                 self._test_all(progress)
@@ -394,7 +449,7 @@ class Comparison:
             value = self.records.validation(job.run)
             progress.console.print(
                 f'{job.run.name}: {value} on validation, '
-                f'{job.core_seconds / 60:.1f} core minutes'
+                f'{job.minutes:.1f} minutes'
             )
             progress.update(task, completed=left - self.records.left())
 
@@ -434,19 +489,21 @@ class Comparison:
                 if not jobs:
                     return
                 time.sleep(0.2)
-                ended_now = [
-                    job
-                    for job in jobs
-                    if job.done(self.records.searches_with(job.run))
-                ]
-                for job in ended_now:
-                    jobs.remove(job)
-                    ended(job)
+                for job in [*jobs]:
+                    if job.done():
+                        jobs.remove(job)
+                        self._spend()
+                        ended(job)
+                        write_table(self.records, self.args)
         finally:
             for job in jobs:
                 job.process.terminate()
             for job in jobs:
                 job.process.wait()
+            self._spend()
+
+    def _spend(self) -> None:
+        self.records.spend(self.spent_before + cpu_seconds())
 
     def measure(self) -> None:
         """Memory and time of one step of all methods, beside each other."""
@@ -459,10 +516,15 @@ class Comparison:
             paths.append(path)
         figures = folder / 'measured.json'
         command = [sys.executable, 'tools/measure.py', *map(str, paths)]
-        command += ['--json', str(figures), '--device', 'cpu']
+        command += ['--json', str(figures), '--device', self.args.device]
         if figures.exists():
             command.append('--resume')
-        done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            stdout=sys.stderr,
+            pass_fds=[self.lock.fileno()],
+        )
         if done.returncode:
             raise E3VAError('Measuring has failed; the reason stands above.')
         rows = json.loads(figures.read_text())['variants']
@@ -500,23 +562,36 @@ def file_bytes(config: Config) -> int:
     )
 
 
-def report(records: Records, args: argparse.Namespace) -> None:
-    """Write and print the table; draw the pictures."""
+def write_table(records: Records, args: argparse.Namespace) -> str:
+    """Write the table of what is known; its text."""
     metric = records.settings['metric']
-    metrics = [metric]
-    if metric == 'coco/bbox_mAP':
-        metrics.append('coco/segm_mAP')
     split = 'validation' if args.val_only else 'test'
-    text = markdown(records, metrics, split)
+    text = markdown(records, COCO if metric == COCO[0] else [metric], split)
     note = (
         f'{HEADINGS.get(metric, (metric, 1))[0]} on the {split} split, mean '
-        f'and deviation over seeds; learning rates {args.lrs}, the best on '
-        f'validation; {records.hours():.1f} core hours; torch '
-        f'{torch.__version__}.'
+        f'and deviation over {args.seeds} seeds'
     )
+    if args.trim:
+        note += f', two of {args.trim.replace(",", ", ")}'
+    rates = ', '.join(f'{lr:g}' for lr in records.lrs)
+    note += (
+        f'; the best on validation of the learning rates {rates}; held: by '
+        'the backbone when backward begins, its outputs included; measured '
+        f'on {args.device}; {records.cpu_seconds / 3600:.1f} hours of one '
+        f'core; torch {torch.__version__}.'
+    )
+    if args.same_pictures:
+        note += ' Validation and test are the same pictures here.'
     text = f'{text}\n\n{note}\n'
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    (args.work_dir / 'comparison.md').write_text(text)
+    write_whole(args.work_dir / 'comparison.md', text.encode())
+    return text
+
+
+def report(records: Records, args: argparse.Namespace) -> None:
+    """Write and print the table; draw the pictures."""
+    text = write_table(records, args)
+    metric = records.settings['metric']
+    split = 'validation' if args.val_only else 'test'
     for cost in COSTS:
         figure = draw(records, metric, split, cost)
         figure.savefig(args.work_dir / f'comparison_{cost}.png', dpi=150)
@@ -530,6 +605,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not Path(args.config).is_file():
         raise ConfigError(f'{args.config}: no such config file.')
     config = Config.fromfile(args.config)
+    splits = (config.get(f'{n}_dataloader') or {} for n in ('val', 'test'))
+    args.same_pictures = len({repr(s.get('dataset')) for s in splits}) == 1
     with locked(args.work_dir) as lock:
         records = records_of(args, config)
         comparison = Comparison(args, config, records, lock)
@@ -547,3 +624,5 @@ if __name__ == '__main__':
         main()
     except E3VAError as error:
         sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        sys.exit('error: interrupted; the same command goes on')

@@ -18,9 +18,10 @@ from ..measure.variants import (
 )
 from ..models.backbones.stock_arguments import stock_class
 
+PAPER = 'e3va_mm.E3VASidePath'
 # Beside it: what is set of the side path.
 SIDE_PATHS: dict[str, Mapping] = {
-    'e3va': {},
+    'e3va': dict(type=PAPER),
     'e3va-mix': dict(type='e3va_mm.E3VAMixSidePath'),
 }
 
@@ -51,9 +52,8 @@ def method_config(config: Config, method: str) -> Config:
     stock = stock_backbone(backbone, kind, framework(config))
     if method in SIDE_PATHS:
         changed = ConfigDict(own_backbone(backbone, kind))
-        changed.side_path = dict(
-            side_path_of('exact', changed.get('side_path')),
-            **SIDE_PATHS[method],
+        changed.side_path = _side_path(
+            SIDE_PATHS[method], changed.get('side_path') or {}
         )
     else:
         changed = rival_backbone(config, method)
@@ -62,6 +62,14 @@ def method_config(config: Config, method: str) -> Config:
         changed.get('trunk', changed).drop_path_rate = 0.0
     config.model.backbone = changed
     return config
+
+
+def _side_path(own: Mapping, given: Mapping) -> dict:
+    """A side path of a kind, with what a config sets that all kinds have."""
+    kind = own.get('type', PAPER)
+    if given.get('type', PAPER) != kind:
+        given = {k: v for k, v in given.items() if k not in ('width', 'taps')}
+    return {**side_path_of('exact', given), **own, 'type': kind}
 
 
 def _parameters(kind: str) -> Mapping[str, inspect.Parameter]:
@@ -88,20 +96,14 @@ def run_config(config: Config, lr: float, seed: int) -> Config:
         loader = config[f'{name}_dataloader']
         loader.update(num_workers=0, persistent_workers=False)
         loader.pop('prefetch_factor', None)
-    # One checkpoint, the last: what is compared has seen the whole schedule.
+    # The last checkpoint alone: what is compared has seen the whole schedule.
     schedule = config.train_cfg
     length = schedule.get('max_epochs') or schedule.max_iters
     schedule.val_interval = length
     hooks = config.default_hooks
     hooks.checkpoint = dict(
         hooks.get('checkpoint') or dict(type='CheckpointHook'),
-        interval=length,
         max_keep_ckpts=1,
         save_best=None,
     )
-    config.custom_hooks = [
-        hook
-        for hook in config.get('custom_hooks') or ()
-        if hook['type'] != 'e3va_mm.ProgressBarHook'
-    ]
     return config

@@ -1,6 +1,7 @@
 """What a comparison has found, and what is left of it to do."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,9 @@ class Records:
     ) -> None:
         self.path = folder / FILE
         self.settings = dict(settings)
-        self.methods, self.lrs, self.seeds = list(methods), list(lrs), seeds
+        self.methods, self.seeds = list(methods), seeds
+        self.lrs = sorted(set(lrs))
+        self.cpu_seconds = 0.0
         self.runs: dict[str, dict] = {}
         self.measured: dict[str, dict] = {}
         if self.path.exists():
@@ -65,6 +68,7 @@ class Records:
             found = json.loads(self.path.read_text())
             before = found['settings']
             self.runs, self.measured = found['runs'], found['measured']
+            self.cpu_seconds = found['cpu_seconds']
         except (ValueError, KeyError, TypeError):
             raise ConfigError(
                 f'{self.path} does not hold figures of a comparison. Remove '
@@ -83,20 +87,28 @@ class Records:
 
     def _write(self) -> None:
         content = dict(
-            settings=self.settings, runs=self.runs, measured=self.measured
+            settings=self.settings,
+            cpu_seconds=round(self.cpu_seconds, 1),
+            runs=self.runs,
+            measured=self.measured,
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(content, indent=1).encode())
 
     def update(self, run: Run, **figures) -> None:
         """Take in figures of a run; the file is whole at every moment."""
-        row = dict(run._asdict(), **figures)
+        row = dict(run._asdict(), lost=False, **figures)
         self.runs[run.name] = {**self.runs.get(run.name, {}), **row}
         self._write()
 
-    def forget(self, run: Run) -> None:
-        """Drop the figures of a run, to train it anew."""
-        del self.runs[run.name]
+    def lose(self, run: Run) -> None:
+        """Have a run trained anew; its rate stays chosen."""
+        self.runs[run.name]['lost'] = True
+        self._write()
+
+    def spend(self, cpu_seconds: float) -> None:
+        """Take in what has been computed up to now."""
+        self.cpu_seconds = cpu_seconds
         self._write()
 
     def update_measured(self, method: str, figures: Mapping) -> None:
@@ -105,31 +117,47 @@ class Records:
         self._write()
 
     def validation(self, run: Run) -> float | None:
-        """The metric of a run on validation, if it is trained."""
-        found = self.runs.get(run.name, {}).get('validation')
+        """The metric of a run on validation, if it is trained; or NaN."""
+        row = self.runs.get(run.name, {})
+        if row.get('diverged'):
+            return math.nan
+        found = row.get('validation')
         return found and found[self.settings['metric']]
+
+    def diverged(self, run: Run) -> bool:
+        """Whether a run was trained to no figure."""
+        value = self.validation(run)
+        return value is not None and math.isnan(value)
 
     def searches(self, method: str) -> list[Run]:
         """The runs that choose the learning rate."""
         return [Run(method, lr, 0) for lr in self.lrs]
 
-    def searches_with(self, run: Run) -> bool:
-        """Whether a run is one of several that choose a learning rate."""
-        return run.seed == 0 and len(self.lrs) > 1
+    def is_searched(self, method: str) -> bool:
+        """Whether all rates of a method are tried."""
+        runs = self.searches(method)
+        return all(self.validation(run) is not None for run in runs)
 
     def chosen(self, method: str) -> list[Run]:
-        """The runs of the best rate; none while that is not known."""
-        found = {run: self.validation(run) for run in self.searches(method)}
-        if None in found.values():
+        """The runs of the best rate, the lowest of equals.
+
+        None while it is not known, or if all have diverged.
+        """
+        runs = [r for r in self.searches(method) if not self.diverged(r)]
+        if not runs or not self.is_searched(method):
             return []
-        best = max(found, key=found.get)
+        best = max(runs, key=self.validation)
         return [best._replace(seed=seed) for seed in range(self.seeds[method])]
+
+    def _waits(self, run: Run) -> bool:
+        lost = self.runs.get(run.name, {}).get('lost')
+        return lost or self.validation(run) is None
 
     def to_train(self) -> Iterator[Run]:
         """Runs that can be trained now; more may follow from their figures."""
         for method in self.methods:
             for run in [*self.searches(method), *self.chosen(method)]:
-                if self.validation(run) is None:
+                if self._waits(run):
                     yield run
 
     def left(self) -> int:
@@ -138,10 +166,10 @@ class Records:
         for method in self.methods:
             chosen = self.chosen(method)
             left += sum(
-                self.validation(run) is None
-                for run in {*self.searches(method), *chosen}
+                self._waits(run) for run in {*self.searches(method), *chosen}
             )
-            left += 0 if chosen else self.seeds[method] - 1
+            if not self.is_searched(method):
+                left += self.seeds[method] - 1
         return left
 
     def to_test(self) -> list[Run]:
@@ -152,19 +180,22 @@ class Records:
             run
             for method in self.methods
             for run in self.chosen(method)
-            if 'test' not in self.runs[run.name]
+            if 'test' not in self.runs[run.name] and not self.diverged(run)
         ]
 
     def values(self, method: str, split: str, metric: str) -> list[float]:
-        """A metric of the chosen runs of a method that have it."""
-        rows = (self.runs.get(run.name, {}) for run in self.chosen(method))
-        found = (row.get(split, {}) for row in rows)
-        return [figures[metric] for figures in found if metric in figures]
+        """A metric of the chosen runs of a method that have it.
 
-    def hours(self) -> float:
-        """Core hours of all trainings and tests."""
-        seconds = (row.get('core_seconds', 0) for row in self.runs.values())
-        return sum(seconds) / 3600
+        NaN stands for one that has diverged.
+        """
+        found = []
+        for run in self.chosen(method):
+            figures = self.runs.get(run.name, {}).get(split, {})
+            if self.diverged(run):
+                found.append(math.nan)
+            elif metric in figures:
+                found.append(figures[metric])
+        return found
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

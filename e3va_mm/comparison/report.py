@@ -1,5 +1,6 @@
 """A comparison as a table and as pictures."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -48,7 +49,7 @@ def markdown(records: Records, metrics: Sequence[str], split: str) -> str:
             'trainable',
             'of the backbone',
             'peak MiB',
-            'kept MiB',
+            'held MiB',
             's/step',
             'file MB',
         ]
@@ -75,8 +76,12 @@ def markdown(records: Records, metrics: Sequence[str], split: str) -> str:
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return '-'
+    each = ', '.join(
+        'diverged' if math.isnan(value) else f'{value:.1f}' for value in values
+    )
+    if len(values) == 1 or each.count('diverged'):
+        return each
     mean, deviation = mean_and_deviation(values)
-    each = ', '.join(f'{value:.1f}' for value in values)
     return f'{mean:.2f} ± {deviation:.2f} ({each})'
 
 
@@ -92,7 +97,7 @@ def _costs(row: dict) -> list[str]:
         cells[1] = f'{100 * trained / whole:.2f} %'
     if memory:
         cells[2] = f'{memory["peak"] / MIB:,.1f}'
-        cells[3] = f'{kept_in_backbone(memory) / MIB:,.1f}'
+        cells[3] = f'{held_by_backbone(memory) / MIB:,.1f}'
     if row.get('seconds'):
         cells[4] = f'{statistics.median(row["seconds"]):.3f}'
     if 'file_bytes' in row:
@@ -100,8 +105,8 @@ def _costs(row: dict) -> list[str]:
     return cells
 
 
-def kept_in_backbone(memory: dict) -> int:
-    """Bytes that a step keeps in its backbone when backward begins."""
+def held_by_backbone(memory: dict) -> int:
+    """Bytes that a backbone holds when backward begins, outputs included."""
     return sum(
         size
         for path, size in memory['kept_modules'].items()
@@ -129,7 +134,7 @@ def draw(records: Records, metric: str, split: str, cost: str) -> 'Figure':
     for method in records.methods:
         values = points(records.values(method, split, metric), metric)
         x = _cost(records.measured.get(method, {}), cost)
-        if not values or x is None:
+        if not values or any(map(math.isnan, values)) or x is None:
             continue
         mean, deviation = mean_and_deviation(values)
         ours = method in SIDE_PATHS

@@ -44,6 +44,18 @@ def test_table(records):
     assert rows[2] == '| lora |' + ' - |' * 9
 
 
+def test_one_seed_has_no_deviation_and_a_diverged_one_no_mean(records):
+    records.seeds = dict.fromkeys(records.seeds, 1)
+    _, _, row, *_ = markdown(records, (BOX,), 'test').splitlines()
+    assert row.startswith('| full | 50.0 |')
+    records.seeds = dict.fromkeys(records.seeds, 2)
+    records.update(Run('full', 1e-3, 1), diverged=True)
+    _, _, row, *_ = markdown(records, (BOX,), 'test').splitlines()
+    assert row.startswith('| full | 50.0, diverged |')
+    (axes,) = draw(records, BOX, 'test', 'memory').axes
+    assert [text.get_text() for text in axes.texts] == ['e3va']
+
+
 def test_the_table_of_validation(records):
     _, _, row, *_ = markdown(records, (BOX,), 'validation').splitlines()
     assert row.startswith('| full | 90.00 ± 0.00 (90.0, 90.0) |')

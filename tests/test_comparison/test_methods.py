@@ -145,7 +145,8 @@ def test_the_side_path_is_exact_with_its_own_size():
         **TINY,
     )
     side_path = method_config(given, 'e3va').model.backbone.side_path
-    assert side_path == dict(preset='exact', rank=4)
+    paper = 'e3va_mm.E3VASidePath'
+    assert side_path == dict(type=paper, preset='exact', rank=4)
 
 
 def test_a_rival_becomes_any_other_method():
@@ -160,6 +161,16 @@ def test_a_rival_becomes_any_other_method():
         assert over == direct
 
 
+def test_a_side_path_of_another_kind_does_not_stay():
+    mix = dict(type='e3va_mm.E3VAMixSidePath', width=8, taps=['ffn'], rank=8)
+    given = config(type='e3va_mm.E3VASwinTransformer', side_path=mix, **TINY)
+    paper = method_config(given, 'e3va').model.backbone.side_path
+    assert paper.type == 'e3va_mm.E3VASidePath'
+    assert not {'width', 'taps'} & set(paper) and paper.rank == 8
+    same = method_config(given, 'e3va-mix').model.backbone.side_path
+    assert (same.width, same.taps) == (8, ['ffn'])
+
+
 def test_an_unknown_method_is_refused():
     given = config(type='mmdet.SwinTransformer', **TINY)
     with pytest.raises(ConfigError, match=r"full, fixed.*but got 'none'"):
@@ -167,13 +178,14 @@ def test_an_unknown_method_is_refused():
 
 
 @every_digits
-def test_a_run_validates_and_saves_once_at_the_end(path):
+def test_a_run_validates_once_at_the_end(path):
     given = Config.fromfile(path)
     run = run_config(given, 3e-4, 2)
     length = run.get('epochs') or run.iterations
     assert run.train_cfg.val_interval == length
     checkpoint = run.default_hooks.checkpoint
-    assert checkpoint.interval == length
+    whole = given.default_hooks.checkpoint
+    assert checkpoint.get('interval') == whole.get('interval')
     assert (checkpoint.max_keep_ckpts, checkpoint.save_best) == (1, None)
     assert run.optim_wrapper.optimizer.lr == 3e-4
     assert run.randomness == dict(seed=2)

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -15,7 +16,7 @@ def records(folder, methods=('full', 'lora'), seeds=2, settings=SETTINGS):
 
 
 def train(found, run, value):
-    found.update(run, validation={'mIoU': value}, core_seconds=1800)
+    found.update(run, validation={'mIoU': value})
 
 
 def train_all(found, best=2e-3):
@@ -61,7 +62,6 @@ def test_what_is_tested_is_not_tested_again(tmp_path):
     again = records(tmp_path)
     assert again.to_test() == others
     assert again.values(first.method, 'test', 'mIoU') == [40.0]
-    assert again.hours() == pytest.approx(3.0)
 
 
 def test_methods_and_seeds_can_be_added(tmp_path):
@@ -98,8 +98,46 @@ def test_a_forgotten_run_is_trained_anew(tmp_path):
     found = records(tmp_path)
     train_all(found)
     run = found.chosen('full')[1]
-    found.forget(run)
+    found.lose(run)
     assert list(records(tmp_path).to_train()) == [run]
+    first = found.chosen('full')[0]
+    found.lose(first)
+    train(found, first, 0.0)  # by chance far below the other rate
+    assert found.left() == 1
+
+
+def test_the_lowest_of_equal_rates_is_chosen(tmp_path):
+    for lrs in (LRS, LRS[::-1]):
+        found = Records(tmp_path, SETTINGS, ['lora'], lrs, dict(lora=1))
+        for lr in lrs:
+            train(found, Run('lora', lr, 0), 50.0)
+        assert found.chosen('lora') == [Run('lora', 1e-3, 0)]
+
+
+def test_rates_that_diverge_are_not_chosen(tmp_path):
+    found = records(tmp_path)
+    first, second, other, _ = (
+        Run(method, lr, 0) for method in ('full', 'lora') for lr in LRS
+    )
+    found.update(first, diverged=True)
+    assert found.chosen('full') == []
+    train(found, second, 1.0)
+    assert [run.lr for run in found.chosen('full')] == [2e-3] * 2
+    # All rates of one: it has no runs, and the others go on.
+    found.update(other, diverged=True)
+    found.update(other._replace(lr=2e-3), diverged=True)
+    assert found.chosen('lora') == []
+    assert list(found.to_train()) == [second._replace(seed=1)]
+    assert found.left() == 1
+    found.update(second._replace(seed=1), diverged=True)
+    assert (found.left(), found.to_test()) == (0, [second])
+    assert math.isnan(found.values('full', 'test', 'mIoU')[0])
+
+
+def test_what_was_computed_adds_up(tmp_path):
+    found = records(tmp_path)
+    found.spend(30.0)
+    assert records(tmp_path).cpu_seconds == 30.0
 
 
 def test_costs_are_kept(tmp_path):

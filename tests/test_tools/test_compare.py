@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from mmengine.config import Config
+from mmseg.evaluation import IoUMetric
 
 from e3va_mm.errors import ConfigError, E3VAError
 from tests.helpers import build_stock
@@ -62,6 +63,7 @@ class Played:
         self.running = set()
         self.fails = None
         self.metric = 'mIoU'
+        self.empty = None  # the split of which a metric gives nothing
         self.says = b'last line\n'
 
     def popen(self, command, stdout, env, **kwargs):
@@ -118,6 +120,8 @@ class Process:
         ]
         if self.played.metric is None:
             del lines[1]
+        elif self.played.empty == 'validation':
+            lines[1] = json.dumps(dict(time=1.0, data_time=0.5, step=10))
         (data / 'scalars.json').write_text('\n'.join(lines))
         checkpoint = self.folder / 'iter_10.pth'
         checkpoint.write_text('weights')
@@ -127,7 +131,10 @@ class Process:
         assert Path(self.command[2]).read_text() == 'weights'
         folder = self.folder / '2026'
         folder.mkdir(parents=True)
-        (folder / '2026.json').write_text(json.dumps(dict(mIoU=33.0)))
+        figures = {self.played.metric: 33.0}
+        if self.played.empty == 'test':
+            figures = dict(time=1.0, data_time=0.5)
+        (folder / '2026.json').write_text(json.dumps(figures))
 
 
 @pytest.fixture
@@ -203,29 +210,80 @@ def test_the_same_command_goes_on(main, played, tmp_path):
 def test_a_failure_says_why_and_ends_the_others(main, played, tmp_path):
     played.fails = 'fixed/lr0.002-seed0'
     with pytest.raises(E3VAError) as caught:
-        main(*ALL, '--jobs', '2')
+        main(*ALL, '--jobs', '3')
     text = str(caught.value)
     assert 'fixed/lr0.002-seed0 has failed (1)' in text
     assert 'first line\nlast line' in text
     log = text.split()[-1]
     assert Path(log) == tmp_path / 'work' / played.fails / 'train.log'
-    assert 'fixed/lr0.001-seed0' in played.ended
+    assert 'fixed/lr0.004-seed0' in played.ended
+    # What has ended well beside it is known.
+    found = json.loads((tmp_path / 'work' / 'comparison.json').read_text())
+    assert list(found['runs']) == ['fixed/lr0.001-seed0']
     assert 'test' not in dict(played.started)
 
 
 def test_a_rate_that_diverges_is_not_chosen(main, played):
     played.fails = 'fixed/lr0.004-seed0'
-    played.says = b'Iteration 7: loss_cls is not finite.\n'
+    played.says = b'error: Iteration 7: loss_cls is not finite.\n'
     main(*ALL)
     assert 'fixed/lr0.001-seed1' in played.names('train')
     assert 'fixed/lr0.004-seed1' not in played.names('train')
 
 
-def test_a_chosen_rate_that_diverges_is_an_error(main, played):
+def test_a_seed_that_diverges_stands_in_the_table(main, played, capsys):
     played.fails = 'fixed/lr0.001-seed1'
-    played.says = b'Iteration 7: loss_cls is not finite.\n'
-    with pytest.raises(E3VAError, match='seed1 has failed'):
+    played.says = b'error: Iteration 7: loss_cls is not finite.\n'
+    main(*ALL)
+    assert '| fixed | 33.0, diverged | 0.001 |' in capsys.readouterr().out
+    assert 'fixed/lr0.001-seed1' not in played.names('test')
+    main(*ALL)
+    assert played.names('train').count('fixed/lr0.001-seed1') == 1
+
+
+def test_words_of_a_log_are_no_divergence(main, played):
+    played.fails = 'fixed/lr0.001-seed0'
+    played.says = b'a warning: that is not finite\nerror: no disk\n'
+    with pytest.raises(E3VAError, match='seed0 has failed'):
         main(*ALL)
+
+
+@pytest.mark.parametrize('split', ['validation', 'test'])
+def test_nothing_detected_is_zero(main, played, tmp_path, split, capsys):
+    config = tmp_path / 'small.py'
+    config.write_text(CONFIG.replace('IoUMetric', 'CocoMetric'))
+    played.metric = 'coco/bbox_mAP'
+    played.empty = split
+    main(*ALL)
+    text = capsys.readouterr().out
+    assert ('| lora | 0.00 ± 0.00 (0.0, 0.0)' in text) == (split == 'test')
+
+
+def test_a_method_that_has_changed_is_refused(main, played, tool, monkeypatch):
+    main(*ALL, '--val-only')
+    monkeypatch.setitem(
+        tool.METHODS, 'lora', dict(type='e3va_mm.LoRA', rank=2)
+    )
+    with pytest.raises(ConfigError, match='another lora than there is now'):
+        main(*ALL)
+
+
+def test_a_folder_can_be_moved(main, played, tmp_path):
+    main(*ALL, '--val-only')
+    count = len(played.names('train'))
+    (tmp_path / 'work').rename(tmp_path / 'elsewhere')
+    main(*ALL, '--work-dir', str(tmp_path / 'elsewhere'))
+    assert len(played.names('train')) == count
+    assert len(played.names('test')) == 4
+
+
+def test_the_table_is_there_from_the_first_on(main, played, tmp_path):
+    played.fails = 'lora/lr0.004-seed0'
+    with pytest.raises(E3VAError):
+        main(*ALL)
+    text = (tmp_path / 'work' / 'comparison.md').read_text()
+    assert '| fixed | - | 0.001 |' in text
+    assert 'Validation and test are the same pictures' in text
 
 
 def test_jobs_share_the_cores(main, played, monkeypatch, tool):
@@ -320,6 +378,7 @@ def test_runs_of_other_settings_are_not_gone_on_with(main, played, tmp_path):
         (dict(type='CocoMetric'), 'coco/bbox_mAP'),
         ([dict(type='mmdet.CocoMetric'), dict(type='A')], 'coco/bbox_mAP'),
         ([dict(type='IoUMetric')], 'mIoU'),
+        (dict(type=IoUMetric), 'mIoU'),
     ],
 )
 def test_the_metric_of_an_evaluator(tool, evaluator, metric):
@@ -341,6 +400,7 @@ def test_an_unknown_evaluator_needs_a_metric(tool):
         (('--trim', 'yyy'), "but got 'yyy'"),
         (('--seeds', '0'), '--seeds should be at least 1, but got 0'),
         (('--jobs', '0'), '--jobs should be at least 1, but got 0'),
+        (('--methods', 'lora', '--trim', 'mona'), '--trim names mona, which'),
     ],
 )
 def test_wrong_options_are_refused(main, played, args, text):
@@ -358,7 +418,7 @@ def test_what_was_measured_goes_to_its_method(main, tool, monkeypatch):
     """Rows are named by the files that are measured."""
     commands = []
 
-    def run(command, cwd, stdout):
+    def run(command, cwd, stdout, pass_fds):
         commands.append(command)
         stems = [Path(c).stem for c in command if c.endswith('.py')][1:]
         names = stems if len(stems) > 1 else ['as-is']

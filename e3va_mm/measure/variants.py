@@ -13,7 +13,7 @@ from ..models.trunks.building import scoped_name
 from ..models.trunks.families import FAMILIES, VITS
 from ..utils import mark_trainable
 
-# Tuning inside the backbone, at the settings of the published comparisons.
+# Tuning inside the backbone, at the sizes of the published counts.
 METHODS: Mapping[str, Mapping] = {
     'full': dict(type='e3va_mm.Full'),
     'fixed': dict(type='e3va_mm.Fixed'),

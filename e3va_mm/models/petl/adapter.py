@@ -19,7 +19,8 @@ class Adapter(PETLMethod):
 
         ``x <- x + attn; x <- x + A_1(x); m = mlp(x); x <- x + m + A_2(m)``.
 
-    A block with one branch has the second alone.
+    A block with one branch has the second alone. With stochastic depth ``m``
+    is what is left of it. There is no dropout in the bottleneck.
 
     Args:
         bottleneck (int): Channels of the bottleneck. Defaults to 64.

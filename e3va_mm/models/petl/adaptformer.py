@@ -18,6 +18,8 @@ class AdaptFormer(PETLMethod):
 
         ``x <- x + mlp(norm(x)) + s * A(x)``.
 
+    With GELU, as the published runs on dense prediction; no dropout.
+
     Args:
         bottleneck (int): Channels of the bottleneck. Defaults to 64.
         scale (float): ``s``. Defaults to 0.1.

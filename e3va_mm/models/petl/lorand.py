@@ -72,7 +72,7 @@ class LoRand(PETLMethod):
     `1% VS 100% <https://arxiv.org/abs/2306.04356>`_, Sec. 3.2:
 
         ``x <- x + a + A_1(a)`` with the output ``a`` of attention, and the
-        same with that of the MLP.
+        same with that of the MLP, each as stochastic depth leaves it.
 
     The up projection starts at zero here, so that the tuned backbone begins
     as the stock one; the public code starts it as the others.

@@ -379,8 +379,10 @@ class Comparison:
 
     def with_nothing_found(self, figures: dict[str, float]) -> dict:
         """Figures of CocoMetric, which has none where nothing is detected."""
-        found = self.records.settings['metric'] in COCO and not figures
-        return dict.fromkeys(COCO, 0.0) if found else figures
+        metric = self.records.settings['metric']
+        if figures or not metric.startswith('coco/'):
+            return figures
+        return dict.fromkeys({metric, *COCO}, 0.0)
 
     def checkpoint(self, run: Run) -> Path | None:
         """The last checkpoint of a run, if it is there."""

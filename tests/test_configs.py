@@ -66,6 +66,8 @@ SHARDED = [
     'cascade_e3va_swin_l_coco_deepspeed',
     'cascade_e3va_swin_l_coco_fsdp',
 ]
+# Beyond the paper.
+MIX = ['cascade_e3va_mix_swin_l_coco']
 # Stock configs of other trunks and heads.
 OTHERS = [
     'dino_e3va_swin_l_coco',
@@ -236,12 +238,13 @@ def shrunk(config):
 
 def test_the_sweep_is_not_empty():
     assert len(ONE_CARD) == 3
-    assert len(NANO) == 5
+    assert len(NANO) == 6
     assert sorted(path.stem for path in set(LARGE) - set(ONE_CARD)) == sorted(
         [family.format(size) for family in FAMILIES for size in WEIGHTS]
         + [family.format(size) for family in VIT_FAMILIES for size in 'bl']
         + OTHERS
         + SHARDED
+        + MIX
     )
 
 

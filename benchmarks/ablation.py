@@ -19,7 +19,6 @@ import compare
 
 from benchmarks.candidates import CANDIDATES
 from e3va_mm.comparison import SIDE_PATHS
-from e3va_mm.errors import E3VAError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'benchmarks/ablation_config.py'
@@ -32,16 +31,14 @@ PROTOCOL = [
 
 def main() -> None:
     """Train what is missing, then print the table."""
+    if {'-h', '--help'} & {*sys.argv}:
+        print(__doc__)
+        return
     SIDE_PATHS.update(CANDIDATES)
     every = ','.join(['e3va', *CANDIDATES])
-    compare.main([str(CONFIG), '--methods', every, *PROTOCOL, *sys.argv[1:]])
+    options = ['--methods', every, *PROTOCOL, *sys.argv[1:]]
+    compare.run_from_shell([str(CONFIG), *options])
 
 
 if __name__ == '__main__':
-    if {'-h', '--help'} & {*sys.argv}:
-        print(__doc__)
-        sys.exit()
-    try:
-        main()
-    except E3VAError as error:
-        sys.exit(f'error: {error}')
+    main()

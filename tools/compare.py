@@ -187,10 +187,9 @@ def records_of(args: argparse.Namespace, config: Config) -> Records:
         method: min(2, args.seeds) if method in trimmed else args.seeds
         for method in methods
     }
-    content = json.dumps(config.to_dict(), sort_keys=True, default=repr)
     settings = dict(
         config=Path(args.config).name,
-        content=digest(content),
+        content=digest(config),
         metric=args.metric or metric_of(config),
         lrs=sorted(args.lrs),
         torch=torch.__version__,
@@ -213,9 +212,10 @@ def locked(work_dir: Path) -> IO:
     return lock
 
 
-def digest(text: str) -> str:
+def digest(config: Config) -> str:
     """What tells one config from another."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    content = json.dumps(config.to_dict(), sort_keys=True, default=repr)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def cpu_seconds() -> float:
@@ -316,7 +316,7 @@ class Comparison:
         folder = self.folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / 'config.py'
-        text = self.config_text(run)
+        text = self.config_of(run).pretty_text
         if path.exists() and path.read_text() != text:
             # Of other settings: not to go on with.
             shutil.rmtree(folder)
@@ -325,10 +325,10 @@ class Comparison:
             write_whole(path, text.encode())
         return path
 
-    def config_text(self, run: Run) -> str:
+    def config_of(self, run: Run) -> Config:
         """The config of a run."""
         config = method_config(self.config, run.method)
-        return run_config(config, run.lr, run.seed).pretty_text
+        return run_config(config, run.lr, run.seed)
 
     def check_runs(self) -> None:
         """Check that what is known is of the methods as they are now.
@@ -337,10 +337,9 @@ class Comparison:
             ConfigError: If a method has changed.
         """
         for method in self.records.methods:
-            runs = self.records.searches(method), self.records.chosen(method)
-            for run in {*runs[0], *runs[1]}:
+            for run in self.records.runs_of(method):
                 known = self.records.runs.get(run.name, {}).get('config')
-                if known and known != digest(self.config_text(run)):
+                if known and known != digest(self.config_of(run)):
                     raise ConfigError(
                         f'{self.records.path} holds figures of another '
                         f'{method} than there is now: {run.name}. Name '
@@ -356,7 +355,7 @@ class Comparison:
     def trained(self, job: Job) -> None:
         """Record a training that has ended."""
         metric = self.records.settings['metric']
-        config = digest(self.config_text(job.run))
+        config = digest(self.config_of(job.run))
         if job.diverged:
             self.records.update(job.run, diverged=True, config=config)
             return
@@ -443,9 +442,6 @@ class Comparison:
         left = self.records.left()
         task = progress.add_task('training', total=left)
 
-        def waiting() -> list[Run]:
-            return list(dict.fromkeys(self.records.to_train()))
-
         def ended(job: Job) -> None:
             self.trained(job)
             value = self.records.validation(job.run)
@@ -455,7 +451,9 @@ class Comparison:
             )
             progress.update(task, completed=left - self.records.left())
 
-        self._in_parallel(waiting, self.train, ended, progress, task)
+        self._in_parallel(
+            self.records.to_train, self.train, ended, progress, task
+        )
         for method in self.records.methods:
             chosen = self.records.chosen(method)
             for run in self.records.searches(method):
@@ -619,12 +617,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         report(records, args)
 
 
-if __name__ == '__main__':
+def run_from_shell(argv: Sequence[str] | None = None) -> None:
+    """Do it, and say in a line why it has ended early."""
     # What it has started ends with it, as by Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
-        main()
+        main(argv)
     except E3VAError as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
         sys.exit('error: interrupted; the same command goes on')
+
+
+if __name__ == '__main__':
+    run_from_shell()

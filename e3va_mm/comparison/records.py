@@ -150,13 +150,20 @@ class Records:
         return [best._replace(seed=seed) for seed in range(self.seeds[method])]
 
     def _waits(self, run: Run) -> bool:
-        lost = self.runs.get(run.name, {}).get('lost')
+        """Whether a run is to be trained."""
+        lost = self.runs.get(run.name, {}).get('lost', False)
         return lost or self.validation(run) is None
+
+    def runs_of(self, method: str) -> list[Run]:
+        """The runs of a method that are known to be needed, each once."""
+        return list(
+            dict.fromkeys([*self.searches(method), *self.chosen(method)])
+        )
 
     def to_train(self) -> Iterator[Run]:
         """Runs that can be trained now; more may follow from their figures."""
         for method in self.methods:
-            for run in [*self.searches(method), *self.chosen(method)]:
+            for run in self.runs_of(method):
                 if self._waits(run):
                     yield run
 
@@ -164,10 +171,7 @@ class Records:
         """How many trainings are left, those to come included."""
         left = 0
         for method in self.methods:
-            chosen = self.chosen(method)
-            left += sum(
-                self._waits(run) for run in {*self.searches(method), *chosen}
-            )
+            left += sum(map(self._waits, self.runs_of(method)))
             if not self.is_searched(method):
                 left += self.seeds[method] - 1
         return left

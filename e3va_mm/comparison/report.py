@@ -79,7 +79,7 @@ def _spread(values: Sequence[float]) -> str:
     each = ', '.join(
         'diverged' if math.isnan(value) else f'{value:.1f}' for value in values
     )
-    if len(values) == 1 or each.count('diverged'):
+    if len(values) == 1 or any(map(math.isnan, values)):
         return each
     mean, deviation = mean_and_deviation(values)
     return f'{mean:.2f} ± {deviation:.2f} ({each})'

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_flatten
 
 from ..errors import E3VAError
+from ..utils import in_backward
 
 # The first whose own MemTracker does the same.
 OLDEST_TORCH = '2.4'
@@ -139,11 +140,10 @@ class LiveBytes(TorchDispatchMode):
         self._see_optimizer()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # Set in every thread that runs a part of a backward pass.
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and not self._in_backward:
+        backward = in_backward()
+        if backward and not self._in_backward:
             self._begin_backward()
-        self._in_backward = in_backward
+        self._in_backward = backward
         result = func(*args, **(kwargs or {}))
         # Arguments too: a tensor may have come from elsewhere, e.g. numpy.
         leaves, _ = tree_flatten((args, kwargs, result))

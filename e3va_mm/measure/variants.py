@@ -201,12 +201,12 @@ def own_backbone(backbone: ConfigDict, kind: str) -> ConfigDict:
     if kind == TUNED:
         outside = _outside(backbone, ())
         kind, backbone = backbone.trunk.type, backbone.trunk
-    if kind in (*STOCK_SWINS, *VITS):
-        outside.pop('layout', None)
-        if kind in STOCK_SWINS:
-            return ConfigDict({**backbone, **outside}, type=SWIN)
-        given = {**backbone, **outside}
-        return ConfigDict(given, type=VIT, trunk_type=kind)
+    flat = {**backbone, **outside}
+    flat.pop('layout', None)
+    if kind in STOCK_SWINS:
+        return ConfigDict(flat, type=SWIN)
+    if kind in VITS:
+        return ConfigDict(flat, type=VIT, trunk_type=kind)
     return ConfigDict(type=ANY, trunk=dict(backbone, type=kind), **outside)
 
 

@@ -9,10 +9,10 @@ it, which activation checkpointing runs again as it runs the block again.
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ...utils import in_backward
 from ..trunks import Layout
 from ..trunks.base import Size
 from ..trunks.layout import find, length_of
@@ -123,7 +123,7 @@ class Block:
 
     def _size(self, value: Tensor) -> Size:
         """The grid of tokens; of those run again, what it was before."""
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             self._sizes[value.shape] = self._grid(self._inputs, value)
         return self._sizes[value.shape]
 

@@ -115,7 +115,7 @@ class StockTrunk(Trunk):
             self.stock._modules.pop(norm, None)
         # A downsampling at the end of a stage.
         if hasattr(whole[last], 'downsample') and any(
-            'next' not in template for template in self.layout.downsampling
+            '{next}' not in template for template in self.layout.downsampling
         ):
             whole[last].downsample = None
 

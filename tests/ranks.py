@@ -5,6 +5,7 @@ limit is half an hour, and that of joining a process is none.
 """
 
 import faulthandler
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -60,4 +61,6 @@ def _rank(rank, store, limit, function, args) -> None:
     )
     function(rank, *args)
     dist.barrier()
+    # What refers to itself, as DDP does, keeps the group and its threads.
+    gc.collect()
     dist.destroy_process_group()

@@ -7,6 +7,7 @@ trace.
 import argparse
 import copy
 import errno
+import gc
 import importlib.util
 import os
 import os.path as osp
@@ -160,12 +161,15 @@ def _exit_code(run: Callable, args: argparse.Namespace) -> int:
             print(f'error: {_ended(e, run)}', file=sys.stderr)
             return 1
         print(f'error: {_text_of(error)}', file=sys.stderr)
+        del error  # its stack holds the runner
         code = 1
     if torch.distributed.is_initialized():
         if code == 0:
             # Together: one that leaves while another works can abort.
             torch.distributed.barrier()
-        # Left to the end of the process, its threads can abort it.
+        # Left to the end of the process, its threads can abort it: the
+        # runner, which refers to itself, keeps the group and them.
+        gc.collect()
         torch.distributed.destroy_process_group()
     return code
 

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -367,13 +368,24 @@ def slurm(tmp_path, monkeypatch):
         monkeypatch.delenv(name)
 
 
+def threads_of_groups():
+    names = [
+        task.joinpath('comm').read_text()
+        for task in Path('/proc/self/task').glob('*')
+    ]
+    return sum('gloo' in name for name in names)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for CPU machines')
 def test_slurm_without_an_accelerator(slurm, segmentation, tmp_path, capfd):
     """SyncBN becomes BN, gloo stands in for nccl."""
+    before = threads_of_groups()
     assert launch.train([segmentation, '--launcher', 'slurm']) == 0
     assert os.environ['MASTER_ADDR'] == 'localhost'
     assert (tmp_path / 'work' / 'iter_2.pth').is_file()
     assert not torch.distributed.is_initialized()
+    # One that lives on can abort the process at its end.
+    assert threads_of_groups() == before
     log, = (tmp_path / 'work').glob('*/*.log')
     text = ('SyncBN needs GPUs: 22 layers run as BN, over the pictures of '
             'each process alone.')

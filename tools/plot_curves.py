@@ -117,11 +117,9 @@ def draw(train, val, title):
     for key in keys_of(val):
         if key.endswith(HEADLINES):
             iterations, values = series(val, key)
-            accuracies.plot(iterations, values, marker='.', label=key)
-            accuracies.annotate(f'{values[-1]:.3g}',
-                                (iterations[-1], values[-1]),
-                                xytext=(4, 0), textcoords='offset points',
-                                va='center', fontsize=7)
+            # The last value, where no other one can lie over it.
+            label = f'{key}: {values[-1]:.3g}'
+            accuracies.plot(iterations, values, marker='.', label=label)
     accuracies.set(ylabel='accuracy on the validation split')
     if accuracies.lines:
         accuracies.set_ylim(bottom=0)

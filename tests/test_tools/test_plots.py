@@ -95,7 +95,7 @@ def test_curves_show_each_loss_and_headline(interrupted):
     np.testing.assert_array_equal(curves['loss'].get_ydata(), [4, 3, 2, 1])
     np.testing.assert_array_equal(curves['loss_cls'].get_xdata(), [10, 20])
     names = {line.get_label() for line in accuracies.lines}
-    assert names == {'coco/bbox_mAP', 'coco/bbox_mAP_50'}
+    assert names == {'coco/bbox_mAP: 0.2', 'coco/bbox_mAP_50: 0.5'}
     assert len(rate.lines) == 1
     plt.close(figure)
 

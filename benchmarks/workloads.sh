@@ -3,7 +3,8 @@
 # frozen rows: `as-is` is `lean`, `frozen-same` the frozen trunk under its
 # options.
 #
-#   bash benchmarks/workloads.sh w1 [options of tools/measure.py, but --cfg-options]
+#   bash benchmarks/workloads.sh w1 [options of tools/measure.py]
+#     (but --cfg-options, which it gives itself)
 #   bash benchmarks/workloads.sh w1-methods  # all rivals, and E3VA exact, lean
 #   bash benchmarks/workloads.sh w1-mix  # E3VA-Mix as `lean`
 #

@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 
@@ -7,6 +8,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.torch_version import TorchVersion
 
 from e3va_mm.errors import E3VAError
@@ -34,3 +36,16 @@ if TorchVersion(torch.__version__) < OLDEST_TORCH:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """A group of this process alone."""
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    dist.init_process_group(
+        'gloo', store=dist.HashStore(), rank=0, world_size=1
+    )
+    yield
+    # What refers to itself, as DDP does, keeps the group and its threads.
+    gc.collect()
+    dist.destroy_process_group()

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from mmengine.config import Config
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -244,15 +243,6 @@ def test_accumulated_and_repeated_backward_passes(norm):
             loss.backward(retain_graph=True)
             loss.backward()
     assert_same(everything(ours), everything(plain))
-
-
-@pytest.fixture
-def one_process():
-    dist.init_process_group(
-        'gloo', store=dist.HashStore(), rank=0, world_size=1
-    )
-    yield
-    dist.destroy_process_group()
 
 
 def test_distributed_data_parallel(one_process):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, MMDistributedDataParallel
@@ -433,16 +432,6 @@ class RecordRankHook(Hook):
         )
         path = Path(runner.work_dir) / f'{when}_{runner.rank}.pt'
         torch.save(record, path)
-
-
-@pytest.fixture
-def one_process(monkeypatch):
-    monkeypatch.setenv('LOCAL_RANK', '0')
-    dist.init_process_group(
-        'gloo', store=dist.HashStore(), rank=0, world_size=1
-    )
-    yield
-    dist.destroy_process_group()
 
 
 def wrapped(folder, hook):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import (
@@ -294,16 +293,6 @@ def test_parameters_that_may_be_without_gradient(tmp_path, paths):
     guard = dict(without_gradient=paths)
     runner_of(tmp_path, Toy(spare=True), guard).train()
     assert NONE not in log_of(tmp_path)
-
-
-@pytest.fixture
-def one_process(monkeypatch):
-    monkeypatch.setenv('LOCAL_RANK', '0')
-    dist.init_process_group(
-        'gloo', store=dist.HashStore(), rank=0, world_size=1
-    )
-    yield
-    dist.destroy_process_group()
 
 
 def test_processes_that_wait_for_gradients(tmp_path, one_process):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def on_grid(
@@ -36,7 +37,7 @@ class GridFilters(nn.Module):
     """``y = x + mean of depth-wise filters; y + 1x1 of y``.
 
     The filters of Mona (`5%>100% <https://arxiv.org/abs/2408.08345>`_,
-    Sec. 3.2).
+    Sec. 3.2). Their mean is one filter of the largest side, and is run so.
 
     Args:
         channels (int): Channels of the map.
@@ -56,5 +57,15 @@ class GridFilters(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        x = x + sum(each(x) for each in self.filters) / len(self.filters)
+        x = x + F.conv2d(x, *self._merged(), padding='same', groups=x.shape[1])
         return x + self.mix(x)
+
+    def _merged(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the mean of the depth-wise filters."""
+        side = max(each.kernel_size[0] for each in self.filters)
+        weights = [
+            F.pad(each.weight, [(side - each.kernel_size[0]) // 2] * 4)
+            for each in self.filters
+        ]
+        biases = [each.bias for each in self.filters]
+        return sum(weights) / len(weights), sum(biases) / len(biases)

@@ -150,6 +150,7 @@ class CandidateMix(E3VAMixSidePath):
         width (int): As for :class:`E3VAMixSidePath`.
         mixers (int): Mixers at a stage's end, one behind the other.
         adapters (bool): Whether there are adapters at all.
+        after_residual (bool): As for :class:`CandidateSidePath`; of all taps.
 
     The remaining arguments are those of :class:`E3VAMixSidePath`.
     """
@@ -161,9 +162,11 @@ class CandidateMix(E3VAMixSidePath):
         width: int,
         mixers: int = 1,
         adapters: bool = True,
+        after_residual: bool = False,
         **kwargs,
     ) -> None:
         super().__init__(stages, width=width, **kwargs)
+        self.after_residual = after_residual
         self.mixers = nn.ModuleList(
             MixersInARow(
                 StageMixer(spec.channels, width) for _ in range(mixers)
@@ -173,10 +176,29 @@ class CandidateMix(E3VAMixSidePath):
         if not adapters:
             self.stages = None
 
-    def add_tap(self, highway, stage, block, tap, value) -> None:
+    def start(self, *args) -> Highway:
         """See :class:`E3VASidePath`."""
-        if self.stages is not None:
-            super().add_tap(highway, stage, block, tap, value)
+        highway = super().start(*args)
+        highway.taps = []
+        return highway
+
+    def add_tap(self, highway, *tap) -> None:
+        """See :class:`E3VASidePath`."""
+        if self.stages is None:
+            return
+        if self.after_residual:
+            highway.taps.append(tap)
+        else:
+            super().add_tap(highway, *tap)
+
+    def output(self, highway, trunk, size) -> Tensor:
+        """See :class:`E3VASidePath`."""
+        stream = trunk - sum(value for *_, value in highway.taps)
+        for *place, value in highway.taps:
+            stream = stream + value
+            super().add_tap(highway, *place, stream)
+        highway.taps = []
+        return super().output(highway, trunk, size)
 
 
 def _candidate(**options) -> dict:
@@ -203,6 +225,7 @@ CANDIDATES = {
     'mix-128': _mix(width=128),
     'mix-256': _mix(),
     'mix-256-linear-downsampling': _mix(downsampling='linear'),
+    'mix-256-after-residual': _mix(after_residual=True),
     'mix-256-attn': _mix(taps=['attn']),
     'mix-256-ffn': _mix(taps=['ffn']),
     'mix-256-no-adapters': _mix(adapters=False),

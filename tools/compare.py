@@ -530,6 +530,7 @@ class Comparison:
         rows = json.loads(figures.read_text())['variants']
         for method in self.records.methods:
             row = rows[method if len(paths) > 1 else 'as-is']
+            del row['config']  # a path of this machine
             size = file_bytes(method_config(self.config, method))
             self.records.update_measured(method, dict(row, file_bytes=size))
 

@@ -422,7 +422,10 @@ def test_what_was_measured_goes_to_its_method(main, tool, monkeypatch):
         commands.append(command)
         stems = [Path(c).stem for c in command if c.endswith('.py')][1:]
         names = stems if len(stems) > 1 else ['as-is']
-        rows = {n: dict(seconds=[i]) for i, n in enumerate(names, 1)}
+        rows = {
+            name: dict(config='/here/x.py', seconds=[i])
+            for i, name in enumerate(names, 1)
+        }
         file = Path(command[command.index('--json') + 1])
         file.write_text(json.dumps(dict(variants=rows)))
         return SimpleNamespace(returncode=0)

@@ -7,7 +7,8 @@ Run: python tools/train.py configs/retinanet_e3va_swin_nano_digits.py
 Test: the same with tools/test.py, and a checkpoint behind the config.
 Trains 121,280 values in the backbone (4.52 %), neck and head as usual,
 at a learning rate of 1e-3; the rest of the backbone is frozen.
-Expected: not yet measured.
+Expected: 0.333 box AP on the test split (one run, seed 0): that of
+e3va_mm://retinanet_e3va_swin_nano_digits.safetensors, which the run made.
 """
 _base_ = [
     'mmdet::_base_/models/retinanet_r50_fpn.py',

@@ -7,7 +7,8 @@ Run: python tools/train.py configs/upernet_e3va_swin_nano_digits.py
 Test: the same with tools/test.py, and a checkpoint behind the config.
 Trains 121,344 values in the backbone (4.53 %), heads as usual,
 at a learning rate of 2e-3; the rest of the backbone is frozen.
-Expected: not yet measured.
+Expected: 25.6 mIoU on the test split (one run, seed 0): that of
+e3va_mm://upernet_e3va_swin_nano_digits.safetensors, which the run made.
 """
 # What `mmseg::_base_/...` stands for; see upernet_e3va_swin_l_ade20k.py.
 _base_ = [

@@ -5,7 +5,8 @@ epochs, the same for every tuning method; tools/compare.py sets the method and
 one of three learning rates. No method has stochastic depth.
 Data: python tools/make_digits.py
 Run: python tools/compare.py configs/comparison/cascade_swin_nano_digits.py
-Expected: not yet measured.
+Expected: box AP on the test split 52.7 full, 45.4 fixed, 46.1 E3VA, 53.6
+E3VA-Mix (means of three seeds, two of fixed); all in benchmarks/README.md.
 """
 _base_ = '../cascade_e3va_swin_nano_digits.py'
 model = dict(backbone=dict(drop_path_rate=0.))

@@ -60,9 +60,11 @@ def run(script, *arguments, cwd, **variables):
 
 def executable(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'#!/bin/sh\n{text}\n')
-    path.chmod(0o755)
-    return path
+    # A process that runs the one before must not see half of this.
+    new = path.with_name(f'{path.name}.new')
+    new.write_text(f'#!/bin/sh\n{text}\n')
+    new.chmod(0o755)
+    return new.replace(path)
 
 
 @pytest.fixture

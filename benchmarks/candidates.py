@@ -4,6 +4,8 @@ They are for accuracy alone: plain autograd keeps all that they compute. What
 has earned its cost is part of the package, in its own form.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,8 +67,31 @@ class CandidateAdapter(LowRankAdapter):
         return added if self.scale is None else added * self.scale
 
 
+class HoldsTaps:
+    """Holds the taps of a stage until its end, where more is known."""
+
+    def start(self, *args) -> Highway:
+        """See :class:`E3VASidePath`."""
+        highway = super().start(*args)
+        highway.taps = []
+        return highway
+
+    def add_tap(self, highway, *tap) -> None:
+        """See :class:`E3VASidePath`."""
+        highway.taps.append(tap)
+
+    def held(self, highway, trunk) -> Iterator[tuple]:
+        """Give stage, block, name, the tap, and the stream behind it."""
+        # What the stage began with; all branches add to it.
+        stream = trunk - sum(value for *_, value in highway.taps)
+        for *place, value in highway.taps:
+            stream = stream + value
+            yield *place, value, stream
+        highway.taps = []
+
+
 @MODELS.register_module()
-class CandidateSidePath(E3VASidePath):
+class CandidateSidePath(HoldsTaps, E3VASidePath):
     """E3VA with one or several candidates.
 
     Args:
@@ -106,28 +131,14 @@ class CandidateSidePath(E3VASidePath):
                         spec.channels, rank, bottleneck_ratio, *options
                     )
 
-    def start(self, *args) -> Highway:
-        """See :class:`E3VASidePath`."""
-        highway = super().start(*args)
-        highway.taps = []
-        return highway
-
-    def add_tap(self, highway, stage, block, tap, value) -> None:
-        """Hold it until the grid is known."""
-        highway.taps.append((self.stages[stage][block][tap], value.detach()))
-
     def output(self, highway, trunk, size) -> Tensor:
         """See :class:`E3VASidePath`."""
-        # What the stage began with; all branches add to it.
-        stream = trunk - sum(value for _, value in highway.taps)
-        for adapter, value in highway.taps:
-            stream = stream + value
+        for stage, block, tap, value, stream in self.held(highway, trunk):
             read = stream if self.after_residual else value
             state = highway.sum()
             if self.state and state is not None:
                 read = read + state
-            highway.add_to_sum(adapter(read, size))
-        highway.taps = []
+            highway.add_to_sum(self.stages[stage][block][tap](read, size))
         return super().output(highway, trunk, size)
 
 
@@ -143,7 +154,7 @@ class MixersInARow(nn.ModuleList):
 
 
 @MODELS.register_module()
-class CandidateMix(E3VAMixSidePath):
+class CandidateMix(HoldsTaps, E3VAMixSidePath):
     """E3VA-Mix with one or several candidates.
 
     Args:
@@ -176,28 +187,12 @@ class CandidateMix(E3VAMixSidePath):
         if not adapters:
             self.stages = None
 
-    def start(self, *args) -> Highway:
-        """See :class:`E3VASidePath`."""
-        highway = super().start(*args)
-        highway.taps = []
-        return highway
-
-    def add_tap(self, highway, *tap) -> None:
-        """See :class:`E3VASidePath`."""
-        if self.stages is None:
-            return
-        if self.after_residual:
-            highway.taps.append(tap)
-        else:
-            super().add_tap(highway, *tap)
-
     def output(self, highway, trunk, size) -> Tensor:
         """See :class:`E3VASidePath`."""
-        stream = trunk - sum(value for *_, value in highway.taps)
-        for *place, value in highway.taps:
-            stream = stream + value
-            super().add_tap(highway, *place, stream)
-        highway.taps = []
+        for *place, value, stream in self.held(highway, trunk):
+            if self.stages is not None:
+                read = stream if self.after_residual else value
+                E3VAMixSidePath.add_tap(self, highway, *place, read)
         return super().output(highway, trunk, size)
 
 

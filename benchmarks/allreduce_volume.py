@@ -31,6 +31,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 )
 
 from e3va_mm.measure import VARIANTS, TrainingStep
+from e3va_mm.utils import end_process_group
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'cascade_e3va_swin_b_coco.py'
@@ -115,6 +116,19 @@ def _train(
     MMLogger.get_current_instance().setLevel('ERROR')
     torch.set_num_threads(1)
     dist.init_process_group('gloo', address, rank=rank, world_size=PROCESSES)
+    rows = _rows(rank, config, variants, size, steps)
+    end_process_group()
+    return rows
+
+
+def _rows(
+    rank: int,
+    config: Config,
+    variants: Sequence[str],
+    size: int,
+    steps: int,
+) -> list[dict]:
+    """What one process of the group has counted."""
     rows = []
     for variant in variants:
         step = TrainingStep(config, variant, (size, size), 1, seed=rank)
@@ -139,7 +153,6 @@ def _train(
                 backbone=seen[0][1],
             )
         )
-    dist.destroy_process_group()
     return rows
 
 

@@ -1,4 +1,3 @@
-import gc
 import logging
 import os
 
@@ -13,6 +12,7 @@ from torch.torch_version import TorchVersion
 
 from e3va_mm.errors import E3VAError
 from e3va_mm.measure.live_bytes import OLDEST_TORCH
+from e3va_mm.utils import end_process_group
 from e3va_mm.utils.torchvision import declare_missing_ops
 
 # A logger of the frameworks may hold a stream that a test had captured; each
@@ -46,6 +46,4 @@ def one_process(monkeypatch):
         'gloo', store=dist.HashStore(), rank=0, world_size=1
     )
     yield
-    # What refers to itself, as DDP does, keeps the group and its threads.
-    gc.collect()
-    dist.destroy_process_group()
+    end_process_group()

@@ -5,7 +5,6 @@ limit is half an hour, and that of joining a process is none.
 """
 
 import faulthandler
-import gc
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from e3va_mm.utils import end_process_group
 
 WORLD = 2
 LIMIT = 300  # seconds
@@ -61,6 +62,4 @@ def _rank(rank, store, limit, function, args) -> None:
     )
     function(rank, *args)
     dist.barrier()
-    # What refers to itself, as DDP does, keeps the group and its threads.
-    gc.collect()
-    dist.destroy_process_group()
+    end_process_group()

@@ -7,7 +7,6 @@ trace.
 import argparse
 import copy
 import errno
-import gc
 import importlib.util
 import os
 import os.path as osp
@@ -38,6 +37,7 @@ from .. import checkpoint  # noqa: F401
 from ..checkpoint.newest import newest_whole
 from ..datasets.coco_faults import coco_fault
 from ..errors import CheckpointError, ConfigError, DataError, E3VAError
+from ..utils import end_process_group
 from .hooks import (
     DatasetCheckHook,
     ProgressBarHook,
@@ -167,10 +167,7 @@ def _exit_code(run: Callable, args: argparse.Namespace) -> int:
         if code == 0:
             # Together: one that leaves while another works can abort.
             torch.distributed.barrier()
-        # Left to the end of the process, its threads can abort it: the
-        # runner, which refers to itself, keeps the group and them.
-        gc.collect()
-        torch.distributed.destroy_process_group()
+        end_process_group()
     return code
 
 

@@ -2,7 +2,6 @@ import json
 import os
 import pickle
 import socket
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from mmengine.config import Config
 
 from e3va_mm.engine import launch
 from e3va_mm.errors import ConfigError, DataError
+from tests.helpers import threads_of_groups
 from tests.test_engine.test_hooks.tiny import (
     detection_config,
     make_coco,
@@ -366,14 +366,6 @@ def slurm(tmp_path, monkeypatch):
     for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR'):
         monkeypatch.setenv(name, '')
         monkeypatch.delenv(name)
-
-
-def threads_of_groups():
-    names = [
-        task.joinpath('comm').read_text()
-        for task in Path('/proc/self/task').glob('*')
-    ]
-    return sum('gloo' in name for name in names)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for CPU machines')

@@ -445,8 +445,9 @@ class Comparison:
         def ended(job: Job) -> None:
             self.trained(job)
             value = self.records.validation(job.run)
+            figure = 'nothing' if value is None else f'{value:g}'
             progress.console.print(
-                f'{job.run.name}: {value} on validation, '
+                f'{job.run.name}: {figure} on validation, '
                 f'{job.minutes:.1f} minutes'
             )
             progress.update(task, completed=left - self.records.left())

@@ -15,23 +15,13 @@ E3VA-Mix (means of three seeds, two of fixed); all in benchmarks/README.md.
 _base_ = '../upernet_e3va_swin_nano_digits.py'
 data_root = 'data/digits_112/ade20k/'
 crop_size = (112, 112)
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
-    dict(
-        type='RandomResize',
-        scale=crop_size,
-        ratio_range=(1.0, 1.5),
-        keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size),
-    dict(
-        type='PhotoMetricDistortion',
-        brightness_delta=16,
-        contrast_range=(0.8, 1.2),
-        saturation_range=(0.8, 1.2),
-        hue_delta=9),
-    dict(type='PackSegInputs')
-]
+train_pipeline = _base_.train_pipeline
+for step in train_pipeline:
+    if step.type == 'RandomResize':
+        step.scale = crop_size
+    elif step.type == 'RandomCrop':
+        step.crop_size = crop_size
+del step
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),

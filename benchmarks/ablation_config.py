@@ -2,5 +2,6 @@
 
 Run: python benchmarks/ablation.py
 """
+
 _base_ = '../configs/comparison/cascade_swin_nano_digits.py'
 custom_imports = dict(imports=['benchmarks.candidates'])

@@ -30,9 +30,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from e3va_mm.frameworks.memory import keep_freed_memory
 from e3va_mm.measure import kept_for_backward
 from e3va_mm.registry import MODELS
-from e3va_mm.utils import keep_freed_memory, mark_trainable
+from e3va_mm.utils import mark_trainable
 
 STOCK_CLASSES = {
     'E3VASwinTransformer': 'mmdet.SwinTransformer',
@@ -229,7 +230,8 @@ def main() -> None:
     print(
         f'torch {torch.__version__}, {args.device}, '
         f'{torch.get_num_threads()} threads'
-        + f'; median of {args.steps} steps after {args.warmup}' * bool(taken)
+        + f'; median of {args.steps} steps after {args.warmup}'
+        * bool(taken)
     )
     if args.json:
         args.json.write_text(json.dumps(dict(kept=kept, seconds=taken)))

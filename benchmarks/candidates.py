@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from e3va_mm.models.grid import on_grid
-from e3va_mm.models.side_path.adapter import LowRankAdapter
-from e3va_mm.models.side_path.e3va import E3VASidePath
-from e3va_mm.models.side_path.e3va_mix import E3VAMixSidePath
-from e3va_mm.models.side_path.highway import Highway
-from e3va_mm.models.side_path.stage_mixer import StageMixer
 from e3va_mm.registry import MODELS
+from e3va_mm.tuners.e3va.adapter import LowRankAdapter
+from e3va_mm.tuners.e3va.highway import Highway
+from e3va_mm.tuners.e3va.mix import E3VAMixSidePath
+from e3va_mm.tuners.e3va.mixer import StageMixer
+from e3va_mm.tuners.e3va.side_path import E3VASidePath
+from e3va_mm.tuners.grid import on_grid
 
 
 class CandidateAdapter(LowRankAdapter):

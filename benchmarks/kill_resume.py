@@ -42,10 +42,10 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from e3va_mm.checkpoint import read_adapter, read_checkpoint
 from e3va_mm.datasets.digits import build_dataset
 from e3va_mm.errors import CheckpointError
 from e3va_mm.registry import HOOKS, MODELS
+from e3va_mm.weights import read_adapter, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'upernet_e3va_swin_nano_digits.py'

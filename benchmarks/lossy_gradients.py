@@ -33,8 +33,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from e3va_mm.datasets.digits import make_scene
-from e3va_mm.models.side_path.kept_taps import TAP_CODECS
 from e3va_mm.registry import MODELS
+from e3va_mm.tuners.e3va.kept_taps import TAP_CODECS
 
 # As configs/_base_/swin_nano.py.
 NANO = dict(embed_dims=32, depths=(2, 2, 4, 2), num_heads=(1, 2, 4, 8))

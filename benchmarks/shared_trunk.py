@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.backbone import BACKBONES, build
-from e3va_mm.models.backbones.trunk_pass import run_trunk
+from e3va_mm.backbones.trunk_pass import run_trunk
 
 PRESETS = {'exact': 'frozen-same', 'lean': 'frozen-lean'}
 MIB = 2**20

@@ -45,7 +45,7 @@ from e3va_mm.measure import TrainingStep
 from e3va_mm.measure.results import Results
 from e3va_mm.measure.variants import framework
 from e3va_mm.models import SidePathBackbone
-from e3va_mm.models.trunks.families import VITS
+from e3va_mm.trunks.families import VITS
 
 FRAMEWORKS = ('mmdet', 'mmseg')
 # Stock class -> what configs with it have in their name or text; to parse all

@@ -9,6 +9,7 @@ Trains 2,435,072 values in the backbone (0.80 %), neck and heads as usual,
 at a learning rate of 1e-4; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
+
 _base_ = [
     'mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
     './_base_/dinov2_l.py',
@@ -27,9 +28,12 @@ model = dict(
         type='e3va_mm.SimpleFeaturePyramid',
         in_channels=_base_.width,
         out_channels=256,
-        num_outs=5),
+        num_outs=5,
+    ),
     rpn_head=dict(anchor_generator=dict(strides=strides + [56])),
     roi_head=dict(
         bbox_roi_extractor=dict(featmap_strides=strides),
-        mask_roi_extractor=dict(featmap_strides=strides)))
+        mask_roi_extractor=dict(featmap_strides=strides),
+    ),
+)
 optim_wrapper = dict(_delete_=True, **_base_.adamw)

@@ -8,6 +8,6 @@ Trains 2,728,832 values in the backbone (1.40 %), neck and heads as usual,
 at a learning rate of 1e-4; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
+
 _base_ = './cascade_e3va_swin_l_coco.py'
-model = dict(
-    backbone=dict(side_path=dict(type='e3va_mm.E3VAMixSidePath')))
+model = dict(backbone=dict(side_path=dict(type='e3va_mm.E3VAMixSidePath')))

@@ -8,7 +8,7 @@ Trains 659,648 values in the backbone (24.61 %), neck and heads as usual,
 at a learning rate of 2e-3; the rest of the backbone is frozen.
 Expected: 0.596 box AP, 0.564 mask AP on the test split (one run, seed 0).
 """
+
 _base_ = './cascade_e3va_swin_nano_digits.py'
-model = dict(
-    backbone=dict(side_path=dict(type='e3va_mm.E3VAMixSidePath')))
+model = dict(backbone=dict(side_path=dict(type='e3va_mm.E3VAMixSidePath')))
 optim_wrapper = dict(optimizer=dict(lr=2e-3))

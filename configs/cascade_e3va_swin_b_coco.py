@@ -9,6 +9,7 @@ at a learning rate of 1e-4; the rest of the backbone is frozen.
 Expected: not yet measured.
 The paper's is of the recipe of cascade_e3va_swin_b_coco_3x.py.
 """
+
 _base_ = [
     'mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
     './_base_/swin_b.py',
@@ -18,5 +19,6 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(_delete_=True, **_base_.trunk),
-    neck=dict(in_channels=_base_.widths))
+    neck=dict(in_channels=_base_.widths),
+)
 optim_wrapper = dict(_delete_=True, **_base_.adamw)

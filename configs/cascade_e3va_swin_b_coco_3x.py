@@ -10,6 +10,7 @@ Trains 1,195,008 values in the backbone (1.38 %), neck and heads as usual,
 at a learning rate of 1e-4; the rest of the backbone is frozen.
 Expected: not yet measured. The paper's: 50.5 box AP, 43.8 mask AP.
 """
+
 _base_ = [
     'mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_'
     'amp-ms-crop-3x_coco.py',
@@ -20,11 +21,12 @@ _base_ = [
 # In place of mmpretrain, which the stock config imports for its ConvNeXt; see
 # _base_/safe_checkpoints.py.
 custom_imports = dict(
-    _delete_=True,
-    imports=['e3va_mm.checkpoint'],
-    allow_failed_imports=False)
+    _delete_=True, imports=['e3va_mm.checkpoint'], allow_failed_imports=False
+)
 model = dict(
     backbone=dict(_delete_=True, **_base_.trunk),
-    neck=dict(in_channels=_base_.widths))
+    neck=dict(in_channels=_base_.widths),
+)
 optim_wrapper = dict(
-    _delete_=True, **dict(_base_.adamw, type='AmpOptimWrapper'))
+    _delete_=True, **dict(_base_.adamw, type='AmpOptimWrapper')
+)

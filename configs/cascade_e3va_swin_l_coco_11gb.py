@@ -10,6 +10,7 @@ Trains 1,792,512 values in the backbone (0.92 %), neck and heads as usual,
 at a learning rate of 1e-4; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
+
 _base_ = ['./cascade_e3va_swin_l_coco.py', './_base_/lean_amp.py']
 batch_size, steps = 4, 4
 model = dict(backbone=dict(side_path=_base_.lean))
@@ -22,5 +23,6 @@ auto_scale_lr = dict(base_batch_size=batch_size)
 custom_hooks = _base_.custom_hooks + [
     dict(
         type='e3va_mm.ActivationCheckpointHook',
-        modules=['roi_head.mask_head.*']),
+        modules=['roi_head.mask_head.*'],
+    ),
 ]

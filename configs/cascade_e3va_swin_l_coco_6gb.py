@@ -10,6 +10,7 @@ Trains 1,792,512 values in the backbone (0.92 %), neck and heads as usual,
 at a learning rate of 1e-4; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
+
 _base_ = ['./cascade_e3va_swin_l_coco.py', './_base_/lean_amp.py']
 batch_size, steps = 1, 16
 model = dict(backbone=dict(side_path=_base_.lean))
@@ -27,5 +28,6 @@ custom_hooks = _base_.custom_hooks + [
             'rpn_head',
             'roi_head.bbox_head.*',
             'roi_head.mask_head.*',
-        ]),
+        ],
+    ),
 ]

@@ -10,6 +10,7 @@ Trains 121,344 values in the backbone (4.53 %), neck and heads as usual,
 at a learning rate of 1e-3; the rest of the backbone is frozen.
 Expected: 0.496 box AP, 0.465 mask AP on the test split (one run, seed 0).
 """
+
 _base_ = [
     'mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py',
     'mmdet::_base_/default_runtime.py',
@@ -22,14 +23,14 @@ width = 64
 num_classes = 10
 model = dict(
     backbone=dict(
-        _delete_=True,
-        type='e3va_mm.E3VASwinTransformer',
-        **_base_.swin_nano),
+        _delete_=True, type='e3va_mm.E3VASwinTransformer', **_base_.swin_nano
+    ),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=width),
     rpn_head=dict(
         in_channels=width,
         feat_channels=width,
-        anchor_generator=dict(scales=[4])),
+        anchor_generator=dict(scales=[4]),
+    ),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=width),
         bbox_head=[
@@ -37,7 +38,8 @@ model = dict(
                 head,
                 in_channels=width,
                 fc_out_channels=256,
-                num_classes=num_classes)
+                num_classes=num_classes,
+            )
             for head in _base_.model.roi_head.bbox_head
         ],
         mask_roi_extractor=dict(out_channels=width),
@@ -45,7 +47,9 @@ model = dict(
             num_convs=2,
             in_channels=width,
             conv_out_channels=width,
-            num_classes=num_classes)),
+            num_classes=num_classes,
+        ),
+    ),
     # Few objects a picture: fewer proposals than for COCO.
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
@@ -53,21 +57,26 @@ model = dict(
         rcnn=[
             dict(stage, sampler=dict(stage.sampler, num=32))
             for stage in _base_.model.train_cfg.rcnn
-        ]),
+        ],
+    ),
     test_cfg=dict(
-        rpn=dict(nms_pre=300, max_per_img=50), rcnn=dict(max_per_img=20)))
+        rpn=dict(nms_pre=300, max_per_img=50), rcnn=dict(max_per_img=20)
+    ),
+)
 
 epochs = 6
 train_cfg = dict(
-    type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=epochs)
+    type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=epochs
+)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
     constructor='e3va_mm.SidePathOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.),
-    clip_grad=dict(max_norm=10.))
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+    clip_grad=dict(max_norm=10.0),
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
     dict(
@@ -75,10 +84,12 @@ param_scheduler = [
         by_epoch=True,
         T_max=epochs,
         eta_min_ratio=0.01,
-        convert_to_iter_based=True)
+        convert_to_iter_based=True,
+    ),
 ]
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(max_keep_ckpts=2, save_best='coco/bbox_mAP'))
+    checkpoint=dict(max_keep_ckpts=2, save_best='coco/bbox_mAP'),
+)
 auto_scale_lr = dict(enable=False, base_batch_size=4)
 randomness = dict(seed=0)

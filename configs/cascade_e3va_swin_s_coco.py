@@ -8,6 +8,7 @@ Trains 896,256 values in the backbone (1.84 %), neck and heads as usual,
 at a learning rate of 1e-4; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
+
 _base_ = [
     'mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
     './_base_/swin_s.py',
@@ -17,5 +18,6 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(_delete_=True, **_base_.trunk),
-    neck=dict(in_channels=_base_.widths))
+    neck=dict(in_channels=_base_.widths),
+)
 optim_wrapper = dict(_delete_=True, **_base_.adamw)

@@ -9,6 +9,7 @@ Trains 913,920 values in the backbone (1.07 %), neck and heads as usual,
 at a learning rate of 1e-4; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
+
 _base_ = [
     'mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
     './_base_/vit_b_mae.py',
@@ -23,5 +24,7 @@ model = dict(
         type='e3va_mm.SimpleFeaturePyramid',
         in_channels=_base_.width,
         out_channels=256,
-        num_outs=5))
+        num_outs=5,
+    ),
+)
 optim_wrapper = dict(_delete_=True, **_base_.adamw)

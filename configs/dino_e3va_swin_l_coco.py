@@ -8,6 +8,7 @@ Trains 1,792,512 values in the backbone (0.92 %), all behind it as usual,
 at a learning rate of 1e-4; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
+
 _base_ = [
     'mmdet::dino/dino-5scale_swin-l_8xb2-12e_coco.py',
     './_base_/e3va_runtime.py',
@@ -15,5 +16,7 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(
-        type='e3va_mm.E3VASwinTransformer', drop_path_rate=0., with_cp=False))
+        type='e3va_mm.E3VASwinTransformer', drop_path_rate=0.0, with_cp=False
+    )
+)
 optim_wrapper = dict(constructor='e3va_mm.SidePathOptimWrapperConstructor')

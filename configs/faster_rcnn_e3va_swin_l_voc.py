@@ -9,6 +9,7 @@ Trains 1,792,512 values in the backbone (0.92 %), neck and heads as usual,
 at a learning rate of 1e-4; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
+
 _base_ = [
     'mmdet::pascal_voc/faster-rcnn_r50_fpn_1x_voc0712.py',
     './_base_/swin_l.py',
@@ -18,5 +19,6 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(_delete_=True, **_base_.trunk),
-    neck=dict(in_channels=_base_.widths))
+    neck=dict(in_channels=_base_.widths),
+)
 optim_wrapper = dict(_delete_=True, **_base_.adamw)

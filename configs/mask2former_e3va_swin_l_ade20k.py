@@ -9,6 +9,7 @@ Trains 1,792,512 values in the backbone (0.92 %), head as usual,
 at a learning rate of 1e-4; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
+
 # What `mmseg::mask2former/...` stands for. mmengine looks for that in a
 # distribution called mmsegmentation alone; onedl-mmsegmentation is another.
 _base_ = [
@@ -18,6 +19,6 @@ _base_ = [
     './_base_/safe_checkpoints.py',
 ]
 model = dict(
-    backbone=dict(
-        type='e3va_mm.E3VASwinTransformer', drop_path_rate=0.))
+    backbone=dict(type='e3va_mm.E3VASwinTransformer', drop_path_rate=0.0)
+)
 optim_wrapper = dict(constructor='e3va_mm.SidePathOptimWrapperConstructor')

@@ -9,6 +9,7 @@ Trains 1,792,512 values in the backbone (0.92 %), head as usual,
 at a learning rate of 1e-4; the rest of the backbone is frozen.
 Expected: not yet measured.
 """  # noqa: E501
+
 _base_ = [
     'mmdet::mask2former/mask2former_swin-l-p4-w12-384-in21k_16xb1-lsj-100e_'
     'coco-panoptic.py',
@@ -16,6 +17,6 @@ _base_ = [
     './_base_/safe_checkpoints.py',
 ]
 model = dict(
-    backbone=dict(
-        type='e3va_mm.E3VASwinTransformer', drop_path_rate=0.))
+    backbone=dict(type='e3va_mm.E3VASwinTransformer', drop_path_rate=0.0)
+)
 optim_wrapper = dict(constructor='e3va_mm.SidePathOptimWrapperConstructor')

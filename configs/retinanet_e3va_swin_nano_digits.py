@@ -10,6 +10,7 @@ at a learning rate of 1e-3; the rest of the backbone is frozen.
 Expected: 0.333 box AP on the test split (one run, seed 0): that of
 e3va_mm://retinanet_e3va_swin_nano_digits.safetensors, which the run made.
 """
+
 _base_ = [
     'mmdet::_base_/models/retinanet_r50_fpn.py',
     'mmdet::_base_/default_runtime.py',
@@ -23,21 +24,24 @@ model = dict(
     backbone=dict(
         _delete_=True,
         type='e3va_mm.E3VASwinTransformer',
-        **dict(_base_.swin_nano, out_indices=(1, 2, 3))),
-    neck=dict(
-        in_channels=[64, 128, 256], out_channels=width, start_level=0),
+        **dict(_base_.swin_nano, out_indices=(1, 2, 3)),
+    ),
+    neck=dict(in_channels=[64, 128, 256], out_channels=width, start_level=0),
     bbox_head=dict(
         num_classes=10,
         in_channels=width,
         feat_channels=width,
         stacked_convs=2,
         # Digits are 17 to 66 pixels high and wide.
-        anchor_generator=dict(octave_base_scale=3)),
-    test_cfg=dict(max_per_img=20))
+        anchor_generator=dict(octave_base_scale=3),
+    ),
+    test_cfg=dict(max_per_img=20),
+)
 
 epochs = 12
 train_cfg = dict(
-    type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=epochs)
+    type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=epochs
+)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 val_evaluator = dict(metric='bbox')
@@ -46,8 +50,9 @@ optim_wrapper = dict(
     type='OptimWrapper',
     constructor='e3va_mm.SidePathOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.),
-    clip_grad=dict(max_norm=10.))
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+    clip_grad=dict(max_norm=10.0),
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
     dict(
@@ -55,10 +60,12 @@ param_scheduler = [
         by_epoch=True,
         T_max=epochs,
         eta_min_ratio=0.01,
-        convert_to_iter_based=True)
+        convert_to_iter_based=True,
+    ),
 ]
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(max_keep_ckpts=2, save_best='coco/bbox_mAP'))
+    checkpoint=dict(max_keep_ckpts=2, save_best='coco/bbox_mAP'),
+)
 auto_scale_lr = dict(enable=False, base_batch_size=4)
 randomness = dict(seed=0)

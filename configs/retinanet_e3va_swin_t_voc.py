@@ -9,6 +9,7 @@ Trains 439,872 values in the backbone (1.60 %), neck and head as usual,
 at a learning rate of 1e-4; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
+
 _base_ = [
     'mmdet::pascal_voc/retinanet_r50_fpn_1x_voc0712.py',
     './_base_/swin_t.py',
@@ -20,5 +21,6 @@ _base_ = [
 # is left untrained.
 model = dict(
     backbone=dict(_delete_=True, **_base_.trunk, out_indices=(1, 2, 3)),
-    neck=dict(in_channels=_base_.widths[1:], start_level=0))
+    neck=dict(in_channels=_base_.widths[1:], start_level=0),
+)
 optim_wrapper = dict(_delete_=True, **_base_.adamw)

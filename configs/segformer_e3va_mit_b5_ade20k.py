@@ -10,6 +10,7 @@ at a learning rate of 6e-5; the rest of the backbone is frozen. The head's is
 ten times as high, as in the stock config.
 Expected: not yet measured.
 """
+
 # What `mmseg::segformer/...` stands for. mmengine looks for that in a
 # distribution called mmsegmentation alone; onedl-mmsegmentation is another.
 _base_ = [
@@ -25,5 +26,8 @@ model = dict(
         trunk=dict(
             _base_.model.backbone,
             type='mmseg.MixVisionTransformer',
-            drop_path_rate=0.)))
+            drop_path_rate=0.0,
+        ),
+    )
+)
 optim_wrapper = dict(constructor='e3va_mm.SidePathOptimWrapperConstructor')

@@ -10,6 +10,7 @@ Trains 2,433,024 values in the backbone (0.80 %), neck and heads as usual,
 at a learning rate of 2e-5; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
+
 # What `mmseg::beit/...` stands for. mmengine looks for that in a
 # distribution called mmsegmentation alone; onedl-mmsegmentation is another.
 _base_ = [
@@ -22,4 +23,5 @@ _base_ = [
 model = dict(pretrained=None, backbone=_base_.trunk)
 optim_wrapper = dict(
     constructor='e3va_mm.SidePathOptimWrapperConstructor',
-    paramwise_cfg=dict(_delete_=True, norm_decay_mult=0.))
+    paramwise_cfg=dict(_delete_=True, norm_decay_mult=0.0),
+)

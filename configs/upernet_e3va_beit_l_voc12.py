@@ -10,6 +10,7 @@ Trains 2,433,024 values in the backbone (0.80 %), neck and heads as usual,
 at a learning rate of 6e-5; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
+
 # What `mmseg::upernet/...` stands for. mmengine looks for that in a
 # distribution called mmsegmentation alone; onedl-mmsegmentation is another.
 _base_ = [
@@ -24,11 +25,11 @@ model = dict(
     pretrained=None,
     backbone=dict(_delete_=True, **dict(_base_.trunk, img_size=(512, 512))),
     neck=dict(
-        type='Feature2Pyramid',
-        embed_dim=_base_.width,
-        rescales=[4, 2, 1, 0.5]),
+        type='Feature2Pyramid', embed_dim=_base_.width, rescales=[4, 2, 1, 0.5]
+    ),
     decode_head=dict(in_channels=[_base_.width] * 4),
     auxiliary_head=dict(in_channels=_base_.width),
-    test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)))
+    test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)),
+)
 optim_wrapper = dict(_delete_=True, **_base_.adamw)
 param_scheduler = _base_.poly

@@ -11,6 +11,7 @@ Trains 913,920 values in the backbone (1.06 %), neck and heads as usual,
 at a learning rate of 6e-5; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
+
 # What `mmseg::vit/...` stands for. mmengine looks for that in a
 # distribution called mmsegmentation alone; onedl-mmsegmentation is another.
 _base_ = [
@@ -24,12 +25,15 @@ model = dict(
     data_preprocessor=dict(size=(518, 518), test_cfg=dict(size_divisor=14)),
     pretrained=None,
     backbone=dict(
-        _delete_=True, **dict(_base_.trunk, out_indices=_base_.quarters)),
+        _delete_=True, **dict(_base_.trunk, out_indices=_base_.quarters)
+    ),
     neck=dict(
         _delete_=True,
         type='Feature2Pyramid',
         embed_dim=_base_.width,
-        rescales=[4, 2, 1, 0.5]),
+        rescales=[4, 2, 1, 0.5],
+    ),
     decode_head=dict(in_channels=[_base_.width] * 4),
-    auxiliary_head=dict(in_channels=_base_.width))
+    auxiliary_head=dict(in_channels=_base_.width),
+)
 optim_wrapper = dict(constructor='e3va_mm.SidePathOptimWrapperConstructor')

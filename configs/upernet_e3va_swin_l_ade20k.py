@@ -9,6 +9,7 @@ Trains 1,792,512 values in the backbone (0.92 %), heads as usual,
 at a learning rate of 6e-5; the rest of the backbone is frozen.
 Expected: not yet measured. The paper's: 49.64 mIoU.
 """
+
 # What `mmseg::swin/...` stands for. mmengine looks for that in a
 # distribution called mmsegmentation alone; onedl-mmsegmentation is another.
 _base_ = [

@@ -10,6 +10,7 @@ at a learning rate of 2e-3; the rest of the backbone is frozen.
 Expected: 25.6 mIoU on the test split (one run, seed 0): that of
 e3va_mm://upernet_e3va_swin_nano_digits.safetensors, which the run made.
 """
+
 # What `mmseg::_base_/...` stands for; see upernet_e3va_swin_l_ade20k.py.
 _base_ = [
     __import__('mmseg').__path__[0]
@@ -24,42 +25,47 @@ _base_ = [
 width = 64
 num_classes = 11
 # 94 % of the pixels are background.
-class_weight = [0.1] + [1.] * 10
+class_weight = [0.1] + [1.0] * 10
 model = dict(
     data_preprocessor=dict(size=_base_.crop_size),
     backbone=dict(
-        _delete_=True,
-        type='e3va_mm.E3VASwinTransformer',
-        **_base_.swin_nano),
+        _delete_=True, type='e3va_mm.E3VASwinTransformer', **_base_.swin_nano
+    ),
     decode_head=dict(
         in_channels=[32, 64, 128, 256],
         channels=width,
         num_classes=num_classes,
-        loss_decode=dict(class_weight=class_weight)),
+        loss_decode=dict(class_weight=class_weight),
+    ),
     auxiliary_head=dict(
         in_channels=128,
         channels=width,
         num_classes=num_classes,
-        loss_decode=dict(class_weight=class_weight)))
+        loss_decode=dict(class_weight=class_weight),
+    ),
+)
 
 iterations = 1200
 train_cfg = dict(
-    type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations)
+    type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations
+)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
     constructor='e3va_mm.SidePathOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.),
-    clip_grad=dict(max_norm=10.))
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+    clip_grad=dict(max_norm=10.0),
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
     dict(
         type='CosineAnnealingLR',
         by_epoch=False,
         T_max=iterations,
-        eta_min_ratio=0.01)
+        eta_min_ratio=0.01,
+    ),
 ]
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
@@ -70,7 +76,9 @@ default_hooks = dict(
         by_epoch=False,
         interval=iterations,
         max_keep_ckpts=2,
-        save_best='mIoU'),
+        save_best='mIoU',
+    ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='SegVisualizationHook'))
+    visualization=dict(type='SegVisualizationHook'),
+)
 randomness = dict(seed=0)

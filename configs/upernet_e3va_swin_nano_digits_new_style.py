@@ -9,6 +9,7 @@ Trains 121,344 values in the backbone (4.53 %), head as usual,
 at a learning rate of 2e-3; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
+
 from mmengine.config import read_base
 from mmengine.optim import CosineAnnealingLR, LinearLR, OptimWrapper
 from mmengine.runner import IterBasedTrainLoop, TestLoop, ValLoop
@@ -25,8 +26,8 @@ from e3va_mm.engine.optim import SidePathOptimWrapperConstructor
 from e3va_mm.models import E3VASwinTransformer
 
 with read_base():
-    from ._base_.digits_segmentation import *  # noqa: F403
-    from ._base_.e3va_runtime import *  # noqa: F403
+    from ._base_.digits_segmentation import *
+    from ._base_.e3va_runtime import *
     from ._base_.swin_nano import swin_nano
 
 # What the parents name by strings is looked for here.
@@ -42,7 +43,8 @@ model = dict(
         bgr_to_rgb=True,
         pad_val=0,
         seg_pad_val=255,
-        size=crop_size),  # noqa: F405
+        size=crop_size,
+    ),
     backbone=dict(type=E3VASwinTransformer, **swin_nano),
     decode_head=dict(
         type=UPerHead,
@@ -54,37 +56,44 @@ model = dict(
         align_corners=False,
         # 94 % of the pixels are background.
         loss_decode=dict(
-            type=CrossEntropyLoss, class_weight=[0.1] + [1.] * 10)),
+            type=CrossEntropyLoss, class_weight=[0.1] + [1.0] * 10
+        ),
+    ),
     train_cfg=dict(),
-    test_cfg=dict(mode='whole'))
+    test_cfg=dict(mode='whole'),
+)
 
 iterations = 1200
 train_cfg = dict(
-    type=IterBasedTrainLoop, max_iters=iterations, val_interval=iterations)
+    type=IterBasedTrainLoop, max_iters=iterations, val_interval=iterations
+)
 val_cfg = dict(type=ValLoop)
 test_cfg = dict(type=TestLoop)
 optim_wrapper = dict(
     type=OptimWrapper,
     constructor=SidePathOptimWrapperConstructor,
     optimizer=dict(type=AdamW, lr=2e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.),
-    clip_grad=dict(max_norm=10.))
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+    clip_grad=dict(max_norm=10.0),
+)
 param_scheduler = [
     dict(type=LinearLR, start_factor=0.01, by_epoch=False, end=50),
     dict(
         type=CosineAnnealingLR,
         by_epoch=False,
         T_max=iterations,
-        eta_min_ratio=0.01)
+        eta_min_ratio=0.01,
+    ),
 ]
 default_hooks = dict(
-    logger=dict(
-        type='LoggerHook', interval=20, log_metric_by_epoch=False),
+    logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),
     checkpoint=dict(
         type='CheckpointHook',
         by_epoch=False,
         interval=iterations,
         max_keep_ckpts=2,
-        save_best='mIoU'))
+        save_best='mIoU',
+    ),
+)
 log_processor = dict(by_epoch=False)
 randomness = dict(seed=0)

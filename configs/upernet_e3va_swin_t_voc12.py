@@ -9,6 +9,7 @@ Trains 440,064 values in the backbone (1.60 %), heads as usual,
 at a learning rate of 6e-5; the rest of the backbone is frozen.
 Expected: not yet measured.
 """
+
 # What `mmseg::upernet/...` stands for. mmengine looks for that in a
 # distribution called mmsegmentation alone; onedl-mmsegmentation is another.
 _base_ = [
@@ -23,6 +24,7 @@ model = dict(
     pretrained=None,
     backbone=dict(_delete_=True, **_base_.trunk),
     decode_head=dict(in_channels=_base_.widths),
-    auxiliary_head=dict(in_channels=_base_.widths[2]))
+    auxiliary_head=dict(in_channels=_base_.widths[2]),
+)
 optim_wrapper = dict(_delete_=True, **_base_.adamw)
 param_scheduler = _base_.poly

@@ -2,8 +2,8 @@
 
 import sys
 
-from .errors import E3VAError
-from .version import __version__
+from e3va_mm.errors import E3VAError
+from e3va_mm.version import __version__
 
 __all__ = ['__version__']
 
@@ -15,8 +15,13 @@ def _check_frameworks():
         E3VAError: If a framework is installed from two distributions, whose
             files then are a mixture of both, or if mmengine is missing.
     """
-    from .doctor.checks import doubled, without_mmengine
-    from .doctor.snapshot import DISTRIBUTIONS, Snapshot, findable, installed
+    from e3va_mm.doctor.checks import doubled, without_mmengine
+    from e3va_mm.doctor.snapshot import (
+        DISTRIBUTIONS,
+        Snapshot,
+        findable,
+        installed,
+    )
 
     names = [name for row in DISTRIBUTIONS.values() for name in row]
     seen = Snapshot(

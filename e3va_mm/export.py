@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.adapter_file import write_whole
-from .errors import ConfigError
+from e3va_mm.errors import ConfigError
+from e3va_mm.utils.files import write_whole
 
 ONNX_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 # Of a protobuf file, 2 GiB, with room for the graph.

@@ -11,10 +11,9 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
 )
-from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import Registry
 
-from .utils.torchvision import declare_missing_ops
+from e3va_mm.frameworks.torchvision import declare_missing_ops
 
 # Before a framework is imported, which may import torchvision.
 declare_missing_ops()
@@ -31,14 +30,18 @@ DATASETS = Registry(
     'dataset',
     parent=MMENGINE_DATASETS,
     scope='e3va_mm',
-    locations=['e3va_mm.datasets'],
+    locations=['e3va_mm.multi_task'],
 )
 # manage hooks
 HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,
     scope='e3va_mm',
-    locations=['e3va_mm.engine.hooks'],
+    locations=[
+        'e3va_mm.engine.hooks',
+        'e3va_mm.preflight',
+        'e3va_mm.measure.hook',
+    ],
 )
 # manage constructors of optimizer wrappers
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
@@ -46,11 +49,4 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
     scope='e3va_mm',
     locations=['e3va_mm.engine.optim'],
-)
-# manage strategies of mmengine's FlexibleRunner
-STRATEGIES = Registry(
-    'strategy',
-    parent=MMENGINE_STRATEGIES,
-    scope='e3va_mm',
-    locations=['e3va_mm.engine.strategies'],
 )

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch.torch_version import TorchVersion
 
 from e3va_mm.errors import E3VAError
+from e3va_mm.frameworks.torchvision import declare_missing_ops
 from e3va_mm.measure.live_bytes import OLDEST_TORCH
 from e3va_mm.utils import end_process_group
-from e3va_mm.utils.torchvision import declare_missing_ops
 
 # A logger of the frameworks may hold a stream that a test had captured; each
 # line would print the whole stack.

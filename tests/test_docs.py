@@ -18,9 +18,9 @@ import pytest
 from mmengine.config import Config
 from safetensors.torch import save_file
 
-from e3va_mm.checkpoint import read_checkpoint
 from e3va_mm.datasets.digits import build_dataset
 from e3va_mm.measure import TrainingStep
+from e3va_mm.weights import read_checkpoint
 from tests.test_configs import shrunk
 from tests.test_engine.test_hooks.tiny import make_coco
 

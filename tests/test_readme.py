@@ -8,12 +8,12 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from e3va_mm.backbones.presets import resolve_side_path
 from e3va_mm.engine.checkpointing import checkpoint_modules
 from e3va_mm.measure import TrainingStep
 from e3va_mm.models import E3VASidePath
-from e3va_mm.models.backbones.presets import resolve_side_path
-from e3va_mm.models.trunks import SwinTrunk, TrunkOptions
 from e3va_mm.registry import HOOKS
+from e3va_mm.trunks import SwinTrunk, TrunkOptions
 from tests.helpers import build_e3va
 from tests.test_configs import CONFIGS
 from tests.test_engine.test_hooks.tiny import make_coco

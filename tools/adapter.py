@@ -31,7 +31,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from e3va_mm.checkpoint import (
+from e3va_mm.errors import CheckpointError, ConfigError, E3VAError
+from e3va_mm.utils.files import MIB, write_whole
+from e3va_mm.weights import (
     AdapterFile,
     adapter_of,
     match_state,
@@ -39,8 +41,6 @@ from e3va_mm.checkpoint import (
     read_checkpoint,
     trunk_records,
 )
-from e3va_mm.checkpoint.adapter_file import MIB, write_whole
-from e3va_mm.errors import CheckpointError, ConfigError, E3VAError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

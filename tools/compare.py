@@ -42,7 +42,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from e3va_mm.checkpoint.adapter_file import without_trunks, write_whole
 from e3va_mm.comparison import (
     METHODS,
     SIDE_PATHS,
@@ -55,6 +54,8 @@ from e3va_mm.comparison import (
 )
 from e3va_mm.comparison.report import COSTS, HEADINGS
 from e3va_mm.errors import ConfigError, E3VAError
+from e3va_mm.utils.files import write_whole
+from e3va_mm.weights.adapter_file import without_trunks
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG_LINES = 15

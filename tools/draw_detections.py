@@ -49,9 +49,11 @@ def load(config, checkpoint):
     if scope != 'mmdet':
         raise ConfigError(
             "`default_scope` in the config should be 'mmdet', but got "
-            f'{scope!r}. For a segmentor use tools/test.py --show-dir.')
+            f'{scope!r}. For a segmentor use tools/test.py --show-dir.'
+        )
     from mmdet.apis import init_detector
     from mmdet.registry import DATASETS
+
     model = init_detector(cfg, str(checkpoint), device=get_device())
     return model, DATASETS.build(cfg.test_dataloader.dataset)
 
@@ -68,7 +70,7 @@ def panel(axes, picture, instances, classes, palette, scores=None):
         palette (Sequence): An RGB colour (0 to 255) for each label.
         scores (Sequence[float], optional): Written beside the names.
     """
-    shown = picture / 255.
+    shown = picture / 255.0
     masks = instances.get('masks')
     labels = instances.labels.tolist()
     if masks is not None:
@@ -78,18 +80,33 @@ def panel(axes, picture, instances, classes, palette, scores=None):
             shown[mask] = (shown[mask] + np.divide(palette[label], 255)) / 2
     axes.imshow(shown, interpolation='lanczos')
     for i, (box, label) in enumerate(
-            zip(instances.bboxes.tolist(), labels, strict=True)):
+        zip(instances.bboxes.tolist(), labels, strict=True)
+    ):
         left, top, right, bottom = box
         colour = np.divide(palette[label], 255)
-        axes.add_patch(plt.Rectangle(
-            (left, top), right - left, bottom - top, fill=False,
-            edgecolor=colour, linewidth=1.2))
+        axes.add_patch(
+            plt.Rectangle(
+                (left, top),
+                right - left,
+                bottom - top,
+                fill=False,
+                edgecolor=colour,
+                linewidth=1.2,
+            )
+        )
         name = classes[label]
         if scores is not None:
             name = f'{name} {scores[i]:.2f}'
-        axes.text(left, top - 1, name, fontsize=7, color='white', va='bottom',
-                  clip_on=True,
-                  bbox=dict(facecolor=colour, linewidth=0, pad=0.8))
+        axes.text(
+            left,
+            top - 1,
+            name,
+            fontsize=7,
+            color='white',
+            va='bottom',
+            clip_on=True,
+            bbox=dict(facecolor=colour, linewidth=0, pad=0.8),
+        )
     axes.set_axis_off()
 
 
@@ -110,20 +127,21 @@ def draw(model, dataset, indices, threshold):
     palette = dataset.metainfo.get('palette')
     if palette is None:
         colours = plt.get_cmap('hsv')(
-            np.linspace(0, 1, len(classes), endpoint=False))
+            np.linspace(0, 1, len(classes), endpoint=False)
+        )
         palette = 255 * colours[:, :3]
     rows = -(-len(indices) // 2)
     figure, grid = plt.subplots(
-        rows, 4, figsize=(10, 2.6 * rows), layout='constrained',
-        squeeze=False)
+        rows, 4, figsize=(10, 2.6 * rows), layout='constrained', squeeze=False
+    )
     for axes in grid.flat:
         axes.set_axis_off()
     found = 0
-    pairs = grid.reshape(-1, 2)[:len(indices)]
+    pairs = grid.reshape(-1, 2)[: len(indices)]
     for index, (left, right) in zip(indices, pairs, strict=True):
         data = dataset[index]
         with torch.no_grad():
-            (sample, ) = model.test_step(pseudo_collate([data]))
+            (sample,) = model.test_step(pseudo_collate([data]))
         # Both are in pixels of the file, whatever the pipeline resized.
         picture = mmcv.imread(sample.img_path, channel_order='rgb')
         seen = sample.pred_instances.cpu()
@@ -140,16 +158,29 @@ def draw(model, dataset, indices, threshold):
 def main(argv=None):
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument('config', type=Path)
     parser.add_argument('checkpoint', type=Path)
-    parser.add_argument('--out', type=Path, default=Path('detections.png'),
-                        help='the PNG (default: %(default)s)')
-    parser.add_argument('--count', type=int, default=8,
-                        help='number of pictures, taken evenly from the '
-                        'split (default: %(default)s)')
-    parser.add_argument('--score-thr', type=float, default=0.3,
-                        help='least score to draw (default: %(default)s)')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path('detections.png'),
+        help='the PNG (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--count',
+        type=int,
+        default=8,
+        help='number of pictures, taken evenly from the '
+        'split (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--score-thr',
+        type=float,
+        default=0.3,
+        help='least score to draw (default: %(default)s)',
+    )
     args = parser.parse_args(argv)
     try:
         model, dataset = load(args.config, args.checkpoint)

@@ -20,8 +20,6 @@ import torch
 from mmengine.config import Config, DictAction
 from torch import nn
 
-# Registers the safe checkpoint loaders, too.
-from e3va_mm.checkpoint import match_state, read_checkpoint
 from e3va_mm.errors import CheckpointError, ConfigError, E3VAError
 from e3va_mm.export import (
     Network,
@@ -32,6 +30,9 @@ from e3va_mm.export import (
 )
 from e3va_mm.measure.inputs import image_size, set_image_size
 from e3va_mm.models import SidePathBackbone
+
+# Registers the safe checkpoint loaders, too.
+from e3va_mm.weights import match_state, read_checkpoint
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from e3va_mm.errors import ConfigError, E3VAError
+from e3va_mm.frameworks.memory import keep_freed_memory
 from e3va_mm.measure import VARIANTS, TrainingStep, variant_config
 from e3va_mm.measure.fits import fits, is_amp, margin_text
 from e3va_mm.measure.report import (
@@ -41,7 +42,6 @@ from e3va_mm.measure.report import (
     modules_table,
 )
 from e3va_mm.measure.results import Results, check_room, groups
-from e3va_mm.utils import keep_freed_memory
 
 # What a figure depends on, beside the config and the machine.
 SETTINGS = ('size', 'batch', 'device', 'amp', 'threads', 'warmup', 'steps')

@@ -77,7 +77,8 @@ def read_work_dir(work_dir):
         raise DataError(
             f'{work_dir} should hold */vis_data/scalars.json with training '
             'records, but there are none. Train into this directory first: '
-            f'python tools/train.py CONFIG --work-dir {work_dir}')
+            f'python tools/train.py CONFIG --work-dir {work_dir}'
+        )
     return train, val
 
 
@@ -104,8 +105,13 @@ def draw(train, val, title):
         matplotlib.figure.Figure: Three panels above a common axis.
     """
     figure, (losses, accuracies, rate) = plt.subplots(
-        3, 1, figsize=(10, 9), sharex=True, height_ratios=[3, 3, 1],
-        layout='constrained')
+        3,
+        1,
+        figsize=(10, 9),
+        sharex=True,
+        height_ratios=[3, 3, 1],
+        layout='constrained',
+    )
     figure.suptitle(title)
     parts = [key for key in keys_of(train) if 'loss' in key and key != 'loss']
     for key in parts:
@@ -125,8 +131,13 @@ def draw(train, val, title):
         accuracies.set_ylim(bottom=0)
         accuracies.legend(**BESIDE)
     else:
-        accuracies.text(0.5, 0.5, 'not validated yet', ha='center',
-                        transform=accuracies.transAxes)
+        accuracies.text(
+            0.5,
+            0.5,
+            'not validated yet',
+            ha='center',
+            transform=accuracies.transAxes,
+        )
 
     rate.plot(*series(train, 'lr'))
     rate.set(ylabel='learning rate', xlabel='iteration')
@@ -138,10 +149,12 @@ def draw(train, val, title):
 def main(argv=None):
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument('work_dir', type=Path)
-    parser.add_argument('--out', type=Path,
-                        help='the PNG (default: WORK_DIR/curves.png)')
+    parser.add_argument(
+        '--out', type=Path, help='the PNG (default: WORK_DIR/curves.png)'
+    )
     args = parser.parse_args(argv)
     out = args.out or args.work_dir / 'curves.png'
     try:

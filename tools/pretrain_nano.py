@@ -50,11 +50,13 @@ TASKS = dict(
     swin='dense classification of cells at four stages, one digit a picture '
     'of 56 or 112 pixels',
     vit='dense classification of cells at three depths, one digit a picture '
-    'of 56 or 112 pixels')
+    'of 56 or 112 pixels',
+)
 # (until this share of the steps, pictures a step, size, digit heights)
 PHASES = dict(
     swin=((0.6, 64, 56, (24, 50)), (1, 32, 112, (24, 72))),
-    vit=((0.6, 32, 56, (24, 50)), (1, 16, 112, (24, 72))))
+    vit=((0.6, 32, 56, (24, 50)), (1, 16, 112, (24, 72))),
+)
 # The pictures of held-out samples have numbers that training never reaches.
 HELD_OUT = 10**9
 # Background cells are many and easy.
@@ -75,8 +77,10 @@ def build_trunk(kind='swin'):
         BaseModule: In training mode, its weights as drawn.
     """
     from mmengine.config import Config
+
     if kind == 'vit':
-        from e3va_mm.models.backbones.stock_arguments import build_stock
+        from e3va_mm.backbones.stock_arguments import build_stock
+
         cfg = Config.fromfile(ROOT / 'configs/_base_/vit_nano.py').vit_nano
         cfg.pop('init_cfg')
         cfg.update(out_type='featmap', out_indices=(1, 3, 5))
@@ -117,8 +121,10 @@ def make_batch(numbers, samples, size, digit_size, seed):
         size); cover (B, 11, size, size), 1 where the box of the digit is,
         the last channel being the background; digits (B,).
     """
-    scenes = [make_scene('pretrain', n, size, seed, (1, 1), digit_size,
-                         samples) for n in numbers]
+    scenes = [
+        make_scene('pretrain', n, size, seed, (1, 1), digit_size, samples)
+        for n in numbers
+    ]
     images = torch.from_numpy(np.stack([s.image for s in scenes]))
     images = (images.permute(0, 3, 1, 2).float() - MEAN) / STD
     cover = torch.zeros(len(scenes), len(CLASSES) + 1, size, size)
@@ -141,16 +147,20 @@ class DenseClassifier(torch.nn.Module):
         self.backbone.init_weights()
         if kind == 'vit':
             channels = [self.backbone.embed_dims] * len(
-                self.backbone.out_indices)
+                self.backbone.out_indices
+            )
         else:
             channels = self.backbone.num_features
         self.heads = torch.nn.ModuleList(
-            torch.nn.Conv2d(c, len(CLASSES) + 1, 1) for c in channels)
+            torch.nn.Conv2d(c, len(CLASSES) + 1, 1) for c in channels
+        )
 
     def forward(self, images):
         """(B, 3, H, W) -> for each map the logits (B, 11, h, w)."""
-        return [head(x) for head, x in
-                zip(self.heads, self.backbone(images), strict=True)]
+        return [
+            head(x)
+            for head, x in zip(self.heads, self.backbone(images), strict=True)
+        ]
 
 
 def dense_loss(logits, cover):
@@ -199,10 +209,13 @@ def accuracy(model, samples, seed, repeats=4):
     shown = np.tile(samples, repeats)
     right = 0
     for start in range(0, len(shown), batch):
-        part = shown[start:start + batch]
-        batches = [make_batch([HELD_OUT + start + i], [sample], size,
-                              digit_size, seed)
-                   for i, sample in enumerate(part)]
+        part = shown[start : start + batch]
+        batches = [
+            make_batch(
+                [HELD_OUT + start + i], [sample], size, digit_size, seed
+            )
+            for i, sample in enumerate(part)
+        ]
         images = torch.cat([b[0] for b in batches])
         digits = torch.cat([b[2] for b in batches])
         cells = model(images)[-1].softmax(1)[:, :-1]
@@ -237,7 +250,8 @@ def save_weights(model, path, metadata):
     """
     weights = {
         f'backbone.{key}': (x.half() if x.is_floating_point() else x).clone()
-        for key, x in model.backbone.state_dict().items()}
+        for key, x in model.backbone.state_dict().items()
+    }
     content = save(weights, metadata)
     replace_file(path, lambda p: p.write_bytes(content))
 
@@ -259,10 +273,12 @@ def train(model, steps, seed, peak, state_path, console, save_every=100):
         list[float]: Loss of each step that this call made.
     """
     settings = json.dumps(
-        dict(trunk=model.kind, steps=steps, seed=seed, peak=peak))
+        dict(trunk=model.kind, steps=steps, seed=seed, peak=peak)
+    )
     samples = split_samples()[0]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=peak, weight_decay=0.05)
+        model.parameters(), lr=peak, weight_decay=0.05
+    )
     first, losses = 0, []
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
@@ -270,29 +286,42 @@ def train(model, steps, seed, peak, state_path, console, save_every=100):
             model.load_state_dict(state['model'])
             optimizer.load_state_dict(state['optimizer'])
             first = state['step']
-            console.print(f'{state_path}: continuing after step {first}',
-                          soft_wrap=True)
+            console.print(
+                f'{state_path}: continuing after step {first}', soft_wrap=True
+            )
         else:
-            console.print(f'{state_path}: of other settings '
-                          f'{state["settings"]}, starting anew',
-                          soft_wrap=True)
+            console.print(
+                f'{state_path}: of other settings '
+                f'{state["settings"]}, starting anew',
+                soft_wrap=True,
+            )
 
     def save(step):
-        state = dict(settings=settings, step=step, model=model.state_dict(),
-                     optimizer=optimizer.state_dict())
+        state = dict(
+            settings=settings,
+            step=step,
+            model=model.state_dict(),
+            optimizer=optimizer.state_dict(),
+        )
         replace_file(state_path, lambda p: torch.save(state, p))
 
     model.train()
-    columns = (TextColumn('{task.description}'), BarColumn(),
-               MofNCompleteColumn(), TimeElapsedColumn(), TextColumn('left'),
-               TimeRemainingColumn())
+    columns = (
+        TextColumn('{task.description}'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn('left'),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task('pre-training', total=steps, completed=first)
         for step in range(first, steps):
             batch, size, digit_size = phase_of(step, steps, model.kind)
             numbers = range(step * 1000, step * 1000 + batch)
             images, cover, _ = make_batch(
-                numbers, samples, size, digit_size, seed)
+                numbers, samples, size, digit_size, seed
+            )
             for group in optimizer.param_groups:
                 group['lr'] = learning_rate(step, steps, peak)
             # Drop path depends on the step alone, so a resume is exact.
@@ -304,31 +333,45 @@ def train(model, steps, seed, peak, state_path, console, save_every=100):
             optimizer.step()
             losses.append(loss.item())
             progress.update(
-                bar, advance=1,
-                description=f'pre-training, loss {np.mean(losses[-20:]):.3f}')
+                bar,
+                advance=1,
+                description=f'pre-training, loss {np.mean(losses[-20:]):.3f}',
+            )
             if (step + 1) % save_every == 0:
                 save(step + 1)
                 progress.console.print(
                     f'step {step + 1} of {steps}, {size} pixels: '
-                    f'loss {np.mean(losses[-save_every:]):.3f}')
+                    f'loss {np.mean(losses[-save_every:]):.3f}'
+                )
     return losses
 
 
 def parse_args(argv=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('--trunk', choices=tuple(TASKS), default='swin',
-                        help='(default: %(default)s)')
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument(
-        '--out', type=Path,
-        help='file to write (default: that of the package)')
-    parser.add_argument('--steps', type=int, default=2300,
-                        help='(default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=0,
-                        help='(default: %(default)s)')
-    parser.add_argument('--lr', type=float, default=1e-3,
-                        help='largest learning rate (default: %(default)s)')
+        '--trunk',
+        choices=tuple(TASKS),
+        default='swin',
+        help='(default: %(default)s)',
+    )
+    parser.add_argument(
+        '--out', type=Path, help='file to write (default: that of the package)'
+    )
+    parser.add_argument(
+        '--steps', type=int, default=2300, help='(default: %(default)s)'
+    )
+    parser.add_argument(
+        '--seed', type=int, default=0, help='(default: %(default)s)'
+    )
+    parser.add_argument(
+        '--lr',
+        type=float,
+        default=1e-3,
+        help='largest learning rate (default: %(default)s)',
+    )
     args = parser.parse_args(argv)
     if args.out is None:
         name = f'{args.trunk}_nano_digits.safetensors'
@@ -343,7 +386,8 @@ def main(argv=None):
         raise ConfigError(
             'Expected --steps of at least 1, --seed of at least 0 and --out '
             f'ending in .safetensors, but got {args.steps}, {args.seed} and '
-            f'{args.out}. Change these options.')
+            f'{args.out}. Change these options.'
+        )
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     console = Console()
@@ -356,17 +400,27 @@ def main(argv=None):
     held_out = split_samples()[1]
     share = accuracy(model, held_out, args.seed)
     trunk = '' if args.trunk == 'swin' else f'--trunk {args.trunk} '
-    save_weights(model, args.out, dict(
-        task=TASKS[args.trunk], seed=str(args.seed), torch=torch.__version__,
-        accuracy=f'{share:.4f} on {len(held_out)} held-out digit samples, '
-        'each shown 4 times; chance 0.1',
-        command=f'python tools/pretrain_nano.py {trunk}--steps {args.steps} '
-        f'--seed {args.seed} --lr {args.lr}'))
+    save_weights(
+        model,
+        args.out,
+        dict(
+            task=TASKS[args.trunk],
+            seed=str(args.seed),
+            torch=torch.__version__,
+            accuracy=f'{share:.4f} on {len(held_out)} held-out digit samples, '
+            'each shown 4 times; chance 0.1',
+            command='python tools/pretrain_nano.py '
+            f'{trunk}--steps {args.steps} '
+            f'--seed {args.seed} --lr {args.lr}',
+        ),
+    )
     state_path.unlink(missing_ok=True)
     console.print(
         f'{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, '
         f'{share:.1%} of the pictures of {len(held_out)} held-out digit '
-        'samples named correctly (chance: 10 %)', soft_wrap=True)
+        'samples named correctly (chance: 10 %)',
+        soft_wrap=True,
+    )
 
 
 if __name__ == '__main__':

@@ -42,7 +42,8 @@ def newest_accuracies(work_dir):
         raise DataError(
             f'{work_dir / "test"} should hold the figures of an evaluation, '
             'but there are none. Evaluate first: python tools/test.py CONFIG '
-            f'CHECKPOINT --work-dir {work_dir / "test"}')
+            f'CHECKPOINT --work-dir {work_dir / "test"}'
+        )
     found = json.loads(files[-1].read_text().splitlines()[-1])
     return {ACCURACIES[k]: found[k] for k in ACCURACIES if k in found}
 
@@ -62,11 +63,13 @@ def measured_rows(work_dir):
     path = work_dir / 'measured.json'
     rows = json.loads(path.read_text())['variants'] if path.exists() else {}
     if not rows or not all(
-            'memory_bytes' in r and 'seconds' in r for r in rows.values()):
+        'memory_bytes' in r and 'seconds' in r for r in rows.values()
+    ):
         raise DataError(
             f'{path} should hold memory and time of every variant, but does '
             'not. Measure first: python tools/measure.py CONFIG --compare '
-            f'full,frozen --json {path}')
+            f'full,frozen --json {path}'
+        )
     return rows
 
 
@@ -80,25 +83,31 @@ def markdown(accuracies, variants):
     Returns:
         str: A Markdown table; a dash stands for what was not trained.
     """
-    rows = [['', *accuracies, *MEASURED], ['---', *['---:'] * (
-        len(accuracies) + len(MEASURED))]]
+    rows = [
+        ['', *accuracies, *MEASURED],
+        ['---', *['---:'] * (len(accuracies) + len(MEASURED))],
+    ]
     for i, (name, measured) in enumerate(variants.items()):
         values = [f'{v:.3f}' if i == 0 else '-' for v in accuracies.values()]
         parameters = measured['parameters']
-        rows.append([
-            NAMES.get(name, name), *values,
-            f'{parameters["trainable"]:,}',
-            f'{parameters["trainable_backbone"]:,}',
-            f'{measured["memory_bytes"]["peak"] / MIB:,.1f}',
-            f'{statistics.median(measured["seconds"]):.3f}',
-        ])
+        rows.append(
+            [
+                NAMES.get(name, name),
+                *values,
+                f'{parameters["trainable"]:,}',
+                f'{parameters["trainable_backbone"]:,}',
+                f'{measured["memory_bytes"]["peak"] / MIB:,.1f}',
+                f'{statistics.median(measured["seconds"]):.3f}',
+            ]
+        )
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
 def main(argv=None):
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument('work_dir', type=Path)
     work_dir = parser.parse_args(argv).work_dir
     try:
@@ -107,8 +116,10 @@ def main(argv=None):
     except E3VAError as error:
         sys.exit(f'error: {error}')
     print(markdown(accuracies, variants))
-    print('\nAP on the test split; full and frozen were measured for some '
-          'steps, not trained.')
+    print(
+        '\nAP on the test split; full and frozen were measured for some '
+        'steps, not trained.'
+    )
 
 
 if __name__ == '__main__':

@@ -3,20 +3,25 @@
 Names for children, as `_base_.adamw` and `_base_.poly`. For 16 pictures an
 update, four on each of four GPUs.
 """
+
 adamw = dict(
     type='OptimWrapper',
     constructor='e3va_mm.SidePathOptimWrapperConstructor',
     optimizer=dict(
-        type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    paramwise_cfg=dict(norm_decay_mult=0.))
+        type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01
+    ),
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+)
 poly = [
     dict(
-        type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
+        type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500
+    ),
     dict(
         type='PolyLR',
-        eta_min=0.,
-        power=1.,
+        eta_min=0.0,
+        power=1.0,
         begin=1500,
         end=40000,
-        by_epoch=False)
+        by_epoch=False,
+    ),
 ]

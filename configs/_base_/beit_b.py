@@ -5,6 +5,7 @@ stock BEiT-B segmentors, as `_base_.trunk`, the channels of its four maps as
 `_base_.width`. `img_size` is that of the pictures: their relative positions
 are the network's own, so that all have the same size.
 """
+
 width = 768
 trunk = dict(
     type='e3va_mm.E3VAVisionTransformer',
@@ -18,11 +19,13 @@ trunk = dict(
     out_indices=(3, 5, 7, 11),
     qv_bias=True,
     init_values=0.1,
-    drop_path_rate=0.,
+    drop_path_rate=0.0,
     norm_cfg=dict(type='LN', eps=1e-6),
     act_cfg=dict(type='GELU'),
     # The file of BEiT's authors, as it is: no converter is needed.
     init_cfg=dict(
         type='Pretrained',
         checkpoint='https://github.com/addf400/files/releases/download/v1.0/'
-        'beit_base_patch16_224_pt22k_ft22k.pth'))
+        'beit_base_patch16_224_pt22k_ft22k.pth',
+    ),
+)

@@ -4,13 +4,24 @@ Made by `python tools/make_digits.py`. Stands as a `_base_` beside a stock
 model and `mmdet::_base_/default_runtime.py`: it shares no key with either.
 Digits are not symmetric, so nothing is flipped.
 """
+
 dataset_type = 'CocoDataset'
 data_root = 'data/digits/coco/'
 metainfo = dict(
     classes=('0', '1', '2', '3', '4', '5', '6', '7', '8', '9'),
-    palette=[(220, 20, 60), (255, 127, 14), (188, 189, 34), (44, 160, 44),
-             (23, 190, 207), (31, 119, 180), (148, 103, 189), (227, 119, 194),
-             (140, 86, 75), (127, 127, 127)])
+    palette=[
+        (220, 20, 60),
+        (255, 127, 14),
+        (188, 189, 34),
+        (44, 160, 44),
+        (23, 190, 207),
+        (31, 119, 180),
+        (148, 103, 189),
+        (227, 119, 194),
+        (140, 86, 75),
+        (127, 127, 127),
+    ],
+)
 image_scale = (224, 224)
 
 train_pipeline = [
@@ -22,8 +33,9 @@ train_pipeline = [
         brightness_delta=16,
         contrast_range=(0.8, 1.2),
         saturation_range=(0.8, 1.2),
-        hue_delta=9),
-    dict(type='PackDetInputs')
+        hue_delta=9,
+    ),
+    dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -31,8 +43,14 @@ test_pipeline = [
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
-                   'scale_factor'))
+        meta_keys=(
+            'img_id',
+            'img_path',
+            'ori_shape',
+            'img_shape',
+            'scale_factor',
+        ),
+    ),
 ]
 
 train_dataloader = dict(
@@ -47,7 +65,9 @@ train_dataloader = dict(
         ann_file='annotations/instances_train.json',
         data_prefix=dict(img='train/'),
         filter_cfg=dict(filter_empty_gt=True),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=4,
     num_workers=2,
@@ -61,7 +81,9 @@ val_dataloader = dict(
         ann_file='annotations/instances_val.json',
         data_prefix=dict(img='val/'),
         test_mode=True,
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = dict(
     batch_size=4,
     num_workers=2,
@@ -75,13 +97,17 @@ test_dataloader = dict(
         ann_file='annotations/instances_test.json',
         data_prefix=dict(img='test/'),
         test_mode=True,
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 
 val_evaluator = dict(
     type='CocoMetric',
     ann_file=data_root + 'annotations/instances_val.json',
-    metric=['bbox', 'segm'])
+    metric=['bbox', 'segm'],
+)
 test_evaluator = dict(
     type='CocoMetric',
     ann_file=data_root + 'annotations/instances_test.json',
-    metric=['bbox', 'segm'])
+    metric=['bbox', 'segm'],
+)

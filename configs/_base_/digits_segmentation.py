@@ -5,13 +5,25 @@ the maps) is a class of its own, so `reduce_zero_label` is off. Stands as a
 `_base_` beside a stock model and `mmseg::_base_/default_runtime.py`: it
 shares no key with either. Digits are not symmetric, so nothing is flipped.
 """
+
 dataset_type = 'BaseSegDataset'
 data_root = 'data/digits/ade20k/'
 metainfo = dict(
     classes=('background', '0', '1', '2', '3', '4', '5', '6', '7', '8', '9'),
-    palette=[[0, 0, 0], [220, 20, 60], [255, 127, 14], [188, 189, 34],
-             [44, 160, 44], [23, 190, 207], [31, 119, 180], [148, 103, 189],
-             [227, 119, 194], [140, 86, 75], [127, 127, 127]])
+    palette=[
+        [0, 0, 0],
+        [220, 20, 60],
+        [255, 127, 14],
+        [188, 189, 34],
+        [44, 160, 44],
+        [23, 190, 207],
+        [31, 119, 180],
+        [148, 103, 189],
+        [227, 119, 194],
+        [140, 86, 75],
+        [127, 127, 127],
+    ],
+)
 crop_size = (224, 224)
 
 train_pipeline = [
@@ -21,21 +33,23 @@ train_pipeline = [
         type='RandomResize',
         scale=crop_size,
         ratio_range=(1.0, 1.5),
-        keep_ratio=True),
+        keep_ratio=True,
+    ),
     dict(type='RandomCrop', crop_size=crop_size),
     dict(
         type='PhotoMetricDistortion',
         brightness_delta=16,
         contrast_range=(0.8, 1.2),
         saturation_range=(0.8, 1.2),
-        hue_delta=9),
-    dict(type='PackSegInputs')
+        hue_delta=9,
+    ),
+    dict(type='PackSegInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=crop_size, keep_ratio=True),
     dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs')
+    dict(type='PackSegInputs'),
 ]
 
 train_dataloader = dict(
@@ -49,8 +63,11 @@ train_dataloader = dict(
         metainfo=metainfo,
         reduce_zero_label=False,
         data_prefix=dict(
-            img_path='images/training', seg_map_path='annotations/training'),
-        pipeline=train_pipeline))
+            img_path='images/training', seg_map_path='annotations/training'
+        ),
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=1,
     num_workers=2,
@@ -62,9 +79,11 @@ val_dataloader = dict(
         metainfo=metainfo,
         reduce_zero_label=False,
         data_prefix=dict(
-            img_path='images/validation',
-            seg_map_path='annotations/validation'),
-        pipeline=test_pipeline))
+            img_path='images/validation', seg_map_path='annotations/validation'
+        ),
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = dict(
     batch_size=1,
     num_workers=2,
@@ -76,8 +95,11 @@ test_dataloader = dict(
         metainfo=metainfo,
         reduce_zero_label=False,
         data_prefix=dict(
-            img_path='images/test', seg_map_path='annotations/test'),
-        pipeline=test_pipeline))
+            img_path='images/test', seg_map_path='annotations/test'
+        ),
+        pipeline=test_pipeline,
+    ),
+)
 
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator

@@ -4,6 +4,7 @@ Names for children: the backbone, which gives the map of its last block, as
 `_base_.trunk`, the channels of that map as `_base_.width`, and four blocks at
 even distances, for heads that take four maps, as `_base_.quarters`.
 """
+
 width = 1024
 quarters = (5, 11, 17, 23)
 trunk = dict(
@@ -13,9 +14,11 @@ trunk = dict(
     img_size=518,
     patch_size=14,
     layer_scale_init_value=1e-5,
-    out_indices=(23, ),
+    out_indices=(23,),
     final_norm=True,
     init_cfg=dict(
         type='Pretrained',
         checkpoint='https://dl.fbaipublicfiles.com/dinov2/'
-        'dinov2_vitl14/dinov2_vitl14_pretrain.pth'))
+        'dinov2_vitl14/dinov2_vitl14_pretrain.pth',
+    ),
+)

@@ -3,6 +3,7 @@
 Used by children as `**_base_.swin_nano`. The weights come with the package;
 e3va_mm/assets/README.md says what they are trained on and how to remake them.
 """
+
 swin_nano = dict(
     pretrain_img_size=112,
     embed_dims=32,
@@ -12,12 +13,13 @@ swin_nano = dict(
     mlp_ratio=4,
     qkv_bias=True,
     qk_scale=None,
-    drop_rate=0.,
-    attn_drop_rate=0.,
+    drop_rate=0.0,
+    attn_drop_rate=0.0,
     drop_path_rate=0.05,
     patch_norm=True,
     out_indices=(0, 1, 2, 3),
     with_cp=False,
     init_cfg=dict(
-        type='Pretrained',
-        checkpoint='e3va_mm://swin_nano_digits.safetensors'))
+        type='Pretrained', checkpoint='e3va_mm://swin_nano_digits.safetensors'
+    ),
+)

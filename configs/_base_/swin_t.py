@@ -3,6 +3,7 @@
 Names for children: the backbone as `_base_.trunk`, the channels of its four
 maps as `_base_.widths`.
 """
+
 widths = [96, 192, 384, 768]
 trunk = dict(
     type='e3va_mm.E3VASwinTransformer',
@@ -10,8 +11,10 @@ trunk = dict(
     depths=(2, 2, 6, 2),
     num_heads=(3, 6, 12, 24),
     window_size=7,
-    drop_path_rate=0.,
+    drop_path_rate=0.0,
     init_cfg=dict(
         type='Pretrained',
         checkpoint='https://github.com/SwinTransformer/storage/releases/'
-        'download/v1.0.0/swin_tiny_patch4_window7_224.pth'))
+        'download/v1.0.0/swin_tiny_patch4_window7_224.pth',
+    ),
+)

@@ -3,6 +3,7 @@
 Names for children: the backbone, which gives the map of its last block, as
 `_base_.trunk`, the channels of that map as `_base_.width`.
 """
+
 width = 768
 trunk = dict(
     type='e3va_mm.E3VAVisionTransformer',
@@ -10,9 +11,11 @@ trunk = dict(
     arch='base',
     img_size=224,
     patch_size=16,
-    out_indices=(11, ),
+    out_indices=(11,),
     final_norm=True,
     init_cfg=dict(
         type='Pretrained',
         checkpoint='https://dl.fbaipublicfiles.com/mae/pretrain/'
-        'mae_pretrain_vit_base.pth'))
+        'mae_pretrain_vit_base.pth',
+    ),
+)

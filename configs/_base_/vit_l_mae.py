@@ -3,6 +3,7 @@
 Names for children: the backbone, which gives the map of its last block, as
 `_base_.trunk`, the channels of that map as `_base_.width`.
 """
+
 width = 1024
 trunk = dict(
     type='e3va_mm.E3VAVisionTransformer',
@@ -10,9 +11,11 @@ trunk = dict(
     arch='large',
     img_size=224,
     patch_size=16,
-    out_indices=(23, ),
+    out_indices=(23,),
     final_norm=True,
     init_cfg=dict(
         type='Pretrained',
         checkpoint='https://dl.fbaipublicfiles.com/mae/pretrain/'
-        'mae_pretrain_vit_large.pth'))
+        'mae_pretrain_vit_large.pth',
+    ),
+)

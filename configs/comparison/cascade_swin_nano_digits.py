@@ -8,8 +8,9 @@ Run: python tools/compare.py configs/comparison/cascade_swin_nano_digits.py
 Expected: box AP on the test split 52.7 full, 45.4 fixed, 46.1 E3VA, 53.6
 E3VA-Mix (means of three seeds, two of fixed); all in benchmarks/README.md.
 """
+
 _base_ = '../cascade_e3va_swin_nano_digits.py'
-model = dict(backbone=dict(drop_path_rate=0.))
+model = dict(backbone=dict(drop_path_rate=0.0))
 epochs = 4
 train_cfg = dict(max_epochs=epochs, val_interval=epochs)
 param_scheduler = [
@@ -19,5 +20,6 @@ param_scheduler = [
         by_epoch=True,
         T_max=epochs,
         eta_min_ratio=0.01,
-        convert_to_iter_based=True)
+        convert_to_iter_based=True,
+    ),
 ]

@@ -12,6 +12,7 @@ Run: python tools/compare.py configs/comparison/upernet_swin_nano_digits.py
 Expected: mIoU on the test split 27.8 full, 23.8 fixed, 24.7 E3VA, 30.0
 E3VA-Mix (means of three seeds, two of fixed); all in benchmarks/README.md.
 """
+
 _base_ = '../upernet_e3va_swin_nano_digits.py'
 data_root = 'data/digits_112/ade20k/'
 crop_size = (112, 112)
@@ -25,18 +26,21 @@ del step
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs')
+    dict(type='PackSegInputs'),
 ]
 train_dataloader = dict(
-    batch_size=16,
-    dataset=dict(data_root=data_root, pipeline=train_pipeline))
+    batch_size=16, dataset=dict(data_root=data_root, pipeline=train_pipeline)
+)
 val_dataloader = dict(
-    dataset=dict(data_root=data_root, pipeline=test_pipeline))
+    dataset=dict(data_root=data_root, pipeline=test_pipeline)
+)
 test_dataloader = dict(
-    dataset=dict(data_root=data_root, pipeline=test_pipeline))
+    dataset=dict(data_root=data_root, pipeline=test_pipeline)
+)
 
 model = dict(
-    data_preprocessor=dict(size=crop_size),
-    backbone=dict(drop_path_rate=0.))
+    data_preprocessor=dict(size=crop_size), backbone=dict(drop_path_rate=0.0)
+)
 optim_wrapper = dict(
-    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))))
+    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1)))
+)

@@ -11,6 +11,7 @@ Trains 242,688 values in the two side paths, necks and heads as usual.
 Expected: 0.507 box AP, 0.479 mask AP and 17.1 mIoU on the test split (one
 run, seed 0; the segmentor's own config has twice the steps and rate).
 """
+
 _base_ = [
     'mmdet::_base_/default_runtime.py',
     '../_base_/e3va_runtime.py',
@@ -18,14 +19,16 @@ _base_ = [
 ]
 tasks = dict(
     boxes='{{ fileDirname }}/../cascade_e3va_swin_nano_digits.py',
-    classes='{{ fileDirname }}/../upernet_e3va_swin_nano_digits.py')
+    classes='{{ fileDirname }}/../upernet_e3va_swin_nano_digits.py',
+)
 model = dict(type='e3va_mm.MultiTaskModel', tasks=tasks)
 train_dataloader = dict(
     batch_size=4,
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(type='e3va_mm.MultiTaskDataset', tasks=tasks))
+    dataset=dict(type='e3va_mm.MultiTaskDataset', tasks=tasks),
+)
 
 epochs = 6
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs)
@@ -33,8 +36,9 @@ optim_wrapper = dict(
     type='OptimWrapper',
     constructor='e3va_mm.SidePathOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.),
-    clip_grad=dict(max_norm=10.))
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+    clip_grad=dict(max_norm=10.0),
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
     dict(
@@ -42,11 +46,13 @@ param_scheduler = [
         by_epoch=True,
         T_max=epochs,
         eta_min_ratio=0.01,
-        convert_to_iter_based=True)
+        convert_to_iter_based=True,
+    ),
 ]
 custom_hooks = _base_.custom_hooks + [
     dict(type='e3va_mm.AdapterCheckpointHook', max_keep=1)
 ]
 default_hooks = dict(
-    logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1))
+    logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1)
+)
 randomness = dict(seed=0)

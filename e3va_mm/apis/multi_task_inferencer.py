@@ -12,13 +12,13 @@ from mmengine.logging import print_log
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..models.backbones.trunk_pass import run_trunk
-from ..models.backbones.trunk_pool import TrunkPool
-from .pictures import Input, Picture, Pictures
-from .result_writer import ResultWriter
-from .shared_preprocessing import run_pipelines
-from .task import Task
+from e3va_mm.apis.pictures import Input, Picture, Pictures
+from e3va_mm.apis.result_writer import ResultWriter
+from e3va_mm.apis.shared_preprocessing import run_pipelines
+from e3va_mm.apis.task import Task
+from e3va_mm.backbones.trunk_pass import run_trunk
+from e3va_mm.backbones.trunk_pool import TrunkPool
+from e3va_mm.errors import ConfigError
 
 NAME = re.compile(r'[\w.-]+')
 

@@ -10,7 +10,7 @@ import numpy as np
 from mmcv import VideoReader, imfrombytes
 from mmengine.fileio import get
 
-from ..errors import DataError
+from e3va_mm.errors import DataError
 
 PICTURES = '.bmp .jpeg .jpg .pgm .png .ppm .tif .tiff .webp'.split()
 VIDEOS = '.avi .m4v .mkv .mov .mp4 .mpeg .mpg .webm'.split()

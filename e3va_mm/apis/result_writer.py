@@ -9,9 +9,9 @@ import mmcv
 import numpy as np
 from mmengine.structures import BaseDataElement
 
-from ..errors import DataError
-from .pictures import Picture, Video
-from .task import Task
+from e3va_mm.apis.pictures import Picture, Video
+from e3va_mm.apis.task import Task
+from e3va_mm.errors import DataError
 
 
 class ResultWriter:

@@ -17,8 +17,8 @@ from mmengine.structures import BaseDataElement
 from PIL import Image
 from torch import Tensor, nn
 
-from ..checkpoint.adapter_file import side_path_backbones
-from ..errors import CheckpointError, ConfigError
+from e3va_mm.errors import CheckpointError, ConfigError
+from e3va_mm.utils.tuned import side_path_backbones
 
 
 class Task(ABC):

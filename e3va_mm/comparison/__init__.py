@@ -1,6 +1,11 @@
-from .methods import METHODS, SIDE_PATHS, method_config, run_config
-from .records import Records, Run
-from .report import draw, markdown
+from e3va_mm.comparison.methods import (
+    METHODS,
+    SIDE_PATHS,
+    method_config,
+    run_config,
+)
+from e3va_mm.comparison.records import Records, Run
+from e3va_mm.comparison.report import draw, markdown
 
 __all__ = [
     'METHODS',

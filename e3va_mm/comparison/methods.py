@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from mmengine.config import Config, ConfigDict
 
-from ..errors import ConfigError
-from ..measure.variants import (
+from e3va_mm.backbones.stock_arguments import stock_class
+from e3va_mm.errors import ConfigError
+from e3va_mm.measure.variants import (
     METHODS,
     framework,
     own_backbone,
@@ -16,7 +17,6 @@ from ..measure.variants import (
     stock_backbone,
     type_name,
 )
-from ..models.backbones.stock_arguments import stock_class
 
 PAPER = 'e3va_mm.E3VASidePath'
 # Beside it: what is set of the side path.

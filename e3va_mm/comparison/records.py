@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoint.adapter_file import write_whole
-from ..errors import ConfigError
+from e3va_mm.errors import ConfigError
+from e3va_mm.utils.files import write_whole
 
 FILE = 'comparison.json'
 

@@ -5,9 +5,9 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..measure.fits import MIB
-from .methods import SIDE_PATHS
-from .records import Records, mean_and_deviation
+from e3va_mm.comparison.methods import SIDE_PATHS
+from e3va_mm.comparison.records import Records, mean_and_deviation
+from e3va_mm.measure.fits import MIB
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

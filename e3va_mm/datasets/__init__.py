@@ -1,5 +1,1 @@
-"""Data sets, and checks of those of the frameworks."""
-
-from .multi_task_dataset import MultiTaskDataset
-
-__all__ = ['MultiTaskDataset']
+"""Data sets that come with the package."""

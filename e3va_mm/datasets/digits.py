@@ -58,20 +58,29 @@ class Photograph(NamedTuple):
 
 PHOTOGRAPHS = {
     'astronaut': Photograph(
-        'skimage', 'data/astronaut.png', 'public domain',
-        'NASA (Eileen Collins)'),
+        'skimage',
+        'data/astronaut.png',
+        'public domain',
+        'NASA (Eileen Collins)',
+    ),
     'chelsea': Photograph(
-        'skimage', 'data/chelsea.png', 'CC0', 'Stefan van der Walt'),
+        'skimage', 'data/chelsea.png', 'CC0', 'Stefan van der Walt'
+    ),
     'coffee': Photograph(
-        'skimage', 'data/coffee.png', 'CC0',
-        'Rachel Michetti, Pikolo Espresso Bar'),
+        'skimage',
+        'data/coffee.png',
+        'CC0',
+        'Rachel Michetti, Pikolo Espresso Bar',
+    ),
     'rocket': Photograph(
-        'skimage', 'data/rocket.jpg', 'public domain', 'SpaceX'),
+        'skimage', 'data/rocket.jpg', 'public domain', 'SpaceX'
+    ),
     'china': Photograph(
-        'sklearn', 'datasets/images/china.jpg', 'CC BY 2.0',
-        'danielbuechele'),
+        'sklearn', 'datasets/images/china.jpg', 'CC BY 2.0', 'danielbuechele'
+    ),
     'flower': Photograph(
-        'sklearn', 'datasets/images/flower.jpg', 'CC BY 2.0', 'vultilion'),
+        'sklearn', 'datasets/images/flower.jpg', 'CC BY 2.0', 'vultilion'
+    ),
 }
 
 # Shares of the digit samples of each class, in the order of SPLITS.
@@ -114,6 +123,7 @@ class Scene(NamedTuple):
 @cache
 def _digits():
     from sklearn.datasets import load_digits
+
     digits = load_digits()
     return digits.images / 16.0, digits.target
 
@@ -127,7 +137,8 @@ def _photograph(name):
         raise DataError(
             f'Expected the photograph {path} in the installed package '
             f'"{photo.package}", but it cannot be read. Install '
-            'scikit-image and scikit-learn again.')
+            'scikit-image and scikit-learn again.'
+        )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -145,8 +156,7 @@ def digit_partition():
     for digit in range(10):
         samples = rng.permutation(np.flatnonzero(labels == digit))
         cuts = np.round(np.cumsum(_SHARES[:-1]) * len(samples)).astype(int)
-        for split, part in zip(
-                SPLITS, np.split(samples, cuts), strict=True):
+        for split, part in zip(SPLITS, np.split(samples, cuts), strict=True):
             parts[split].append(part)
     return {split: np.sort(np.concatenate(p)) for split, p in parts.items()}
 
@@ -169,8 +179,11 @@ def photograph_regions():
         for j, split in enumerate(SPLITS):
             row, column = divmod((i + j) % 4, 2)
             regions[split][name] = (
-                column * (width // 2), row * (height // 2),
-                (column + 1) * (width // 2), (row + 1) * (height // 2))
+                column * (width // 2),
+                row * (height // 2),
+                (column + 1) * (width // 2),
+                (row + 1) * (height // 2),
+            )
     return regions
 
 
@@ -191,10 +204,12 @@ def _background(rng, split, size):
     side = int(limit * rng.uniform(0.6, 1))
     x0 += int(rng.integers(x1 - x0 - side + 1))
     y0 += int(rng.integers(y1 - y0 - side + 1))
-    crop = _photograph(name)[y0:y0 + side, x0:x0 + side]
+    crop = _photograph(name)[y0 : y0 + side, x0 : x0 + side]
     image = cv2.resize(
-        crop, (size, size),
-        interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)
+        crop,
+        (size, size),
+        interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC,
+    )
     image = image.astype(np.float32) / 255
     if rng.random() < 0.5:
         image = image[:, ::-1]
@@ -210,15 +225,21 @@ def _place(rng, sample, size, digit_size):
     aspect, shear = rng.uniform(0.85, 1.2), rng.uniform(-0.15, 0.15)
     scale = height / (8 * _CELL)
     cos, sin = np.cos(angle), np.sin(angle)
-    matrix = (np.array([[cos, -sin], [sin, cos]])
-              @ np.array([[aspect, shear], [0, 1]]) * scale)
+    matrix = (
+        np.array([[cos, -sin], [sin, cos]])
+        @ np.array([[aspect, shear], [0, 1]])
+        * scale
+    )
     margin = min(0.6 * height, size / 2)
     centre = rng.uniform(margin, size - margin, 2)
     middle = (8 + 2 * _FRAME) * _CELL / 2 - 0.5
     offset = centre - matrix @ [middle, middle]
     return cv2.warpAffine(
-        _glyph(sample), np.column_stack([matrix, offset]), (size, size),
-        flags=cv2.INTER_LINEAR)
+        _glyph(sample),
+        np.column_stack([matrix, offset]),
+        (size, size),
+        flags=cv2.INTER_LINEAR,
+    )
 
 
 def _colour(rng, under):
@@ -233,8 +254,15 @@ def _colour(rng, under):
     return np.clip(colour, 0, 1).astype(np.float32)
 
 
-def make_scene(split, index, size=224, seed=0, objects=(2, 6),
-               digit_size=(24, 72), samples=None):
+def make_scene(
+    split,
+    index,
+    size=224,
+    seed=0,
+    objects=(2, 6),
+    digit_size=(24, 72),
+    samples=None,
+):
     """Make one picture: a pure function of its arguments.
 
     Args:
@@ -267,8 +295,10 @@ def make_scene(split, index, size=224, seed=0, objects=(2, 6),
         mask = ink > 0.5
         colour = _colour(rng, image[mask])
         rest = [m & ~mask for m in masks]
-        if any(r.sum() < _MIN_VISIBLE * a
-               for r, a in zip(rest, areas, strict=True)):
+        if any(
+            r.sum() < _MIN_VISIBLE * a
+            for r, a in zip(rest, areas, strict=True)
+        ):
             continue
         chosen.append(sample)
         masks = [*rest, mask]
@@ -278,8 +308,9 @@ def make_scene(split, index, size=224, seed=0, objects=(2, 6),
     image += noise * np.float32(rng.uniform(0, 0.02))
     image = np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
     chosen = np.array(chosen)
-    return Scene(image, _digits()[1][chosen], np.stack(masks), chosen, name,
-                 crop)
+    return Scene(
+        image, _digits()[1][chosen], np.stack(masks), chosen, name, crop
+    )
 
 
 def mask_box(mask):
@@ -292,8 +323,12 @@ def mask_box(mask):
         tuple[int, int, int, int]: (x0, y0, x1, y1) in pixels, half-open.
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return (int(columns[0]), int(rows[0]),
-            int(columns[-1]) + 1, int(rows[-1]) + 1)
+    return (
+        int(columns[0]),
+        int(rows[0]),
+        int(columns[-1]) + 1,
+        int(rows[-1]) + 1,
+    )
 
 
 def build_dataset(out, train=400, val=200, test=200, size=224, seed=0):
@@ -324,7 +359,8 @@ def build_dataset(out, train=400, val=200, test=200, size=224, seed=0):
         raise ConfigError(
             'Expected at least 1 picture in each split, size of at least 96 '
             f'and seed of at least 0, but got {counts}, size {size} and seed '
-            f'{seed}. Change these arguments.')
+            f'{seed}. Change these arguments.'
+        )
     settings = dict(format=_FORMAT, **counts, size=size, seed=seed)
     out = Path(out).absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -365,13 +401,15 @@ def _is_complete(out, settings):
             f'Expected {out} to be absent, empty, or a digits data set made '
             f'by this program (it would hold {_MARKER}), but it is something '
             'else and is left alone. Choose another folder, or move this one '
-            'away.')
+            'away.'
+        )
     try:
         found = json.loads(marker.read_text())
     except ValueError:
         return False
     return found == settings and all(
-        (out / name).is_file() for name in _expected_files(settings))
+        (out / name).is_file() for name in _expected_files(settings)
+    )
 
 
 def _stem(split, index):
@@ -381,10 +419,15 @@ def _stem(split, index):
 def _picture_paths(split, stem):
     """Paths of a picture and of its semantic map in all layouts."""
     ade = _ADE_FOLDERS[split]
-    images = (f'coco/{split}/{stem}.jpg', f'VOC2007/JPEGImages/{stem}.jpg',
-              f'ade20k/images/{ade}/{stem}.jpg')
-    maps = (f'VOC2007/SegmentationClass/{stem}.png',
-            f'ade20k/annotations/{ade}/{stem}.png')
+    images = (
+        f'coco/{split}/{stem}.jpg',
+        f'VOC2007/JPEGImages/{stem}.jpg',
+        f'ade20k/images/{ade}/{stem}.jpg',
+    )
+    maps = (
+        f'VOC2007/SegmentationClass/{stem}.png',
+        f'ade20k/annotations/{ade}/{stem}.png',
+    )
     return images, maps
 
 
@@ -419,7 +462,8 @@ def _encode(suffix, image, *options):
     if not done:
         raise DataError(
             f'Expected OpenCV to encode {suffix} files, but it cannot. '
-            'Install opencv-python-headless again.')
+            'Install opencv-python-headless again.'
+        )
     return buffer.tobytes()
 
 
@@ -431,31 +475,61 @@ def _write_split(root, split, count, size, seed):
     for index in range(count):
         stem = _stem(split, index)
         scene = make_scene(
-            split, index, size, seed, digit_size=(24 * scale, 72 * scale))
+            split, index, size, seed, digit_size=(24 * scale, 72 * scale)
+        )
         picture_paths, map_paths = _picture_paths(split, stem)
-        _write_shared(root, picture_paths, _encode(
-            '.jpg', scene.image[..., ::-1], cv2.IMWRITE_JPEG_QUALITY, 92))
+        _write_shared(
+            root,
+            picture_paths,
+            _encode(
+                '.jpg', scene.image[..., ::-1], cv2.IMWRITE_JPEG_QUALITY, 92
+            ),
+        )
         _write_shared(root, map_paths, _encode('.png', _semantic_map(scene)))
         _write_voc(root / 'VOC2007/Annotations' / f'{stem}.xml', scene)
         photo = PHOTOGRAPHS[scene.photograph]
-        images.append(dict(
-            id=index + 1, file_name=f'{stem}.jpg', width=size, height=size,
-            license=licences.index(photo.licence) + 1,
-            photograph=scene.photograph, credit=photo.credit))
+        images.append(
+            dict(
+                id=index + 1,
+                file_name=f'{stem}.jpg',
+                width=size,
+                height=size,
+                license=licences.index(photo.licence) + 1,
+                photograph=scene.photograph,
+                credit=photo.credit,
+            )
+        )
         for label, mask in zip(scene.labels, scene.masks, strict=True):
-            annotations.append(dict(
-                id=len(annotations) + 1, image_id=index + 1,
-                category_id=int(label) + 1, iscrowd=0,
-                **_coco_shape(mask)))
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=index + 1,
+                    category_id=int(label) + 1,
+                    iscrowd=0,
+                    **_coco_shape(mask),
+                )
+            )
     path = root / f'coco/annotations/instances_{split}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(
-        info=dict(description='Digits in the wild', split=split, seed=seed),
-        licenses=[dict(id=i, name=name)
-                  for i, name in enumerate(licences, start=1)],
-        categories=[dict(id=i, name=name, supercategory='digit')
-                    for i, name in enumerate(CLASSES, start=1)],
-        images=images, annotations=annotations)))
+    path.write_text(
+        json.dumps(
+            dict(
+                info=dict(
+                    description='Digits in the wild', split=split, seed=seed
+                ),
+                licenses=[
+                    dict(id=i, name=name)
+                    for i, name in enumerate(licences, start=1)
+                ],
+                categories=[
+                    dict(id=i, name=name, supercategory='digit')
+                    for i, name in enumerate(CLASSES, start=1)
+                ],
+                images=images,
+                annotations=annotations,
+            )
+        )
+    )
 
 
 def _semantic_map(scene):
@@ -468,11 +542,13 @@ def _semantic_map(scene):
 def _coco_shape(mask):
     """Box, area and mask; run lengths, because a polygon has no holes."""
     from pycocotools import mask as coco_mask
+
     x0, y0, x1, y1 = mask_box(mask)
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     rle['counts'] = rle['counts'].decode('ascii')
-    return dict(bbox=[x0, y0, x1 - x0, y1 - y0], area=int(mask.sum()),
-                segmentation=rle)
+    return dict(
+        bbox=[x0, y0, x1 - x0, y1 - y0], area=int(mask.sum()), segmentation=rle
+    )
 
 
 def _write_voc(path, scene):
@@ -482,8 +558,7 @@ def _write_voc(path, scene):
     ET.SubElement(root, 'folder').text = 'VOC2007'
     ET.SubElement(root, 'filename').text = f'{path.stem}.jpg'
     node = ET.SubElement(root, 'size')
-    for key, value in (('width', width), ('height', height),
-                       ('depth', depth)):
+    for key, value in (('width', width), ('height', height), ('depth', depth)):
         ET.SubElement(node, key).text = str(value)
     ET.SubElement(root, 'segmented').text = '1'
     for label, mask in zip(scene.labels, scene.masks, strict=True):
@@ -492,16 +567,22 @@ def _write_voc(path, scene):
         ET.SubElement(node, 'difficult').text = '0'
         node = ET.SubElement(node, 'bndbox')
         x0, y0, x1, y1 = mask_box(mask)
-        for key, value in (('xmin', x0 + 1), ('ymin', y0 + 1),
-                           ('xmax', x1), ('ymax', y1)):
+        for key, value in (
+            ('xmin', x0 + 1),
+            ('ymin', y0 + 1),
+            ('xmax', x1),
+            ('ymax', y1),
+        ):
             ET.SubElement(node, key).text = str(value)
     path.parent.mkdir(parents=True, exist_ok=True)
     ET.ElementTree(root).write(path)
 
 
 def _write_lists(root, counts):
-    lists = {split: [_stem(split, i) for i in range(count)]
-             for split, count in counts.items()}
+    lists = {
+        split: [_stem(split, i) for i in range(count)]
+        for split, count in counts.items()
+    }
     lists['trainval'] = lists['train'] + lists['val']
     for task in ('Main', 'Segmentation'):
         folder = root / 'VOC2007/ImageSets' / task

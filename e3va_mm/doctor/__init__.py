@@ -4,8 +4,8 @@
 Nothing but the standard library, and rich where it is there, is imported.
 """
 
-from .checks import CHECKS, Problem, diagnose
-from .snapshot import DISTRIBUTIONS, Snapshot, look
+from e3va_mm.doctor.checks import CHECKS, Problem, diagnose
+from e3va_mm.doctor.snapshot import DISTRIBUTIONS, Snapshot, look
 
 __all__ = [
     'CHECKS',

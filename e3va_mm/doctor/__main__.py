@@ -2,8 +2,8 @@
 
 import sys
 
-from .checks import diagnose
-from .snapshot import DISTRIBUTIONS, OTHERS, Snapshot, look
+from e3va_mm.doctor.checks import diagnose
+from e3va_mm.doctor.snapshot import DISTRIBUTIONS, OTHERS, Snapshot, look
 
 #: What the test suite runs with: the maintained line, the dormant originals.
 TESTED = {

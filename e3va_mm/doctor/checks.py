@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .snapshot import DISTRIBUTIONS, Snapshot, numbers
+from e3va_mm.doctor.snapshot import DISTRIBUTIONS, Snapshot, numbers
 
 # How importing torchvision ends where its library does not load.
 NO_OPERATORS = 'torchvision::nms does not exist'

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import ConfigError
-from ..utils.paths import check_patterns, matching
+from e3va_mm.errors import ConfigError
+from e3va_mm.utils.paths import check_patterns, matching
 
 
 def checkpoint_modules(model: nn.Module, paths: Sequence[str]) -> list[str]:

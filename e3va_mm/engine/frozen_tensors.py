@@ -9,7 +9,7 @@ from mmengine.model import BaseAveragedModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..checkpoint.adapter_file import backbones
+from e3va_mm.utils.tuned import tuned_backbones
 
 # Of each tensor, spread over it. An optimizer's step moves nearly all values.
 SAMPLES = 64
@@ -140,7 +140,7 @@ def _frozen(model: nn.Module) -> list[str]:
         if trains and not any(trains):
             frozen |= {inside + name for name, _ in module.named_buffers()}
     frozen -= caches
-    for prefix, backbone in backbones(model):
+    for prefix, backbone in tuned_backbones(model):
         own = {
             name[len(prefix) :]: buffer
             for name, buffer in buffers.items()

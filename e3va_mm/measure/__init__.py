@@ -1,7 +1,7 @@
-from .kept import fold_paths, kept_by_module, kept_for_backward
-from .live_bytes import CATEGORIES, LiveBytes
-from .step import TrainingStep
-from .variants import VARIANTS, variant_config
+from e3va_mm.measure.kept import fold_paths, kept_by_module, kept_for_backward
+from e3va_mm.measure.live_bytes import CATEGORIES, LiveBytes
+from e3va_mm.measure.step import TrainingStep
+from e3va_mm.measure.variants import VARIANTS, variant_config
 
 __all__ = [
     'CATEGORIES',

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from ..errors import ConfigError
+from e3va_mm.errors import ConfigError
 
 MIB = 2**20
 GIB = 2**30

@@ -8,7 +8,7 @@ from mmengine.structures import InstanceData, PixelData
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from e3va_mm.errors import ConfigError
 
 Size = tuple[int, int]  # height, width
 

@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._pytree import tree_flatten
 
-from .live_bytes import LiveBytes
+from e3va_mm.measure.live_bytes import LiveBytes
 
 
 def kept_for_backward(module: nn.Module, *inputs, **kwargs) -> int:

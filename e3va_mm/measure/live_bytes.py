@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_flatten
 
-from ..errors import E3VAError
-from ..utils import in_backward
+from e3va_mm.errors import E3VAError
+from e3va_mm.utils import in_backward
 
 # The first whose own MemTracker does the same.
 OLDEST_TORCH = '2.4'

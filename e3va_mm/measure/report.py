@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from .fits import MIB, Verdict, kept_by_part
-from .live_bytes import CATEGORIES
-from .results import Rows, references
+from e3va_mm.measure.fits import MIB, Verdict, kept_by_part
+from e3va_mm.measure.live_bytes import CATEGORIES
+from e3va_mm.measure.results import Rows, references
 
 # What torch's allocator says, on CUDA.
 ALLOCATOR = ('allocated', 'reserved')

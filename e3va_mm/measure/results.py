@@ -10,8 +10,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..errors import ConfigError
-from .fits import GIB
+from e3va_mm.errors import ConfigError
+from e3va_mm.measure.fits import GIB
 
 Rows = Mapping[str, Mapping]
 

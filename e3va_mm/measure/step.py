@@ -14,13 +14,18 @@ from mmengine.runner import set_random_seed
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import ConfigError
-from ..utils import count_parameters
-from .cpu_amp import CPUAmpOptimWrapper
-from .inputs import batch_size, generate_batch, image_size, set_image_size
-from .kept import ModulePath, fold_paths
-from .live_bytes import LiveBytes
-from .variants import framework, prepare_variant, variant_config
+from e3va_mm.errors import ConfigError
+from e3va_mm.measure.cpu_amp import CPUAmpOptimWrapper
+from e3va_mm.measure.inputs import (
+    batch_size,
+    generate_batch,
+    image_size,
+    set_image_size,
+)
+from e3va_mm.measure.kept import ModulePath, fold_paths
+from e3va_mm.measure.live_bytes import LiveBytes
+from e3va_mm.measure.variants import framework, prepare_variant, variant_config
+from e3va_mm.utils import count_parameters
 
 CHECKPOINT_HOOK = 'ActivationCheckpointHook'
 
@@ -257,6 +262,6 @@ def _checkpoint_activations(model: nn.Module, config: Config) -> None:
         kind = hook.get('type', '')
         name = kind.__name__ if isinstance(kind, type) else kind
         if name.split('.')[-1] == CHECKPOINT_HOOK:
-            from ..engine.checkpointing import checkpoint_modules
+            from e3va_mm.engine.checkpointing import checkpoint_modules
 
             checkpoint_modules(model, hook['modules'])

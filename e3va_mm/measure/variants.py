@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
-from ..errors import ConfigError
-from ..models.backbones.e3va_vit import vit_trunk_config
-from ..models.backbones.presets import PRESETS
-from ..models.trunks.building import scoped_name
-from ..models.trunks.families import FAMILIES, VITS
-from ..utils import mark_trainable
+from e3va_mm.backbones.e3va_vit import vit_trunk_config
+from e3va_mm.backbones.presets import PRESETS
+from e3va_mm.errors import ConfigError
+from e3va_mm.trunks.building import scoped_name
+from e3va_mm.trunks.families import FAMILIES, VITS
+from e3va_mm.utils import mark_trainable
 
 # Tuning inside the backbone, at the sizes of the published counts.
 METHODS: Mapping[str, Mapping] = {

@@ -1,8 +1,7 @@
-from .backward import in_backward
-from .memory import keep_freed_memory
-from .params import count_parameters, mark_trainable
-from .process_group import end_process_group
-from .values import is_number, is_whole
+from e3va_mm.utils.backward import in_backward
+from e3va_mm.utils.params import count_parameters, mark_trainable
+from e3va_mm.utils.process_group import end_process_group
+from e3va_mm.utils.values import is_number, is_whole
 
 __all__ = [
     'count_parameters',
@@ -10,6 +9,5 @@ __all__ = [
     'in_backward',
     'is_number',
     'is_whole',
-    'keep_freed_memory',
     'mark_trainable',
 ]

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from ..errors import ConfigError
+from e3va_mm.errors import ConfigError
 
 
 def matching(pattern: str, paths: Collection[str], what: str) -> list[str]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from e3va_mm.engine import launch
+from e3va_mm.commands import launch
 from tests.test_apis.trained import trained_detector, trained_segmentor
 
 

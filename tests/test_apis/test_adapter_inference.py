@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from e3va_mm.engine import launch
+from e3va_mm.commands import launch
 from e3va_mm.errors import CheckpointError
 from tests.test_engine.test_hooks.tiny import (
     detection_config,

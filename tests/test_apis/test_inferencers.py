@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from e3va_mm.errors import CheckpointError
-from tests.test_checkpoint.hostile import FORMS, touch
 from tests.test_configs import CONFIGS
+from tests.test_weights.hostile import FORMS, touch
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from e3va_mm.engine import launch
+from e3va_mm.commands import launch
 from tests.test_engine.test_hooks.tiny import (
     detection_config,
     make_coco,

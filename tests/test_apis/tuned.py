@@ -7,8 +7,8 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from safetensors.torch import save_file
 
-from e3va_mm.checkpoint import adapter_of, trunk_records
 from e3va_mm.registry import MODELS
+from e3va_mm.weights import adapter_of, trunk_records
 from tests.helpers import TINY, build_stock, randomised
 from tests.test_engine.test_hooks.tiny import (
     CLASSES,

@@ -39,21 +39,28 @@ def data(tmp_path_factory):
 
 
 def tree(folder):
-    return {str(p.relative_to(folder)): p.read_bytes()
-            for p in sorted(folder.rglob('*')) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob('*'))
+        if p.is_file()
+    }
 
 
 # The material -------------------------------------------------------------
 
+
 def test_every_digit_sample_is_in_one_split():
     from sklearn.datasets import load_digits
+
     source = load_digits()
     parts = digit_partition()
     together = np.concatenate([parts[split] for split in SPLITS])
     assert sorted(together) == list(range(1797))
     # By content too: two equal scans would be one sample.
-    scans = {split: {source.images[i].tobytes() for i in part}
-             for split, part in parts.items()}
+    scans = {
+        split: {source.images[i].tobytes() for i in part}
+        for split, part in parts.items()
+    }
     for a, b in combinations(SPLITS, 2):
         assert not scans[a] & scans[b]
     for part in parts.values():
@@ -106,6 +113,7 @@ def test_a_digit_looks_like_its_scan():
 
 # Scenes -------------------------------------------------------------------
 
+
 def test_masks_are_visible_disjoint_and_labelled():
     truth = digits._digits()[1]
     counts = []
@@ -153,33 +161,47 @@ def test_scene_depends_on_seed_split_and_index_only():
     again = make_scene('val', 3, seed=1)
     assert np.array_equal(scene.image, again.image)
     assert np.array_equal(scene.masks, again.masks)
-    for other in (make_scene('val', 3, seed=2), make_scene('val', 4, seed=1),
-                  make_scene('test', 3, seed=1)):
+    for other in (
+        make_scene('val', 3, seed=2),
+        make_scene('val', 4, seed=1),
+        make_scene('test', 3, seed=1),
+    ):
         assert not np.array_equal(scene.image, other.image)
     # No composition of one split comes back in another.
-    val, test = ([make_scene(split, i).photograph for i in range(12)]
-                 for split in ('val', 'test'))
+    val, test = (
+        [make_scene(split, i).photograph for i in range(12)]
+        for split in ('val', 'test')
+    )
     assert val != test
 
 
 # Files --------------------------------------------------------------------
 
+
 def run_tool(out, *options):
     settings = [f'--{k}={v}' for k, v in SMALL.items()]
-    return [sys.executable, str(ROOT / 'tools/make_digits.py'), '--out',
-            str(out), *settings, *options]
+    return [
+        sys.executable,
+        str(ROOT / 'tools/make_digits.py'),
+        '--out',
+        str(out),
+        *settings,
+        *options,
+    ]
 
 
 def test_same_bytes_in_another_process_then_left_alone(data, tmp_path):
     out = tmp_path / 'digits'
     env = dict(os.environ, PYTHONHASHSEED='7')
-    done = subprocess.run(run_tool(out), env=env, check=True,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        run_tool(out), env=env, check=True, capture_output=True, text=True
+    )
     assert '5 train, 3 val and 2 test pictures' in done.stdout
     assert tree(out) == tree(data)
     before = {p: p.stat().st_mtime_ns for p in out.rglob('*')}
-    done = subprocess.run(run_tool(out), check=True, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        run_tool(out), check=True, capture_output=True, text=True
+    )
     assert 'complete with these settings, left as it is' in done.stdout
     assert {p: p.stat().st_mtime_ns for p in out.rglob('*')} == before
 
@@ -202,8 +224,11 @@ def test_foreign_folder_is_refused_and_kept(tmp_path):
     out = tmp_path / 'mine'
     out.mkdir()
     (out / 'thesis.txt').write_text('five years')
-    with pytest.raises(DataError, match=r'Expected .*mine to be absent, '
-                       'empty, or a digits data set.*Choose another folder'):
+    with pytest.raises(
+        DataError,
+        match=r'Expected .*mine to be absent, '
+        'empty, or a digits data set.*Choose another folder',
+    ):
         build_dataset(out, **SMALL)
     assert (out / 'thesis.txt').read_text() == 'five years'
     done = subprocess.run(run_tool(out), capture_output=True, text=True)
@@ -226,6 +251,7 @@ def test_bad_arguments(tmp_path):
 def test_failure_leaves_nothing(tmp_path, monkeypatch):
     def full_disk(*args):
         raise OSError(28, 'No space left on device')
+
     monkeypatch.setattr(digits, '_write_lists', full_disk)
     with pytest.raises(OSError):
         build_dataset(tmp_path / 'digits', **SMALL)
@@ -255,6 +281,7 @@ def test_works_without_hard_links(data, tmp_path, monkeypatch):
 
     def no_links(*args):
         raise PermissionError('no hard links here')
+
     monkeypatch.setattr(os, 'link', no_links)
     out = tmp_path / 'digits'
     build_dataset(out, **SMALL)
@@ -264,6 +291,7 @@ def test_works_without_hard_links(data, tmp_path, monkeypatch):
 
 # Layouts ------------------------------------------------------------------
 
+
 @pytest.mark.parametrize('split', ['train', 'val', 'test'])
 def test_coco_annotations_agree_with_themselves(data, split):
     path = data / f'coco/annotations/instances_{split}.json'
@@ -271,19 +299,22 @@ def test_coco_annotations_agree_with_themselves(data, split):
     assert len(coco.imgs) == SMALL[split]
     content = json.loads(path.read_text())
     assert {lic['name'] for lic in content['licenses']} == {
-        'CC BY 2.0', 'CC0', 'public domain'}
+        'CC BY 2.0',
+        'CC0',
+        'public domain',
+    }
     for ann in coco.anns.values():
         mask = coco.annToMask(ann)
         x0, y0, x1, y1 = mask_box(mask > 0)
         assert ann['bbox'] == [x0, y0, x1 - x0, y1 - y0]
-        assert ann['area'] == mask.sum() == coco_mask.area(
-            ann['segmentation'])
+        assert ann['area'] == mask.sum() == coco_mask.area(ann['segmentation'])
     for i, info in coco.imgs.items():
         image = cv2.imread(str(data / 'coco' / split / info['file_name']))
         assert image.shape == (info['height'], info['width'], 3)
         stem = Path(info['file_name']).stem
         semantic = cv2.imread(
-            str(data / f'VOC2007/SegmentationClass/{stem}.png'), -1)
+            str(data / f'VOC2007/SegmentationClass/{stem}.png'), -1
+        )
         expected = np.zeros_like(semantic)
         for ann in coco.imgToAnns[i]:
             expected[coco.annToMask(ann) > 0] = ann['category_id']
@@ -294,41 +325,56 @@ def test_mmdet_reads_coco_and_voc_alike(data):
     pytest.importorskip('mmdet')
     from mmdet.datasets import CocoDataset, VOCDataset
     from mmdet.datasets.transforms import LoadAnnotations
+
     coco = CocoDataset(
-        data_root=str(data / 'coco'), metainfo=dict(classes=CLASSES),
+        data_root=str(data / 'coco'),
+        metainfo=dict(classes=CLASSES),
         ann_file='annotations/instances_train.json',
-        data_prefix=dict(img='train/'))
+        data_prefix=dict(img='train/'),
+    )
     voc = VOCDataset(
-        data_root=str(data), metainfo=dict(classes=CLASSES),
+        data_root=str(data),
+        metainfo=dict(classes=CLASSES),
         ann_file='VOC2007/ImageSets/Main/train.txt',
-        data_prefix=dict(sub_data_root='VOC2007/'))
+        data_prefix=dict(sub_data_root='VOC2007/'),
+    )
     assert len(coco) == len(voc) == SMALL['train']
     load = LoadAnnotations(with_mask=True)
     for i in range(len(coco)):
         a, b = coco.get_data_info(i), voc.get_data_info(i)
-        assert Path(a['img_path']).read_bytes() == Path(
-            b['img_path']).read_bytes()
+        assert (
+            Path(a['img_path']).read_bytes()
+            == Path(b['img_path']).read_bytes()
+        )
         assert [x['bbox_label'] for x in a['instances']] == [
-            x['bbox_label'] for x in b['instances']]
+            x['bbox_label'] for x in b['instances']
+        ]
         # mmdet's VOC boxes end on the last pixel, COCO's behind it.
         assert np.array_equal(
             [np.subtract(x['bbox'], (0, 0, 1, 1)) for x in a['instances']],
-            [x['bbox'] for x in b['instances']])
+            [x['bbox'] for x in b['instances']],
+        )
         a['img_shape'] = a['ori_shape'] = (a['height'], a['width'])
         loaded = load(a)
         boxes = loaded['gt_masks'].get_bboxes('hbox').tensor
         assert np.array_equal(boxes, loaded['gt_bboxes'].tensor)
         labels = loaded['gt_bboxes_labels']
         assert list(labels) == [
-            digits.make_scene('train', i, 96, 0, digit_size=(
-                24 * 96 / 224, 72 * 96 / 224)).labels[k]
-            for k in range(len(labels))]
+            digits.make_scene(
+                'train', i, 96, 0, digit_size=(24 * 96 / 224, 72 * 96 / 224)
+            ).labels[k]
+            for k in range(len(labels))
+        ]
 
 
 def read_seg(cls, i=0, **kwargs):
-    dataset = cls(pipeline=[
-        dict(type='mmseg.LoadImageFromFile'),
-        dict(type='mmseg.LoadAnnotations')], **kwargs)
+    dataset = cls(
+        pipeline=[
+            dict(type='mmseg.LoadImageFromFile'),
+            dict(type='mmseg.LoadAnnotations'),
+        ],
+        **kwargs,
+    )
     item = dataset[i]
     assert item['img'].shape[:2] == item['gt_seg_map'].shape == (96, 96)
     return len(dataset), item['gt_seg_map']
@@ -341,28 +387,41 @@ def test_mmseg_reads_ade20k_and_voc(data):
         BaseSegDataset,
         PascalVOCDataset,
     )
-    truth = digits._semantic_map(make_scene(
-        'val', 0, 96, 0, digit_size=(24 * 96 / 224, 72 * 96 / 224)))
-    ade = dict(data_root=str(data / 'ade20k'), data_prefix=dict(
-        img_path='images/validation', seg_map_path='annotations/validation'))
-    n, seg = read_seg(BaseSegDataset, metainfo=dict(classes=SEG_CLASSES),
-                      **ade)
+
+    truth = digits._semantic_map(
+        make_scene('val', 0, 96, 0, digit_size=(24 * 96 / 224, 72 * 96 / 224))
+    )
+    ade = dict(
+        data_root=str(data / 'ade20k'),
+        data_prefix=dict(
+            img_path='images/validation', seg_map_path='annotations/validation'
+        ),
+    )
+    n, seg = read_seg(
+        BaseSegDataset, metainfo=dict(classes=SEG_CLASSES), **ade
+    )
     assert n == SMALL['val'] and np.array_equal(seg, truth)
     n, seg = read_seg(ADE20KDataset, **ade)
     ignored = truth.astype(int) - 1
     ignored[truth == 0] = 255
     assert n == SMALL['val'] and np.array_equal(seg, ignored)
     n, seg = read_seg(
-        PascalVOCDataset, data_root=str(data / 'VOC2007'),
-        ann_file='ImageSets/Segmentation/val.txt', data_prefix=dict(
-            img_path='JPEGImages', seg_map_path='SegmentationClass'))
+        PascalVOCDataset,
+        data_root=str(data / 'VOC2007'),
+        ann_file='ImageSets/Segmentation/val.txt',
+        data_prefix=dict(
+            img_path='JPEGImages', seg_map_path='SegmentationClass'
+        ),
+    )
     assert n == SMALL['val'] and np.array_equal(seg, truth)
 
 
 # Configs ------------------------------------------------------------------
 
+
 def load_config(tmp_path, text, data_root):
     from mmengine.config import Config
+
     path = tmp_path / 'child.py'
     path.write_text(text.replace('CONFIGS', str(ROOT / 'configs')))
     cfg = Config.fromfile(path)
@@ -375,18 +434,24 @@ def test_detection_base_beside_stock_bases(data, tmp_path):
     pytest.importorskip('mmdet')
     from mmdet.utils import register_all_modules
     from mmengine.registry import DATASETS, METRICS, DefaultScope
-    cfg = load_config(tmp_path, '''
+
+    cfg = load_config(
+        tmp_path,
+        """
 _base_ = ['mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py',
           'mmdet::_base_/default_runtime.py',
           'CONFIGS/_base_/digits_detection.py',
           'CONFIGS/_base_/swin_nano.py']
 model = dict(backbone=dict(
     _delete_=True, type='SwinTransformer', **_base_.swin_nano))
-''', str(data / 'coco'))
+""",
+        str(data / 'coco'),
+    )
     assert cfg.model.type == 'CascadeRCNN'
     assert cfg.model.backbone.depths == (2, 2, 4, 2)
     assert cfg.model.backbone.init_cfg.checkpoint == (
-        'e3va_mm://swin_nano_digits.safetensors')
+        'e3va_mm://swin_nano_digits.safetensors'
+    )
     register_all_modules(init_default_scope=False)
     with DefaultScope.overwrite_default_scope('mmdet'):
         for part in ('train', 'val', 'test'):
@@ -400,9 +465,11 @@ model = dict(backbone=dict(
         for part in ('val', 'test'):
             evaluator = cfg[f'{part}_evaluator']
             assert evaluator.ann_file == (
-                f'data/digits/coco/annotations/instances_{part}.json')
+                f'data/digits/coco/annotations/instances_{part}.json'
+            )
             evaluator.ann_file = str(
-                data / f'coco/annotations/instances_{part}.json')
+                data / f'coco/annotations/instances_{part}.json'
+            )
             assert METRICS.build(evaluator).metrics == ['bbox', 'segm']
 
 
@@ -410,14 +477,19 @@ def test_segmentation_base_beside_stock_bases(data, tmp_path):
     mmseg = pytest.importorskip('mmseg')
     from mmengine.registry import DATASETS, METRICS, DefaultScope
     from mmseg.utils import register_all_modules
+
     stock = str(Path(mmseg.__file__).parent / '.mim/configs')
-    cfg = load_config(tmp_path, '''
+    cfg = load_config(
+        tmp_path,
+        """
 _base_ = ['MMSEG/_base_/models/upernet_swin.py',
           'MMSEG/_base_/default_runtime.py',
           'CONFIGS/_base_/digits_segmentation.py',
           'CONFIGS/_base_/swin_nano.py']
 model = dict(backbone=_base_.swin_nano)
-'''.replace('MMSEG', stock), str(data / 'ade20k'))
+""".replace('MMSEG', stock),
+        str(data / 'ade20k'),
+    )
     assert cfg.model.type == 'EncoderDecoder'
     assert cfg.model.backbone.type == 'SwinTransformer'
     assert cfg.model.backbone.embed_dims == 32

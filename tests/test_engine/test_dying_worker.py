@@ -12,7 +12,7 @@ from pathlib import Path
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from e3va_mm.checkpoint import adapter_file, read_adapter
+from e3va_mm.weights import adapter_file, read_adapter
 from tests.test_engine.test_hooks.tiny import (
     make_segmentation,
     segmentation_config,

@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from e3va_mm.errors import CheckpointError, ConfigError
-from e3va_mm.models.trunks.families import FAMILIES
 from e3va_mm.registry import MODELS
+from e3va_mm.trunks.families import FAMILIES
 from tests.helpers import TINY
 from tests.trunk_cases import CASES, flat
 

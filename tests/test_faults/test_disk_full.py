@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from e3va_mm.checkpoint import (
+from e3va_mm.commands import launch
+from e3va_mm.errors import CheckpointError
+from e3va_mm.export import export_network
+from e3va_mm.utils.files import write_whole
+from e3va_mm.weights import (
     AdapterFile,
     TrunkRecord,
     read_adapter,
     read_checkpoint,
 )
-from e3va_mm.checkpoint.adapter_file import write_whole
-from e3va_mm.engine import launch
-from e3va_mm.errors import CheckpointError
-from e3va_mm.export import export_network
 from tests.test_engine.test_hooks.tiny import (
     make_segmentation,
     segmentation_config,

@@ -20,24 +20,24 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
-from e3va_mm.checkpoint import (
+from e3va_mm.commands import launch
+from e3va_mm.errors import CheckpointError
+from e3va_mm.registry import MODELS
+from e3va_mm.weights import (
     AdapterFile,
     TrunkRecord,
     match_state,
     read_adapter,
     read_checkpoint,
 )
-from e3va_mm.engine import launch
-from e3va_mm.errors import CheckpointError
-from e3va_mm.registry import MODELS
 from tests.helpers import build_e3va, build_stock, randomised
-from tests.test_checkpoint.hostile import FORMS, Payload, touch
-from tests.test_checkpoint.samples import needs_list, refusal_of
 from tests.test_engine.test_hooks.tiny import (
     make_segmentation,
     segmentation_config,
     side_path_config,
 )
+from tests.test_weights.hostile import FORMS, Payload, touch
+from tests.test_weights.samples import needs_list, refusal_of
 
 EXAMPLES = int(os.environ.get('E3VA_MM_EXAMPLES', 40))
 draws = settings(
@@ -408,7 +408,7 @@ def test_small_files_take_little_memory(tmp_path):
         assert (tmp_path / f'{name}.pth').stat().st_size < 2**20
     script = """
         import resource, sys
-        from e3va_mm.checkpoint import read_checkpoint
+        from e3va_mm.weights import read_checkpoint
         from e3va_mm.errors import CheckpointError
         for path in sys.argv[1:]:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -569,7 +569,7 @@ def test_paths_that_are_no_file(tmp_path, monkeypatch):
 
 
 def _vit(kind):
-    from tests.test_checkpoint import test_vit_keys
+    from tests.test_weights import test_vit_keys
 
     state = getattr(test_vit_keys, kind)()
     model = dict(
@@ -585,7 +585,7 @@ def _vit(kind):
 
 
 def _swin():
-    from tests.test_checkpoint import test_swin_keys
+    from tests.test_weights import test_swin_keys
 
     state = {
         key: value.long() if key.endswith('_index') else value

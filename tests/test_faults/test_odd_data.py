@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.logging import MessageHub
 from PIL import Image
 
-from e3va_mm.engine import launch
+from e3va_mm.commands import launch
 from e3va_mm.errors import DataError
 from tests.test_engine.test_hooks.tiny import (
     detection_config,

@@ -8,9 +8,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 
-from e3va_mm.checkpoint import read_adapter, read_checkpoint
-from e3va_mm.engine import launch
+from e3va_mm.commands import launch
 from e3va_mm.errors import CheckpointError, ConfigError
+from e3va_mm.weights import read_adapter, read_checkpoint
 from tests.helpers import TINY
 from tests.test_engine.test_hooks.tiny import (
     make_segmentation,

@@ -103,7 +103,5 @@ def test_train_and_test_a_classifier(tmp_path, kind, arguments):
         'test.py', config, checkpoint, '--out', 'a.txt', cwd=tmp_path
     )
     assert '--out of a classifier should end in .pkl' in process.stderr
-    process = run(
-        'measure.py', config, '--compare', 'full,lean', cwd=tmp_path
-    )
+    process = run('measure.py', config, '--compare', 'full,lean', cwd=tmp_path)
     assert process.returncode == 0, process.stderr

@@ -99,9 +99,7 @@ def refused(process, script, *words):
     assert process.stdout == ''
     (line,) = process.stderr.splitlines()
     assert line.startswith('error: ')
-    assert line.endswith(
-        f'Usage: bash tools/{script}.sh {SCRIPTS[script]}'
-    )
+    assert line.endswith(f'Usage: bash tools/{script}.sh {SCRIPTS[script]}')
     for word in words:
         assert word in line
 
@@ -153,8 +151,8 @@ def test_interpreter_without_torch(python, tmp_path):
 @pytest.mark.parametrize(
     'variables, text',
     [
-        (dict(NNODES='x'), "NNODES should be a whole number of at least 1"),
-        (dict(PORT='x'), "PORT should be a whole number of at least 1"),
+        (dict(NNODES='x'), 'NNODES should be a whole number of at least 1'),
+        (dict(PORT='x'), 'PORT should be a whole number of at least 1'),
         (dict(NNODES=2), 'NNODES=2 needs MASTER_ADDR and NODE_RANK'),
         (
             dict(NNODES=2, MASTER_ADDR='a', NODE_RANK=2),
@@ -174,13 +172,16 @@ def test_machines_that_cannot_meet(variables, text, tmp_path, python):
 
 def test_one_machine_takes_a_free_port(tmp_path, python):
     process = run(
-        'dist_train', CONFIG, 2, '--work-dir', 'a b', cwd=tmp_path,
+        'dist_train',
+        CONFIG,
+        2,
+        '--work-dir',
+        'a b',
+        cwd=tmp_path,
         PYTHON=python(0),
     )
     assert process.returncode == 0
-    assert process.stderr == (
-        'No GPU here: 2 processes on CPUs, with gloo.\n'
-    )
+    assert process.stderr == ('No GPU here: 2 processes on CPUs, with gloo.\n')
     assert launched(tmp_path) == [
         '-m', 'torch.distributed.run', '--standalone',
         '--local_addr', '127.0.0.1', '--nproc_per_node', '2',

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from e3va_mm import export
-from e3va_mm.checkpoint import read_checkpoint
 from e3va_mm.errors import CheckpointError, ConfigError
+from e3va_mm.weights import read_checkpoint
 from tests.test_apis.trained import trained_detector, trained_segmentor
 
 SPEC = importlib.util.spec_from_file_location(

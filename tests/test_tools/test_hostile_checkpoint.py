@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_checkpoint.hostile import FORMS, touch
 from tests.test_engine.test_hooks.tiny import make_coco
+from tests.test_weights.hostile import FORMS, touch
 
 pytest.importorskip('mmdet')
 

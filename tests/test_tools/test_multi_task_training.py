@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from e3va_mm.apis import MultiTaskInferencer
-from e3va_mm.checkpoint import read_adapter
+from e3va_mm.weights import read_adapter
 from tests.test_apis.tuned import tuned_apart
 from tests.test_engine.test_hooks.tiny import make_coco
 from tests.test_tools.test_train_test import run
@@ -86,9 +86,7 @@ def test_the_data_of_each_task_is_checked(trained):
         cwd=folder,
     )
     assert done.returncode == 1
-    assert (
-        'train_dataloader.dataset.tasks.parts has 3 classes' in done.stderr
-    )
+    assert 'train_dataloader.dataset.tasks.parts has 3 classes' in done.stderr
     assert 'model.decode_head.num_classes: expected 3, received 7' in (
         done.stderr
     )

@@ -160,8 +160,9 @@ def dataset(tmp_path):
 
 def shown(axes):
     """Boxes, texts and the painted pixels of one panel."""
-    boxes = [(*p.get_xy(), p.get_width(), p.get_height())
-             for p in axes.patches]
+    boxes = [
+        (*p.get_xy(), p.get_width(), p.get_height()) for p in axes.patches
+    ]
     texts = [text.get_text() for text in axes.texts]
     (image,) = axes.images
     return boxes, texts, image.get_array().any(axis=-1)
@@ -191,9 +192,7 @@ def test_detections_stand_beside_the_truth(dataset):
         ("default_scope = 'mmseg'", "should be 'mmdet', but got 'mmseg'"),
     ],
 )
-def test_drawing_refuses_what_is_no_detector(
-    tmp_path, capsys, text, message
-):
+def test_drawing_refuses_what_is_no_detector(tmp_path, capsys, text, message):
     config, weights = tmp_path / 'config.py', tmp_path / 'weights.pth'
     weights.touch()
     if text:

@@ -18,15 +18,16 @@ from e3va_mm.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {
     kind: ROOT / f'e3va_mm/assets/{kind}_nano_digits.safetensors'
-    for kind in ('swin', 'vit')}
-TINY = dict.fromkeys(
-    SHIPPED, ((0.5, 2, 56, (24, 50)), (1, 3, 64, (24, 60))))
+    for kind in ('swin', 'vit')
+}
+TINY = dict.fromkeys(SHIPPED, ((0.5, 2, 56, (24, 50)), (1, 3, 64, (24, 60))))
 
 
 @pytest.fixture
 def tool():
     spec = importlib.util.spec_from_file_location(
-        'pretrain_nano', ROOT / 'tools/pretrain_nano.py')
+        'pretrain_nano', ROOT / 'tools/pretrain_nano.py'
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -70,16 +71,19 @@ def test_samples_come_from_pretrain_and_some_are_held_out(tool):
 
 def test_batch_covers_the_digit_with_its_class(tool):
     from sklearn.datasets import load_digits
+
     sample = int(tool.split_samples()[0][0])
     images, cover, digits = tool.make_batch(
-        range(4), [sample], 56, (24, 50), seed=0)
+        range(4), [sample], 56, (24, 50), seed=0
+    )
     assert images.shape == (4, 3, 56, 56) and cover.shape == (4, 11, 56, 56)
     assert -3 < images.min() < images.max() < 3
     assert torch.equal(cover.sum(1), torch.ones(4, 56, 56))
     assert digits.tolist() == [load_digits().target[sample]] * 4
     share = cover[:, digits[0]].mean((1, 2))
-    assert torch.equal(cover[:, :-1].sum((1, 2, 3)),
-                       cover[:, digits[0]].sum((1, 2)))
+    assert torch.equal(
+        cover[:, :-1].sum((1, 2, 3)), cover[:, digits[0]].sum((1, 2))
+    )
     assert (share > 0.03).all() and (share < 0.9).all()
 
 
@@ -95,8 +99,9 @@ def test_loss_wants_the_covered_share_of_each_cell(tool):
         targets[:, 4, :, 0] = logit
         losses[logit] = tool.dense_loss([targets], cover).item()
     log2 = np.log(2)
-    assert losses[0.0] == pytest.approx((0.5 * log2 + 0.25 * log2) / 2,
-                                        abs=1e-6)
+    assert losses[0.0] == pytest.approx(
+        (0.5 * log2 + 0.25 * log2) / 2, abs=1e-6
+    )
     assert losses[-1.0] > losses[0.0] > losses[1.0] - 0.05
 
 
@@ -109,19 +114,26 @@ def test_learning_rate_is_one_cycle(tool):
 
 
 def test_loss_falls_and_every_parameter_moves(
-        tool, kind, tmp_path, monkeypatch):
+    tool, kind, tmp_path, monkeypatch
+):
     monkeypatch.setattr(tool, 'PHASES', {kind: ((1, 8, 56, (24, 50)),)})
     images, cover, _ = tool.make_batch(
-        range(tool.HELD_OUT, tool.HELD_OUT + 24), tool.split_samples()[1],
-        56, (24, 50), seed=0)
+        range(tool.HELD_OUT, tool.HELD_OUT + 24),
+        tool.split_samples()[1],
+        56,
+        (24, 50),
+        seed=0,
+    )
     model, start = new_model(tool, kind), new_model(tool, kind)
     tool.train(model, 14, 0, 1e-3, tmp_path / 's.pt', quiet())
     with torch.no_grad():
         before = tool.dense_loss(start(images), cover)
         after = tool.dense_loss(model(images), cover)
     assert after < 0.8 * before
-    moved = [not torch.equal(a, b) for a, b in
-             zip(model.parameters(), start.parameters(), strict=True)]
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(model.parameters(), start.parameters(), strict=True)
+    ]
     assert all(moved)
 
 
@@ -154,8 +166,7 @@ def test_resume_is_exact(tool, tmp_path, monkeypatch):
     assert equal(whole, continued)
 
 
-def test_state_of_other_settings_is_not_continued(
-        tool, tmp_path, monkeypatch):
+def test_state_of_other_settings_is_not_continued(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, 'PHASES', TINY)
     state, console = tmp_path / 's.pt', quiet()
     tool.train(new_model(tool), 2, 0, 1e-3, state, console, save_every=1)
@@ -166,6 +177,7 @@ def test_state_of_other_settings_is_not_continued(
 
 def test_accuracy_counts_named_digits(tool, monkeypatch):
     from sklearn.datasets import load_digits
+
     monkeypatch.setattr(tool, 'PHASES', TINY)
     samples = tool.split_samples()[1][:30]
 
@@ -209,7 +221,8 @@ def check_file(path, tool, kind='swin'):
             assert x.dtype == torch.float16 and x.isfinite().all(), key
     trunk.load_state_dict(
         {k.removeprefix('backbone.'): x for k, x in weights.items()},
-        strict=True)
+        strict=True,
+    )
     with safe_open(path, 'pt') as file:
         metadata = file.metadata()
     assert set(metadata) == {'task', 'seed', 'torch', 'accuracy', 'command'}
@@ -217,20 +230,27 @@ def check_file(path, tool, kind='swin'):
 
 
 def test_main_writes_a_loadable_file(
-        tool, kind, tmp_path, monkeypatch, capsys):
+    tool, kind, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(tool, 'PHASES', TINY)
     monkeypatch.setattr(
-        tool, 'split_samples', lambda f=tool.split_samples: (
-            f()[0], f()[1][:10]))
+        tool,
+        'split_samples',
+        lambda f=tool.split_samples: (f()[0], f()[1][:10]),
+    )
     out = tmp_path / 'new' / 'w.safetensors'
     # The Swin is what is trained where nothing is said.
     choice = dict(swin=[], vit=['--trunk', 'vit'])[kind]
     tool.main([*choice, '--out', str(out), '--steps', '2', '--seed', '5'])
     assert os.listdir(out.parent) == ['w.safetensors']
     _, metadata = check_file(out, tool, kind)
-    assert metadata['command'] == ' '.join([
-        'python tools/pretrain_nano.py', *choice,
-        '--steps 2 --seed 5 --lr 0.001'])
+    assert metadata['command'] == ' '.join(
+        [
+            'python tools/pretrain_nano.py',
+            *choice,
+            '--steps 2 --seed 5 --lr 0.001',
+        ]
+    )
     assert '10 held-out digit samples' in metadata['accuracy']
     assert 'named correctly (chance: 10 %)' in capsys.readouterr().out
 
@@ -240,7 +260,9 @@ def test_bad_options(tool, tmp_path):
         tool.main(['--out', str(tmp_path / 'w.pth')])
     done = subprocess.run(
         [sys.executable, str(ROOT / 'tools/pretrain_nano.py'), '--steps=0'],
-        capture_output=True, text=True)
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     assert done.stderr.startswith('error: Expected --steps of at least 1')
 
@@ -263,11 +285,13 @@ def probe(tool, trunk):
 
     def features(numbers, samples):
         images, cover, digits = tool.make_batch(
-            numbers, samples, 112, (36, 72), seed=0)
+            numbers, samples, 112, (36, 72), seed=0
+        )
         with torch.no_grad():
             x = trunk(images)[-1]
         box = torch.nn.functional.adaptive_avg_pool2d(
-            1 - cover[:, -1:], x.shape[-2:])
+            1 - cover[:, -1:], x.shape[-2:]
+        )
         x = (x * box).sum((2, 3)) / box.sum((2, 3))
         return torch.nn.functional.normalize(x, dim=1), digits
 
@@ -293,10 +317,12 @@ def test_shipped_weights_fit_both_frameworks(tool, framework):
     pytest.importorskip(framework)
     backbones = importlib.import_module(f'{framework}.models.backbones')
     from mmengine.config import Config
+
     cfg = Config.fromfile(ROOT / 'configs/_base_/swin_nano.py').swin_nano
     cfg.pop('init_cfg')
     trunk = backbones.SwinTransformer(**cfg)
     weights = load_file(SHIPPED['swin'])
     trunk.load_state_dict(
-        {k.removeprefix('backbone.'): x for k, x in weights.items()})
+        {k.removeprefix('backbone.'): x for k, x in weights.items()}
+    )
     assert sum(p.numel() for p in trunk.parameters()) == 2_680_822

@@ -1,4 +1,5 @@
 """The tools as a user runs them: each in a process of its own."""
+
 import os
 import pickle
 import subprocess
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from e3va_mm.engine import launch
+from e3va_mm.commands import launch
 from tests.test_engine.test_hooks.tiny import (
     detection_config,
     make_coco,
@@ -23,7 +24,8 @@ def run(tool, *arguments, cwd):
     """Run a tool from a plain clone: the package is not installed."""
     environment = {
         name: value
-        for name, value in os.environ.items() if name != 'PYTHONPATH'
+        for name, value in os.environ.items()
+        if name != 'PYTHONPATH'
     }
     return subprocess.run(
         [sys.executable, TOOLS / tool, *map(str, arguments)],
@@ -31,14 +33,15 @@ def run(tool, *arguments, cwd):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120)
+        timeout=120,
+    )
 
 
 def error_of(process):
     """What the user reads at the end; never a stack trace."""
     assert process.returncode == 1, process.stderr
     assert 'Traceback' not in process.stderr + process.stdout
-    return process.stderr[process.stderr.index('error: '):]
+    return process.stderr[process.stderr.index('error: ') :]
 
 
 @pytest.fixture
@@ -54,13 +57,17 @@ def test_wrong_class_count(folder):
         detection_config(folder),
         '--cfg-options',
         'model.roi_head.bbox_head.1.num_classes=80',
-        cwd=folder)
+        cwd=folder,
+    )
     text = error_of(process)
     assert text.startswith(
         'error: train_dataloader.dataset has 3 classes '
-        "('cat', 'dog', 'bird'), but the heads of the model")
-    assert ('model.roi_head.bbox_head.1.num_classes: expected 3, received 80'
-            in text)
+        "('cat', 'dog', 'bird'), but the heads of the model"
+    )
+    assert (
+        'model.roi_head.bbox_head.1.num_classes: expected 3, received 80'
+        in text
+    )
     assert 'Epoch(train)' not in process.stdout
 
 
@@ -70,11 +77,14 @@ def test_missing_pictures(folder):
     process = run('train.py', detection_config(folder), cwd=folder)
     text = error_of(process)
     assert '3 of 6 files that the data names do not exist' in text
-    for name, prefix in (('train/001.jpg', 'train'), ('train/003.jpg',
-                                                      'train'),
-                         ('val/000.png', 'val')):
-        assert (f'{folder}/{name}  [{prefix}_dataloader.dataset.'
-                'data_prefix.img]') in text
+    for name, prefix in (
+        ('train/001.jpg', 'train'),
+        ('train/003.jpg', 'train'),
+        ('val/000.png', 'val'),
+    ):
+        assert (
+            f'{folder}/{name}  [{prefix}_dataloader.dataset.data_prefix.img]'
+        ) in text
     assert 'Epoch(train)' not in process.stdout
 
 
@@ -86,8 +96,9 @@ def test_truncated_pictures(folder):
     text = error_of(process)
     assert '2 of 6 files are damaged' in text
     for name in names:
-        assert (f'{folder}/{name}: cannot be decoded, image file is '
-                'truncated') in text
+        assert (
+            f'{folder}/{name}: cannot be decoded, image file is truncated'
+        ) in text
     assert 'Epoch(train)' not in process.stdout
 
 
@@ -100,7 +111,8 @@ def test_resume_and_test_a_detector(folder):
         '--resume',
         '--cfg-options',
         'train_cfg.max_epochs=2',
-        cwd=folder)
+        cwd=folder,
+    )
     assert process.returncode == 0, process.stderr
     assert 'Trainable in the backbone: ' in process.stdout
     assert 'Epoch(train) [2][2/2]' in process.stdout
@@ -112,7 +124,8 @@ def test_resume_and_test_a_detector(folder):
         folder / 'work' / 'epoch_2.pth',
         '--out',
         folder / 'predictions.pkl',
-        cwd=folder)
+        cwd=folder,
+    )
     assert process.returncode == 0, process.stderr
     assert 'Checked 2 files' in process.stdout
     assert 'coco/bbox_mAP' in process.stdout
@@ -126,8 +139,9 @@ def test_train_and_test_a_segmentor(tmp_path):
     assert launch.train([config, '--work-dir', str(tmp_path / 'here')]) == 0
     out = tmp_path / 'maps_out'
     checkpoint = tmp_path / 'here' / 'iter_2.pth'
-    assert launch.test(
-        [config, str(checkpoint), '--out', str(out), '--tta']) == 0
+    assert (
+        launch.test([config, str(checkpoint), '--out', str(out), '--tta']) == 0
+    )
     assert sorted(path.name for path in out.iterdir()) == [
         f'{i:03}.png' for i in range(4)
     ]

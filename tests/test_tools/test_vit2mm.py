@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from e3va_mm.checkpoint import VIT_TARGETS, read_checkpoint, to_vit_keys
-from tests.test_checkpoint.hostile import FORMS, touch
+from e3va_mm.weights import VIT_TARGETS, read_checkpoint, to_vit_keys
+from tests.test_weights.hostile import FORMS, touch
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'model_converters' / 'vit2mm.py'
 TARGET = 'mmpretrain.VisionTransformer'

@@ -3,6 +3,6 @@
 Where torchvision's operators do not load, no framework could be imported.
 """
 
-from e3va_mm.utils.torchvision import declare_missing_ops
+from e3va_mm.frameworks.torchvision import declare_missing_ops
 
 declare_missing_ops()

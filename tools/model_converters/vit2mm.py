@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from e3va_mm.checkpoint import VIT_TARGETS, read_checkpoint, to_vit_keys
-from e3va_mm.checkpoint.adapter_file import write_whole
-from e3va_mm.checkpoint.unwrapping import converting
 from e3va_mm.errors import ConfigError, E3VAError
+from e3va_mm.utils.files import write_whole
+from e3va_mm.weights import VIT_TARGETS, read_checkpoint, to_vit_keys
+from e3va_mm.weights.unwrapping import converting
 
 SUFFIXES = ('.pth', '.safetensors')
 

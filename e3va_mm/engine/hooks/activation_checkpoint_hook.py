@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from ...registry import HOOKS
-from ...utils.wrappers import unwrapped
-from ..checkpointing import checkpoint_modules
+from e3va_mm.engine.checkpointing import checkpoint_modules
+from e3va_mm.registry import HOOKS
+from e3va_mm.utils.wrappers import unwrapped
 
 
 @HOOKS.register_module()
@@ -73,4 +73,3 @@ class ActivationCheckpointHook(Hook):
                 'forward. Choose parts inside, such as '
                 f"'{unused[0]}.*'.",
             )
-

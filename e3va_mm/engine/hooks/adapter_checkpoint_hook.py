@@ -10,19 +10,13 @@ from mmengine.dist import (
 from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
 
-from ...checkpoint.adapter_file import (
-    CHECKPOINT,
-    MIB,
-    adapter_of,
-    backbones,
-    trunk_records,
-    write_whole,
-)
-from ...checkpoint.atomic_local_backend import remove_parts
-from ...errors import ConfigError
-from ...registry import HOOKS
-from ...utils.sharding import whole_state
-from ...utils.wrappers import unwrapped
+from e3va_mm.errors import ConfigError
+from e3va_mm.frameworks.atomic_backend import remove_parts
+from e3va_mm.registry import HOOKS
+from e3va_mm.utils.files import MIB, write_whole
+from e3va_mm.utils.tuned import tuned_backbones
+from e3va_mm.utils.wrappers import unwrapped
+from e3va_mm.weights.adapter_file import CHECKPOINT, adapter_of, trunk_records
 
 # Where the message hub, and with it a checkpoint to resume from, keeps them.
 _KEPT, _BEST, _SOURCES = (
@@ -115,10 +109,10 @@ class AdapterCheckpointHook(Hook):
             # A whole detector or segmentor has brought the trunk.
             sources = {
                 prefix: runner._load_from
-                for prefix, backbone in backbones(model)
+                for prefix, backbone in tuned_backbones(model)
                 if backbone.trunk_source == CHECKPOINT
             }
-        state = whole_state(runner.model)
+        state = unwrapped(runner.model).state_dict()
         if is_main_process():
             # Of a run that was killed while it wrote.
             remove_parts(Path(runner.work_dir), ['adapter_*.safetensors'])
@@ -187,7 +181,9 @@ class AdapterCheckpointHook(Hook):
     def _save(self, runner: Runner, name: str) -> str:
         model = unwrapped(runner.model)
         # As Runner.save_checkpoint: EMAHook puts in its average here.
-        checkpoint = dict(meta={}, state_dict=whole_state(runner.model))
+        checkpoint = dict(
+            meta={}, state_dict=unwrapped(runner.model).state_dict()
+        )
         path = Path(runner.work_dir, f'adapter_{name}.safetensors')
         if not is_main_process():
             return str(path)
@@ -226,7 +222,6 @@ def _read_best(runner: Runner) -> None:
 @master_only
 def _remove(path: str) -> None:
     Path(path).unlink(missing_ok=True)
-
 
 
 def _recall(runner: Runner, key: str, default: Any) -> Any:

@@ -8,9 +8,9 @@ from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
-from ...checkpoint.adapter_file import write_whole
-from ...checkpoint.atomic_local_backend import ATOMIC, remove_parts
-from ...registry import HOOKS
+from e3va_mm.frameworks.atomic_backend import ATOMIC, remove_parts
+from e3va_mm.registry import HOOKS
+from e3va_mm.utils.files import write_whole
 
 
 @HOOKS.register_module()

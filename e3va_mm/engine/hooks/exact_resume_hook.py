@@ -19,10 +19,10 @@ from torch.utils.data import (
     IterableDataset,
 )
 
-from ...errors import CheckpointError, ConfigError
-from ...registry import HOOKS
-from ...utils.wrappers import unwrapped
-from .resume_check_hook import ResumeCheckHook
+from e3va_mm.engine.hooks.resume_check_hook import ResumeCheckHook
+from e3va_mm.errors import CheckpointError, ConfigError
+from e3va_mm.registry import HOOKS
+from e3va_mm.utils.wrappers import unwrapped
 
 # In a checkpoint: where the run was, and gradients that wait for an update.
 RECORD, GRADIENTS = 'e3va_mm_exact_resume', 'e3va_mm_gradients'
@@ -355,7 +355,6 @@ def _compare(source: str, before: dict[str, Any], now: dict[str, Any]) -> None:
 def _accumulation(runner: Runner) -> int:
     wrapper = runner.optim_wrapper
     return getattr(wrapper, '_accumulative_counts', 1)
-
 
 
 def _check(runner: Runner) -> None:

@@ -11,16 +11,16 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from ...checkpoint.adapter_file import side_path_backbones
-from ...errors import ConfigError
-from ...registry import HOOKS
-from ...utils.paths import (
+from e3va_mm.errors import ConfigError
+from e3va_mm.registry import HOOKS
+from e3va_mm.utils.paths import (
     check_patterns,
     matching,
     parameters_of,
     parts_of,
 )
-from ...utils.wrappers import unwrapped
+from e3va_mm.utils.tuned import side_path_backbones
+from e3va_mm.utils.wrappers import unwrapped
 
 Part = nn.Module | nn.Parameter
 
@@ -259,4 +259,3 @@ def _wrap_anew(runner: Runner) -> None:
             f'{type(runner.model).__name__}, but it came in {kind.__name__}. '
             'Give the runner a model without a wrapper.'
         )
-

@@ -17,9 +17,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ...errors import ConfigError
-from ...registry import HOOKS
-from ...utils import is_number
+from e3va_mm.errors import ConfigError
+from e3va_mm.registry import HOOKS
+from e3va_mm.utils import is_number
 
 
 @HOOKS.register_module()
@@ -55,7 +55,8 @@ class ProgressBarHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Draws the bar, if there is a terminal to draw it on."""
         stream = next(
-            (s for s in (sys.stdout, sys.stderr) if s and s.isatty()), None)
+            (s for s in (sys.stdout, sys.stderr) if s and s.isatty()), None
+        )
         if stream is None or not is_main_process():
             return
         console = Console(file=stream, soft_wrap=True)
@@ -73,32 +74,32 @@ class ProgressBarHook(Hook):
             auto_refresh=False,
             redirect_stdout=stream is sys.stdout,
             redirect_stderr=sys.stderr.isatty(),
-            speed_estimate_period=300)
+            speed_estimate_period=300,
+        )
         self._task = self._progress.add_task(
-            'training',
-            total=runner.max_iters,
-            completed=runner.iter,
-            loss='-')
+            'training', total=runner.max_iters, completed=runner.iter, loss='-'
+        )
         # The logger's handler holds the terminal itself, so redirecting
         # `sys.stdout` alone would let log lines run through the bar.
         redirected = []
         for handler in runner.logger.handlers:
-            if (isinstance(handler, logging.StreamHandler)
-                    and handler.stream is stream):
+            if (
+                isinstance(handler, logging.StreamHandler)
+                and handler.stream is stream
+            ):
                 handler.setStream(FileProxy(console, stream))
                 redirected.append(handler)
         self._progress.start()
         self._drawn = time.monotonic()
         # Hooks hear nothing of exceptions: without this one the terminal
         # would be left without its cursor.
-        self._stop = weakref.finalize(self, _stop, self._progress, redirected,
-                                      stream)
+        self._stop = weakref.finalize(
+            self, _stop, self._progress, redirected, stream
+        )
 
-    def after_train_iter(self,
-                         runner: Runner,
-                         batch_idx: int,
-                         data_batch=None,
-                         outputs=None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
         """Moves the bar; redraws it when ``interval`` has passed."""
         if self._progress is None:
             return
@@ -108,10 +109,14 @@ class ProgressBarHook(Hook):
             return
         self._drawn = now
         scalars = runner.message_hub.log_scalars
-        loss = (f"{scalars['train/loss'].current():.4f}"
-                if 'train/loss' in scalars else '-')
+        loss = (
+            f'{scalars["train/loss"].current():.4f}'
+            if 'train/loss' in scalars
+            else '-'
+        )
         self._progress.update(
-            self._task, completed=done, loss=loss, refresh=True)
+            self._task, completed=done, loss=loss, refresh=True
+        )
 
     def after_train(self, runner: Runner) -> None:
         """Takes the bar down, its last state stays on the terminal."""
@@ -124,8 +129,9 @@ class ProgressBarHook(Hook):
         self._progress = None
 
 
-def _stop(progress: Progress, handlers: list[logging.StreamHandler],
-          stream) -> None:
+def _stop(
+    progress: Progress, handlers: list[logging.StreamHandler], stream
+) -> None:
     progress.stop()
     for handler in handlers:
         handler.setStream(stream)

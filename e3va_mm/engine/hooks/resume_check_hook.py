@@ -8,11 +8,11 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.optim import Optimizer
 
-from ...checkpoint.adapter_file import RECORD
-from ...errors import CheckpointError
-from ...registry import HOOKS
-from ...utils.listing import listed
-from ...utils.wrappers import unwrapped
+from e3va_mm.errors import CheckpointError
+from e3va_mm.registry import HOOKS
+from e3va_mm.utils.listing import listed
+from e3va_mm.utils.wrappers import unwrapped
+from e3va_mm.weights.adapter_file import RECORD
 
 # In the `meta` of a checkpoint: names of what the optimizer held, in order.
 OPTIMIZED = 'e3va_mm_optimized'

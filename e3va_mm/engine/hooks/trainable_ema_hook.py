@@ -7,9 +7,9 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ...checkpoint.adapter_file import backbones
-from ...registry import HOOKS
-from ...utils.wrappers import unwrapped
+from e3va_mm.registry import HOOKS
+from e3va_mm.utils.tuned import tuned_backbones
+from e3va_mm.utils.wrappers import unwrapped
 
 
 @HOOKS.register_module()
@@ -109,7 +109,7 @@ def _part(model: nn.Module, with_buffers: bool) -> nn.Module:
     if with_buffers:
         trunks = {
             prefix + key
-            for prefix, backbone in backbones(model)
+            for prefix, backbone in tuned_backbones(model)
             for key in backbone.trunk_state()
         }
         kept = model.state_dict().keys() - trunks

@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ...registry import HOOKS
-from ...utils.sharding import size_of
-from ...utils.wrappers import unwrapped
+from e3va_mm.registry import HOOKS
+from e3va_mm.utils.wrappers import unwrapped
 
 # As wide as a README; the terminal's width must not change the log file.
 WIDTH = 79
@@ -28,7 +27,7 @@ class Part(NamedTuple):
     @property
     def share(self) -> float:
         """Trainable parameters of this part, in per cent."""
-        return 100 * self.trainable / self.total if self.total else 0.
+        return 100 * self.trainable / self.total if self.total else 0.0
 
 
 @HOOKS.register_module()
@@ -58,8 +57,11 @@ class TrainableTableHook(Hook):
         model = unwrapped(runner.model)
         self.parts = list(_parts(model))
         self.backbone = _backbone(model)
-        self.model = Part('model', sum(part.total for part in self.parts),
-                          sum(part.trainable for part in self.parts))
+        self.model = Part(
+            'model',
+            sum(part.total for part in self.parts),
+            sum(part.trainable for part in self.parts),
+        )
         if is_main_process():
             runner.logger.info(f'Trainable parameters\n{self.render()}')
 
@@ -70,8 +72,12 @@ class TrainableTableHook(Hook):
         for name in ('parameters', 'trainable', 'share'):
             table.add_column(name, justify='right')
         for part in self.parts:
-            table.add_row(part.name, f'{part.total:,}', f'{part.trainable:,}',
-                          f'{part.share:.2f} %')
+            table.add_row(
+                part.name,
+                f'{part.total:,}',
+                f'{part.trainable:,}',
+                f'{part.share:.2f} %',
+            )
         text = StringIO()
         Console(file=text, width=WIDTH, color_system=None).print(table)
         lines = [text.getvalue().rstrip()]
@@ -79,9 +85,12 @@ class TrainableTableHook(Hook):
             lines.append(
                 f'Trainable in the backbone: {self.backbone.trainable:,} of '
                 f'{self.backbone.total:,} stock parameters '
-                f'({self.backbone.share:.2f} %)')
-        lines.append(f'Trainable in the model: {self.model.trainable:,} of '
-                     f'{self.model.total:,} ({self.model.share:.2f} %)')
+                f'({self.backbone.share:.2f} %)'
+            )
+        lines.append(
+            f'Trainable in the model: {self.model.trainable:,} of '
+            f'{self.model.total:,} ({self.model.share:.2f} %)'
+        )
         return '\n'.join(lines)
 
 
@@ -92,8 +101,11 @@ def _parts(model: nn.Module) -> Iterator[Part]:
     def part(name: str, parameters) -> Part:
         new = set(parameters) - seen
         seen.update(new)
-        return Part(name, sum(size_of(p) for p in new),
-                    sum(size_of(p) for p in new if p.requires_grad))
+        return Part(
+            name,
+            sum(p.numel() for p in new),
+            sum(p.numel() for p in new if p.requires_grad),
+        )
 
     for name, child in model.named_children():
         side_path, norms = _side_path_and_norms(child)
@@ -125,7 +137,9 @@ def _backbone(model: nn.Module) -> Part | None:
     if backbone is None:
         return None
     side_path, _ = _side_path_and_norms(backbone)
-    total = sum(size_of(p) for p in backbone.parameters())
+    total = sum(p.numel() for p in backbone.parameters())
     return Part(
-        'backbone', total - sum(size_of(p) for p in side_path),
-        sum(size_of(p) for p in backbone.parameters() if p.requires_grad))
+        'backbone',
+        total - sum(p.numel() for p in side_path),
+        sum(p.numel() for p in backbone.parameters() if p.requires_grad),
+    )

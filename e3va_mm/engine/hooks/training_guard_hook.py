@@ -13,21 +13,21 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ...checkpoint.adapter_file import backbones
-from ...errors import ConfigError, TrainingError
-from ...registry import HOOKS
-from ...utils.listing import listed
-from ...utils.paths import (
+from e3va_mm.engine.frozen_tensors import FrozenTensors
+from e3va_mm.engine.hooks.adapter_checkpoint_hook import AdapterCheckpointHook
+from e3va_mm.engine.hooks.resume_check_hook import optimizers_of
+from e3va_mm.errors import ConfigError, TrainingError
+from e3va_mm.registry import HOOKS
+from e3va_mm.utils.listing import listed
+from e3va_mm.utils.paths import (
     check_patterns,
     matching,
     parameters_of,
     parts_of,
 )
-from ...utils.values import is_whole
-from ...utils.wrappers import unwrapped
-from ..frozen_tensors import FrozenTensors
-from .adapter_checkpoint_hook import AdapterCheckpointHook
-from .resume_check_hook import optimizers_of
+from e3va_mm.utils.tuned import tuned_backbones
+from e3va_mm.utils.values import is_whole
+from e3va_mm.utils.wrappers import unwrapped
 
 # Up projections start at zero: what lies before one has a gradient from the
 # second step on.
@@ -345,7 +345,7 @@ class _Gradients:
         }
         own = {
             parameter
-            for _, backbone in backbones(model)
+            for _, backbone in tuned_backbones(model)
             for parameter in backbone.declared()
         }
         self.declared = {n for n, p in self.watched.items() if p in own}
@@ -509,4 +509,3 @@ def _count(steps: int) -> str:
 
 def _kind(model: nn.Module) -> str:
     return type(model).__name__
-

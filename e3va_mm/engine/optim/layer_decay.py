@@ -11,7 +11,7 @@ from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from .side_path_constructor import (
+from e3va_mm.engine.optim.side_path_constructor import (
     SidePathOptimWrapperConstructor,
     has_side_path,
     names_a_part,

@@ -9,7 +9,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_REGISTRY
 from torch import nn
 
-from ...registry import OPTIM_WRAPPER_CONSTRUCTORS
+from e3va_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 
 # Registered once more under mmengine's default name: a stock config names no
@@ -68,9 +68,7 @@ class SidePathOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             return
         if id(module) in self._added:
             parent = self._added.pop(id(module))
-            self.paramwise_cfg = _side_path_rules(
-                everywhere, parent, ['petl']
-            )
+            self.paramwise_cfg = _side_path_rules(everywhere, parent, ['petl'])
             try:
                 super().add_params(params, module, prefix, is_dcn_module)
             finally:

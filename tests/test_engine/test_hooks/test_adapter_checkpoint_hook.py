@@ -13,10 +13,10 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from safetensors.torch import save_file
 
-from e3va_mm.checkpoint import adapter_file, read_adapter
-from e3va_mm.engine import launch
+from e3va_mm.commands import launch
 from e3va_mm.engine.hooks import AdapterCheckpointHook
 from e3va_mm.errors import CheckpointError, ConfigError
+from e3va_mm.weights import adapter_file, read_adapter
 from tests.helpers import build_stock, randomised
 from tests.test_engine.test_hooks.tiny import (
     detection_config,

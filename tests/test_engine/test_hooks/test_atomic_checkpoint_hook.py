@@ -11,11 +11,11 @@ from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import MessageHub
 
-from e3va_mm.checkpoint import adapter_file
-from e3va_mm.engine import launch
+from e3va_mm.commands import launch
 from e3va_mm.engine.hooks import AtomicCheckpointHook
 from e3va_mm.errors import CheckpointError
-from tests.test_checkpoint.toy_runner import ToyMetric, toy_runner
+from e3va_mm.weights import adapter_file
+from tests.test_weights.toy_runner import ToyMetric, toy_runner
 
 
 def run(folder, epochs, resume=False, **options):

@@ -17,11 +17,10 @@ from tests.test_engine.test_hooks.tiny import (
 )
 
 SHOW_CURSOR, HIDE_CURSOR = '\x1b[?25h', '\x1b[?25l'
-EVERY_STEP = [dict(type='e3va_mm.ProgressBarHook', interval=0.)]
+EVERY_STEP = [dict(type='e3va_mm.ProgressBarHook', interval=0.0)]
 
 
 class Terminal(io.StringIO):
-
     def isatty(self):
         return True
 
@@ -42,14 +41,16 @@ def open_terminal(monkeypatch):
 def bars(terminal):
     """The states of the bar that were drawn, as (done, total)."""
     text = re.sub(r'\x1b\[[0-9;]*m', '', terminal.getvalue())
-    return [(int(done), int(total)) for done, total in re.findall(
-        r'training [━╸╺ ]+ +(\d+)/(\d+) loss', text)]
+    return [
+        (int(done), int(total))
+        for done, total in re.findall(
+            r'training [━╸╺ ]+ +(\d+)/(\d+) loss', text
+        )
+    ]
 
 
 def unique(states):
     return list(dict.fromkeys(states))
-
-
 
 
 def test_counts_the_iterations_of_all_epochs(tmp_path, open_terminal):
@@ -62,7 +63,9 @@ def test_counts_the_iterations_of_all_epochs(tmp_path, open_terminal):
             val_cfg=None,
             val_evaluator=None,
             train_cfg=dict(by_epoch=True, max_epochs=2),
-            custom_hooks=EVERY_STEP))
+            custom_hooks=EVERY_STEP,
+        )
+    )
     runner = Runner.from_cfg(config)
     runner.train()
     assert unique(bars(terminal)) == [(i, 4) for i in range(5)]
@@ -71,14 +74,16 @@ def test_counts_the_iterations_of_all_epochs(tmp_path, open_terminal):
     starts = re.findall(r'(.*)\d\d/\d\d [\d:]{8} - mmengine', text)
     assert sum(start.endswith('\x1b[2K') for start in starts) >= 4
     assert all(not start or start.endswith('\x1b[2K') for start in starts)
-    loss, = re.findall(r'4/4 ?\x1b\[0m loss (\d\.\d{4})', text)[-1:]
+    (loss,) = re.findall(r'4/4 ?\x1b\[0m loss (\d\.\d{4})', text)[-1:]
     logged = re.findall(r'loss: (\d\.\d{4})', text)
     history, _ = runner.message_hub.get_scalar('train/loss').data
     assert loss == f'{history[-1]:.4f}' and len(logged) == 4
     assert text.rindex(SHOW_CURSOR) > text.rindex(HIDE_CURSOR)
     assert all(
         getattr(handler, 'stream', None) is not sys.stdout
-        or handler.stream is terminal for handler in runner.logger.handlers)
+        or handler.stream is terminal
+        for handler in runner.logger.handlers
+    )
 
 
 def test_counts_iterations_and_resumes(tmp_path, open_terminal):
@@ -88,9 +93,11 @@ def test_counts_iterations_and_resumes(tmp_path, open_terminal):
         val_dataloader=None,
         val_cfg=None,
         val_evaluator=None,
-        custom_hooks=EVERY_STEP)
+        custom_hooks=EVERY_STEP,
+    )
     Runner.from_cfg(
-        Config.fromfile(segmentation_config(tmp_path, **options))).train()
+        Config.fromfile(segmentation_config(tmp_path, **options))
+    ).train()
     assert unique(bars(terminal)) == [(0, 2), (1, 2), (2, 2)]
 
     terminal.truncate(0)
@@ -109,12 +116,13 @@ def fake_runner(iteration=0, max_iters=2):
         iter=iteration,
         max_iters=max_iters,
         message_hub=hub,
-        logger=types.SimpleNamespace(handlers=[]))
+        logger=types.SimpleNamespace(handlers=[]),
+    )
 
 
 def test_silent_without_a_terminal(capsys, monkeypatch):
     monkeypatch.setenv('FORCE_COLOR', '1')
-    hook, runner = ProgressBarHook(interval=0.), fake_runner()
+    hook, runner = ProgressBarHook(interval=0.0), fake_runner()
     stdout = sys.stdout
     hook.before_train(runner)
     hook.after_train_iter(runner, 0)
@@ -125,7 +133,7 @@ def test_silent_without_a_terminal(capsys, monkeypatch):
 
 def test_not_redrawn_within_the_interval(open_terminal):
     terminal = open_terminal()
-    hook, runner = ProgressBarHook(interval=100.), fake_runner(0, 5)
+    hook, runner = ProgressBarHook(interval=100.0), fake_runner(0, 5)
     hook.before_train(runner)
     for runner.iter in range(5):
         hook.after_train_iter(runner, runner.iter)
@@ -136,19 +144,18 @@ def test_not_redrawn_within_the_interval(open_terminal):
 def test_other_ranks_are_silent(open_terminal, monkeypatch):
     terminal = open_terminal()
     monkeypatch.setattr(
-        'e3va_mm.engine.hooks.progress_bar_hook.is_main_process',
-        lambda: False)
+        'e3va_mm.engine.hooks.progress_bar_hook.is_main_process', lambda: False
+    )
     hook, runner = ProgressBarHook(), fake_runner()
     hook.before_train(runner)
     hook.after_train(runner)
     assert terminal.getvalue() == ''
 
 
-def test_standard_error_when_output_goes_to_a_file(open_terminal,
-                                                   monkeypatch):
+def test_standard_error_when_output_goes_to_a_file(open_terminal, monkeypatch):
     output, error = io.StringIO(), open_terminal('stderr')
     monkeypatch.setattr(sys, 'stdout', output)
-    hook, runner = ProgressBarHook(interval=0.), fake_runner()
+    hook, runner = ProgressBarHook(interval=0.0), fake_runner()
     hook.before_train(runner)
     print('to the file')
     hook.after_train(runner)

@@ -9,7 +9,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from torch import nn
 
-from e3va_mm.engine import launch
+from e3va_mm.commands import launch
 from e3va_mm.engine.hooks.resume_check_hook import (
     OPTIMIZED,
     TRAINABLE,

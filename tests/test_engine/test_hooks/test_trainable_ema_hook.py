@@ -6,9 +6,9 @@ from mmengine.hooks import EMAHook
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from e3va_mm.checkpoint import read_adapter
 from e3va_mm.engine.hooks import TrainableEMAHook
 from e3va_mm.engine.hooks.trainable_ema_hook import _part, _Source
+from e3va_mm.weights import read_adapter
 from tests.helpers import build_e3va
 from tests.test_engine.test_hooks.interrupted import (
     differing,

@@ -12,7 +12,6 @@ from tests.test_engine.test_hooks.tiny import detection_config, make_coco
 
 
 class Detector(nn.Module):
-
     def __init__(self, backbone):
         super().__init__()
         self.backbone = backbone
@@ -23,7 +22,6 @@ class Detector(nn.Module):
 
 
 class Logger:
-
     def info(self, text):
         self.text = text
 
@@ -35,15 +33,20 @@ def run(model):
     return hook, runner.logger.text
 
 
-@pytest.mark.parametrize('size, trainable, total, share', [
-    ('b', 1_195_008, 86_745_016, '1.38'),
-    ('l', 1_792_512, 194_998_164, '0.92'),
-])
+@pytest.mark.parametrize(
+    'size, trainable, total, share',
+    [
+        ('b', 1_195_008, 86_745_016, '1.38'),
+        ('l', 1_792_512, 194_998_164, '0.92'),
+    ],
+)
 def test_share_is_of_the_stock_backbone(size, trainable, total, share):
     hook, text = run(Detector(build_e3va(**SWIN[size])))
     assert hook.backbone[1:] == (total, trainable)
-    assert (f'Trainable in the backbone: {trainable:,} of {total:,} stock '
-            f'parameters ({share} %)') in text
+    assert (
+        f'Trainable in the backbone: {trainable:,} of {total:,} stock '
+        f'parameters ({share} %)'
+    ) in text
 
 
 def test_a_row_for_each_part_counts_each_parameter_once():
@@ -62,7 +65,9 @@ def test_a_row_for_each_part_counts_each_parameter_once():
     assert hook.model[1:] == (stock + side + 165, side + norms + 155)
     assert hook.model.total == sum(p.numel() for p in model.parameters())
     row = [
-        cell.strip() for line in text.splitlines() if 'neck' in line
+        cell.strip()
+        for line in text.splitlines()
+        if 'neck' in line
         for cell in line.strip('|').split('|')
     ]
     assert row == ['neck', '110', '100', '90.91 %']
@@ -90,13 +95,15 @@ def test_stock_runner_logs_plain_text(tmp_path, monkeypatch):
             val_dataloader=None,
             val_cfg=None,
             val_evaluator=None,
-            custom_hooks=[dict(type='e3va_mm.TrainableTableHook')]))
+            custom_hooks=[dict(type='e3va_mm.TrainableTableHook')],
+        )
+    )
     Runner.from_cfg(config).train()
-    log, = tmp_path.glob('work/*/*.log')
+    (log,) = tmp_path.glob('work/*/*.log')
     log = log.read_text()
     assert '\x1b' not in log
-    table = log[log.index('Trainable parameters\n'):].splitlines()[1:]
+    table = log[log.index('Trainable parameters\n') :].splitlines()[1:]
     end = next(i for i, line in enumerate(table) if 'in the model' in line)
-    assert [len(line) for line in table[:end - 1]] == [79] * (end - 1)
+    assert [len(line) for line in table[: end - 1]] == [79] * (end - 1)
     for part in ('backbone', 'neck', 'rpn_head', 'roi_head'):
         assert sum(line.startswith(f'| {part} ') for line in table) == 1

@@ -1,4 +1,5 @@
 """Data sets of a few pictures and configs of a few weights."""
+
 import json
 
 import numpy as np
@@ -11,7 +12,8 @@ CLASSES = ('cat', 'dog', 'bird')
 
 
 def make_coco(
-        folder, name, count=4, classes=CLASSES, suffix='.jpg', masks=False):
+    folder, name, count=4, classes=CLASSES, suffix='.jpg', masks=False
+):
     """``count`` pictures of 48x64 with one box each, and ``name.json``.
 
     ``masks`` are the boxes as polygons.
@@ -31,7 +33,9 @@ def make_coco(
                 category_id=i % len(classes) + 1,
                 bbox=[8, 8, 24, 20],
                 area=480,
-                iscrowd=0))
+                iscrowd=0,
+            )
+        )
     if masks:
         for annotation in annotations:
             x, y, w, h = annotation['bbox']
@@ -40,7 +44,8 @@ def make_coco(
             ]
     categories = [dict(id=i + 1, name=n) for i, n in enumerate(classes)]
     content = dict(
-        images=images, annotations=annotations, categories=categories)
+        images=images, annotations=annotations, categories=categories
+    )
     (folder / f'{name}.json').write_text(json.dumps(content))
 
 
@@ -211,7 +216,7 @@ def _write(path, text, options):
 def truncate(path, share=0.5):
     """Keep the first part of a file."""
     content = path.read_bytes()
-    path.write_bytes(content[:int(len(content) * share)])
+    path.write_bytes(content[: int(len(content) * share)])
 
 
 def side_path_config(folder, base, rest, more=''):

@@ -1,0 +1,386 @@
+"""A stock backbone with something added: adoption and loading."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from e3va_mm.backbones.trunk_storage import TrunkStorage
+from e3va_mm.errors import CheckpointError, ConfigError
+from e3va_mm.trunks import Trunk
+from e3va_mm.utils.files import file_sha256
+from e3va_mm.weights import (
+    TrunkRecord,
+    fingerprint,
+    match_state,
+    read_checkpoint,
+)
+from e3va_mm.weights.adapter_file import CHECKPOINT, RECORD
+from e3va_mm.weights.unwrapping import converting
+
+
+class TrunkBackbone(BaseModule):
+    """Adopts the children of a stock backbone and loads their weights.
+
+    The stock modules become children under their stock names, so that state
+    dicts, optimizer keys and hooks see a stock backbone plus one child more,
+    ``ADDED``. Output norms keep their stock names (``norm0``...) but are no
+    part of the trunk: files of classifiers do not have them.
+
+    Args:
+        trunk (Trunk): Reader of the stock family.
+        stock (nn.Module): The stock backbone, cut after its last output.
+        out_stages (Sequence[int]): Stages that have an output, ascending.
+        allow_random_trunk (bool): Allow training with a trunk that has not
+            received weights. Defaults to False.
+        init_cfg (Mapping, optional): ``dict(type='Pretrained',
+            checkpoint=...)`` with a path or URL of trunk weights.
+
+    Raises:
+        ConfigError: If ``init_cfg`` asks for what is not there.
+    """
+
+    # The child that no stock backbone has, and what messages call it.
+    ADDED: str
+    ADDED_IN_WORDS: str
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        stock: nn.Module,
+        out_stages: Sequence[int],
+        allow_random_trunk: bool = False,
+        init_cfg: Mapping | None = None,
+    ) -> None:
+        if init_cfg is not None and not (
+            isinstance(init_cfg, Mapping)
+            and isinstance(init_cfg.get('checkpoint'), (str, os.PathLike))
+            and init_cfg['checkpoint']
+        ):
+            raise ConfigError(
+                '`backbone.init_cfg` of a frozen trunk should be '
+                "dict(type='Pretrained', checkpoint=PATH_OR_URL), but got "
+                f'{init_cfg}.'
+            )
+        super().__init__(init_cfg=init_cfg)
+        self._adopt(stock)
+        self.trunk = trunk
+        self.out_stages = tuple(out_stages)
+        self.allow_random_trunk = allow_random_trunk
+        self.storage = TrunkStorage()
+        self._reading: str | None = None
+
+    @property
+    def trunk_source(self) -> str | None:
+        """Where the trunk's weights came from; None while they are random."""
+        return self.storage.source
+
+    @property
+    def trunk_address(self) -> str | None:
+        """Path or URL that the trunk's weights can be read from again."""
+        return self.storage.address
+
+    def _adopt(self, stock: nn.Module) -> None:
+        """Take over the children, parameters and buffers of ``stock``."""
+        for name, child in stock.named_children():
+            self.add_module(name, child)
+        for name, parameter in stock.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in stock.named_buffers(recurse=False):
+            persistent = name not in stock._non_persistent_buffers_set
+            self.register_buffer(name, buffer, persistent)
+
+    def output_norms(self) -> Iterator[tuple[str, nn.Module]]:
+        """Names and modules of the stock parts that only outputs go through.
+
+        Norms, but for those that the next stage of the trunk reads too.
+        """
+        if not self.trunk.norm_goes_on():
+            paths = [
+                *(self.trunk.output_norm(self, s) for s in self.out_stages),
+                *self.trunk.output_parts(self),
+            ]
+            for path in filter(None, paths):
+                yield path, self.get_submodule(path)
+
+    def init_weights(self) -> None:
+        """Bring the trunk's weights; the rest is drawn already.
+
+        Raises:
+            CheckpointError: If ``init_cfg.checkpoint`` cannot be read or does
+                not fit the trunk.
+        """
+        if self._is_init:
+            return
+        if self.init_cfg is None and self.storage.source is not None:
+            pass  # the stock class has brought weights itself
+        elif self.init_cfg is None:
+            self.storage.unstore(self.trunk, self)
+            self.trunk.init_random(self)
+            print_log(
+                f'The trunk of {type(self).__name__} is random: no '
+                '`init_cfg`.',
+                logger='current',
+            )
+        else:
+            source = self.init_cfg['checkpoint']
+            with self._reads(source) as state:
+                self.load_state_dict(state, strict=False)
+            # Of an adapter file the trunk has come from elsewhere.
+            if RECORD not in state:
+                self.storage.address = source
+        self._is_init = True
+
+    @contextmanager
+    def _reads(self, source: str) -> Iterator[dict[str, Tensor]]:
+        """Give the stock state of a file; messages name it meanwhile."""
+        checkpoint = read_checkpoint(source)
+        try:
+            with converting('It'):
+                state, form = self.trunk.to_stock_state(checkpoint)
+        except CheckpointError as error:
+            raise CheckpointError(f'{source}: {error}') from None
+        before, self._reading = self._reading, f'{source} ({form})'
+        try:
+            yield state
+        finally:
+            self._reading = before
+
+    def trunk_state(self) -> dict[str, Tensor]:
+        """The trunk's part of the state dict, its weights as they came."""
+        return self.trunk_part(self.state_dict())
+
+    def trunk_part(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of a state with stock names belongs to the trunk."""
+        trained = self.trained_stock()
+        return {
+            key: value
+            for key, value in self._stock_part(state).items()
+            if key not in trained
+        }
+
+    def _stock_part(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a file of the stock backbone must bring."""
+        owned = self.own_names()
+        return {
+            key: value
+            for key, value in state.items()
+            if key.split('.')[0] not in owned
+        }
+
+    def declared(self) -> Iterator[nn.Parameter]:
+        """What trains whatever the model, and must receive gradients."""
+        raise NotImplementedError
+
+    def trained_stock(self) -> set[str]:
+        """Names of what changes in training, output norms left out.
+
+        Of the stock backbone's state alone, parameters and buffers.
+        """
+        return set()
+
+    def own_names(self) -> set[str]:
+        """Names of the children that are no part of the trunk."""
+        return {self.ADDED, *(name for name, _ in self.output_norms())}
+
+    def trunk_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Names and modules of the children of the stock backbone."""
+        owned = self.own_names()
+        for name, child in self.named_children():
+            if name not in owned:
+                yield name, child
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, *args, **kwargs
+    ) -> None:
+        """Check that the whole trunk arrives, then load as usual.
+
+        Both torch's and mmengine's loaders come through here. The latter only
+        logs what does not fit; a frozen trunk with a part missing would train
+        to nothing, so that is an error here, before anything is copied. What
+        a file holds in no part at all (a stock model has no side path) keeps
+        its value; the loaders' own ``strict`` does not see it.
+
+        An adapter file says where its trunk is: that is brought first.
+        """
+        record = state_dict.pop(prefix + RECORD, None)
+        if record is not None:
+            self._bring_trunk(TrunkRecord.from_tensor(record))
+        found = {
+            key[len(prefix) :]: value
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
+        own = self.state_dict()
+        fitted = self._fit_state(dict(found), prefix, own, record is not None)
+        trunk = self.trunk_part(own)
+        if record is None and self._stock_part(own).keys() & found.keys():
+            self.storage.source = self._reading or CHECKPOINT
+            # What a resume brings is what `init_cfg` has brought before.
+            if self.storage.address and fingerprint(trunk) != fingerprint(
+                {key: fitted[key] for key in trunk}
+            ):
+                self.storage.address = None
+            self.storage.unstore(self.trunk, self)
+        elif self.trunk.options.weights != 'int8':
+            # The trunk, which others may run on, stays stored as it is.
+            stored = {**own, **dict(self.named_parameters())}
+            fitted.update({key: stored[key] for key in trunk})
+        else:  # cannot be loaded as it is stored
+            self.storage.unstore(self.trunk, self)
+        for key in found:
+            del state_dict[prefix + key]
+        state_dict.update({prefix + key: v for key, v in fitted.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _fit_state(
+        self,
+        found: dict[str, Tensor],
+        prefix: str,
+        own: dict[str, Tensor],
+        adapter: bool = False,
+    ) -> dict[str, Tensor]:
+        """The state to load, complete, or an error.
+
+        A file may hold the trunk, what is added with the output norms, or
+        both, each in full; beside a trunk the norms alone are fine too. An
+        adapter file holds what trains, in full.
+        """
+        source = self._reading or CHECKPOINT
+        trunk = {} if adapter else self._stock_part(own)
+        frozen = self.trunk_part(own) if adapter else trunk
+        trained = {k: v for k, v in own.items() if k not in frozen}
+        added = f'{self.ADDED}.'
+        has_trunk = any(key in trunk for key in found)
+        has_added = adapter or any(key.startswith(added) for key in found)
+        if not has_trunk and not has_added:
+            keys = ', '.join(list(found)[:5]) or 'none'
+            raise CheckpointError(
+                f'Expected the weights of a backbone under {prefix!r} in '
+                f'{source}, but no key of it is there (found: {keys}). A file '
+                'of the backbone alone goes into '
+                '`model.backbone.init_cfg.checkpoint`, a whole detector or '
+                'segmentor into `load_from`.'
+            )
+
+        expected = {}
+        notes = []
+        as_found = dict(found)
+        if has_trunk:
+            with converting(source):
+                notes += self.trunk.adapt_state(trunk, found)
+            expected |= trunk
+        if has_added:
+            # A file of ours: what is added and output norms come together.
+            expected |= trained
+        else:
+            norms = {
+                key: value
+                for key, value in trained.items()
+                if not key.startswith(added)
+            }
+            expected |= {k: v for k, v in norms.items() if k in found}
+            kept = ', '.join(key for key in norms if key not in found)
+            if any(key.startswith(added) for key in own):
+                notes.append(
+                    f'{self.ADDED_IN_WORDS}: not in the file, keeps its values'
+                )
+            if kept:
+                notes.append(
+                    f'output norms: not in the file, keep their values: {kept}'
+                )
+
+        def explain() -> str:
+            with converting(source):
+                return self.trunk.explain_mismatch(trunk, as_found)
+
+        report = match_state(
+            expected,
+            found,
+            expected_leftovers=self.trunk.leftovers(self),
+            what=f'backbone under {prefix!r}' if prefix else 'backbone',
+            source=source,
+            hint=explain,
+            notes=notes,
+        )
+        print_log(str(report), logger='current')
+        return {**own, **{key: found[key] for key in expected}}
+
+    def _bring_trunk(self, record: TrunkRecord) -> None:
+        """Have the trunk that an adapter file was trained on, or an error.
+
+        It is there, or with another backbone in memory, or is read from where
+        it was, from ``init_cfg``, or from beside the adapter file; the
+        fingerprint decides.
+        """
+        refusals = []
+        if self.storage.source is not None:
+            present = fingerprint(self.trunk_state())
+            if present == record.fingerprint:
+                self.storage.address = self.storage.address or record.source
+                return
+            refusals.append(f'{present[:16]}: {self.storage.source}')
+        if self._share_open(record.fingerprint):
+            return
+        named = self.init_cfg and self.init_cfg['checkpoint']
+        sources = [record.source, named]
+        if record.source is not None:
+            beside = Path(record.file).parent / Path(record.source).name
+            sources += [str(beside)] if beside.is_file() else []
+        for source in dict.fromkeys(filter(None, sources)):
+            try:
+                with self._reads(source) as state:
+                    fitted = self._fit_state(
+                        self._stock_part(state), '', self.state_dict()
+                    )
+                    came = fingerprint(self.trunk_part(fitted))
+                    if came == record.fingerprint:
+                        self.load_state_dict(fitted)
+                        self.storage.address = source
+                        return
+            except CheckpointError as error:
+                refusals.append(str(error))
+                continue
+            found = f'{came[:16]}: {source}'
+            if source == record.source and record.sha256 is not None:
+                changed = file_sha256(source) != record.sha256
+                found += ', a file that has changed since' * changed
+            refusals.append(found)
+        raise CheckpointError(
+            f'{record.file} needs the trunk with the fingerprint '
+            f'{record.fingerprint[:16]}, which came from '
+            f'{record.source or "its stock class"}. Instead there is:\n  '
+            + '\n  '.join(refusals or ['nothing to read it from'])
+            + '\nThe likely cause is another checkpoint in `init_cfg`, '
+            'another size of pictures or windows in the config, or a file '
+            'that was moved or changed. Put the file of the trunk where it '
+            'was or beside the adapter file, or set '
+            '`model.backbone.init_cfg.checkpoint` to it.'
+        )
+
+    def require_weights(self) -> None:
+        """Refuse to train beside a trunk that has received no weights.
+
+        Raises:
+            ConfigError: If that is so and not allowed.
+        """
+        if (
+            self.training
+            and self.storage.source is None
+            and not self.allow_random_trunk
+        ):
+            raise ConfigError(
+                'Expected pre-trained weights in the frozen trunk, but it is '
+                'random: neither `init_cfg`, `load_from` nor a resume has '
+                'brought any. Set `model.backbone.init_cfg=dict('
+                "type='Pretrained', checkpoint=...)`, or allow it with "
+                '`model.backbone.allow_random_trunk=True`.'
+            )
+
+    def _share_open(self, wanted: str) -> bool:
+        """Run on the trunk of another backbone, where that is possible."""
+        return False

@@ -1,0 +1,224 @@
+"""One pass of a frozen trunk, for as many side paths as want it.
+
+What a trunk computes does not depend on any side path, so that backbones
+tuned apart can share it (:meth:`SidePathBackbone.share_trunk`).
+"""
+
+from collections.abc import Collection, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from mmcv.cnn.bricks import DropPath
+from torch import Tensor, nn
+
+from e3va_mm.numerics.autocast import autocast_dtype, autocast_to
+from e3va_mm.trunks import StageEnd
+from e3va_mm.trunks.base import plain_attributes
+from e3va_mm.tuners.e3va.replay import OnStageTap, Replay, RunTrunk
+
+if TYPE_CHECKING:
+    from e3va_mm.backbones.side_path_backbone import SidePathBackbone
+
+
+def run_trunk(
+    backbones: Sequence['SidePathBackbone'],
+    image: Tensor,
+    rows: Sequence[slice] | None = None,
+) -> list[tuple[Tensor, ...]]:
+    """Run a trunk once and the side paths of several backbones beside it.
+
+    Args:
+        backbones (Sequence[SidePathBackbone]): At least one; all of the same
+            trunk.
+        image (Tensor): (B, 3, H, W).
+        rows (Sequence[slice], optional): Which of the B pictures are a
+            backbone's. Defaults to all for each.
+
+    Returns:
+        list[tuple[Tensor, ...]]: Of each backbone what its ``forward`` gives
+        for its pictures.
+
+    Raises:
+        ConfigError: If one trains and its trunk has received no weights.
+    """
+    first = backbones[0]
+    for backbone in backbones:
+        backbone.require_weights()
+    first.storage.store(first.trunk, first)
+    ends = [_ends(backbone) for backbone in backbones]
+    every = sorted(set().union(*ends))
+    trunk = first.trunk
+    if every != ends[0]:
+        # Plain trunks end a stage with each output, each backbone its own.
+        trunk = trunk.with_stages(every)
+    parts = rows or [None] * len(backbones)
+    passes = [
+        _SidePass(backbone, image, own, every, part)
+        for backbone, own, part in zip(backbones, ends, parts, strict=True)
+    ]
+
+    def on_tap(stage: int, block: int, tap: str, value: Tensor) -> None:
+        for each in passes:
+            each.on_tap(stage, block, tap, value)
+
+    def on_end(stage: int, end: StageEnd) -> None:
+        for each in passes:
+            each.on_end(stage, end)
+
+    taps = dict.fromkeys(t for b in backbones for t in b.side_path.taps)
+    last = len(every) - 1
+    with torch.no_grad():
+        trunk.run(first, image, last, tuple(taps), on_tap, on_end)
+    return [each.finish() for each in passes]
+
+
+def trunk_difference(
+    one: 'SidePathBackbone', other: 'SidePathBackbone'
+) -> str | None:
+    """The first thing in which two backbones' trunks differ, if any.
+
+    Weights are left out. So is what outputs do not depend on: drop path
+    rates, checkpointing, chunks.
+    """
+    ours, theirs = _parts(one), _parts(other)
+    for name in sorted(ours | theirs):
+        if ours.get(name) != theirs.get(name):
+            return (
+                f'{name} is {ours.get(name)} in one and {theirs.get(name)} in '
+                'the other'
+            )
+    return None
+
+
+def _parts(backbone: 'SidePathBackbone') -> dict[str, object]:
+    """What a trunk computes with, by names: all but the weights' values."""
+    trunk = backbone.trunk
+    found = {
+        'the class': type(trunk).__name__,
+        'the layout': getattr(trunk, 'layout', None),
+        'the number of blocks': _ends(backbone)[-1],
+        'trunk_compute': trunk.options.compute,
+        'trunk_weights': trunk.options.weights,
+        **trunk.settings(backbone),
+    }
+    for name, child in backbone.trunk_children():
+        for path, module in child.named_modules(prefix=name):
+            if isinstance(module, (DropPath, nn.Dropout, nn.Identity)):
+                continue  # does nothing here
+            found[path] = type(module).__name__
+            plain = plain_attributes(module)
+            found |= {f'{path}.{key}': value for key, value in plain.items()}
+    own = backbone.trunk_part(backbone.state_dict())
+    return found | {key: tuple(value.shape) for key, value in own.items()}
+
+
+def _ends(backbone: 'SidePathBackbone') -> list[int]:
+    """The number of blocks up to the end of each stage."""
+    specs = backbone.trunk.stages(backbone)
+    return list(accumulate(spec.depth for spec in specs))
+
+
+class _SidePass:
+    """What one side path makes of a pass of the trunk.
+
+    Args:
+        backbone (SidePathBackbone): Whose side path it is.
+        image (Tensor): (B, 3, H, W).
+        ends (Sequence[int]): The blocks up to the end of each of its stages.
+        every (Sequence[int]): The same of the pass, whose stages may be finer.
+        rows (slice, optional): Which of the pictures are its own.
+    """
+
+    def __init__(
+        self,
+        backbone: 'SidePathBackbone',
+        image: Tensor,
+        ends: Sequence[int],
+        every: Sequence[int],
+        rows: slice | None,
+    ) -> None:
+        self.backbone = backbone
+        self._rows = rows
+        self.outputs: list[Tensor] = []
+        # Of each stage of the pass: our stage, the blocks of it before, and
+        # whether ours ends there too.
+        self._places = []
+        for begin, end in zip([0, *every], every, strict=False):
+            stage = next(i for i, own in enumerate(ends) if end <= own)
+            begins = ends[stage - 1] if stage else 0
+            self._places.append((stage, begin - begins, end == ends[stage]))
+        # The pass itself runs without.
+        self._graph = torch.is_grad_enabled()
+        self._replay = Replay(self._own(image), _runner(backbone, image))
+        self._highway = backbone.side_path.start(0, None, self._replay)
+
+    def _own(self, value: Tensor) -> Tensor:
+        return value if self._rows is None else value[self._rows]
+
+    def on_tap(self, stage: int, block: int, tap: str, value: Tensor) -> None:
+        """Add what a tap (B, L, C) contributes."""
+        side_path = self.backbone.side_path
+        if tap not in side_path.taps:
+            return
+        stage, before, _ = self._places[stage]
+        with torch.set_grad_enabled(self._graph):
+            side_path.add_tap(
+                self._highway, stage, before + block, tap, self._own(value)
+            )
+
+    def on_end(self, stage: int, end: StageEnd) -> None:
+        """Give the output of a stage; carry the highway to the next."""
+        stage, _, ends = self._places[stage]
+        if not ends:
+            return
+        backbone, side_path = self.backbone, self.backbone.side_path
+        end = end._replace(tokens=self._own(end.tokens))
+        with torch.set_grad_enabled(self._graph):
+            total = side_path.output(self._highway, end.tokens, end.size)
+            kept = None
+            if stage in backbone.out_stages:
+                output, kept = backbone.output(stage, total, end)
+                self.outputs.append(output)
+            if stage == backbone.out_stages[-1]:
+                return
+            inherited = None
+            if backbone.trunk.highway_goes_on():
+                inherited = side_path.inherit(
+                    self._highway,
+                    total,
+                    end.tokens,
+                    backbone.trunk.downsampling(backbone, stage, end.size),
+                    kept,
+                )
+            self._highway = side_path.start(stage + 1, inherited, self._replay)
+
+    def finish(self) -> tuple[Tensor, ...]:
+        """The outputs, and nothing held that no graph needs."""
+        self._replay.image = None
+        return tuple(self.outputs)
+
+
+def _runner(backbone: 'SidePathBackbone', image: Tensor) -> RunTrunk:
+    """What runs the trunk again, under the autocast of now."""
+    dtype = autocast_dtype(image)
+
+    @torch.no_grad()
+    def run(
+        image: Tensor,
+        last: int,
+        wanted: Collection[int],
+        on_tap: OnStageTap,
+    ) -> None:
+        def on_any_tap(
+            stage: int, block: int, tap: str, value: Tensor
+        ) -> None:
+            if stage in wanted:
+                on_tap(stage, value)
+
+        with autocast_to(image, dtype):
+            backbone.trunk.run(
+                backbone, image, last, backbone.side_path.taps, on_any_tap
+            )
+
+    return run

@@ -1,0 +1,3 @@
+from e3va_mm.necks.simple_feature_pyramid import SimpleFeaturePyramid
+
+__all__ = ['SimpleFeaturePyramid']

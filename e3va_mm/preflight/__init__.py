@@ -1,0 +1,3 @@
+from e3va_mm.preflight.hook import DatasetCheckHook
+
+__all__ = ['DatasetCheckHook']

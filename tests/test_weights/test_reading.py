@@ -1,0 +1,251 @@
+import pickle
+import random
+import zipfile
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import EMAHook
+from mmengine.runner import Runner
+from mmengine.runner._flexible_runner import FlexibleRunner
+from safetensors.torch import save_file
+from torch import nn
+
+from e3va_mm.errors import CheckpointError
+from e3va_mm.weights import read_checkpoint, reading
+from tests.test_weights import toy_runner as toy_module
+from tests.test_weights.samples import refusal_of, saved, weights
+from tests.test_weights.toy_runner import toy_runner
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_a_state_dict_is_read_as_it_was_saved(tmp_path, zipped):
+    content = {'state_dict': weights(), 'meta': {'epoch': 3, 'name': 'a'}}
+    path = saved(
+        tmp_path / 'a.pth', content, _use_new_zipfile_serialization=zipped
+    )
+    found = read_checkpoint(path)
+    assert found['meta'] == content['meta']
+    for key, value in weights().items():
+        assert torch.equal(found['state_dict'][key], value)
+
+
+def test_home_and_map_location(tmp_path, monkeypatch):
+    saved(tmp_path / 'a.pth')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    found = read_checkpoint('~/a.pth', map_location='meta')
+    assert found['weight'].device.type == 'meta'
+
+
+@pytest.mark.parametrize('name', ['a.safetensors', 'a.pth', 'a'])
+def test_safetensors_are_known_by_name_or_content(tmp_path, name):
+    path = tmp_path / name
+    save_file(weights(), path, metadata={'trunk': 'nano'})
+    found = read_checkpoint(path)
+    assert found['meta'] == {'trunk': 'nano'}
+    assert found['state_dict'].keys() == weights().keys()
+    for key, value in weights().items():
+        assert torch.equal(found['state_dict'][key], value)
+
+
+@pytest.mark.parametrize('place', ['cpu', None, torch.device('cpu'), {}])
+def test_safetensors_take_every_kind_of_map_location(tmp_path, place):
+    path = tmp_path / 'a.safetensors'
+    save_file(weights(), path)
+    weight = read_checkpoint(path, place)['state_dict']['weight']
+    assert weight.device.type == 'cpu'
+
+
+@pytest.mark.parametrize(
+    'data, text',
+    [
+        (b'', 'is empty (0 bytes)'),
+        (b'<!DOCTYPE html><p>Not found', "begins with '<!DOCTYPE html>"),
+        (b'version https://git-lfs.github.com/spec/v1', 'Git LFS pointer'),
+        (b'a checkpoint\n', "begins with 'a checkpoint'"),
+        (b'\x80', 'cannot be read as a checkpoint'),
+        (bytes(range(256)) * 4, 'cannot be read as a checkpoint'),
+        (pickle.dumps({'a': 1}, protocol=2), 'cannot be read as a checkpoint'),
+    ],
+)
+def test_what_is_no_checkpoint(tmp_path, data, text):
+    path = tmp_path / 'a.pth'
+    path.write_bytes(data)
+    refusal = refusal_of(path)
+    assert text in refusal and refusal.startswith(str(path))
+    assert refusal.endswith('.')
+
+
+@pytest.mark.parametrize(
+    'content, kind',
+    [([1, 2], 'list'), (torch.ones(1), 'Tensor'), ({}, 'dict')],
+)
+def test_what_is_no_dict(tmp_path, content, kind):
+    path = saved(tmp_path / 'a.pth', content)
+    assert f'holds a {kind} without weights' in refusal_of(path)
+
+
+def test_a_list_that_holds_itself(tmp_path):
+    endless = []
+    endless.append(endless)
+    path = saved(tmp_path / 'a.pth', {'x': endless})
+    assert 'a container that holds itself' in refusal_of(path)
+
+
+def test_other_archives(tmp_path):
+    path = tmp_path / 'a.pth'
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('readme.txt', 'hello')
+    assert 'is a zip archive, but no checkpoint' in refusal_of(path)
+    torch.jit.trace(nn.ReLU(), torch.ones(1)).save(str(path))
+    assert 'is a TorchScript program' in refusal_of(path)
+
+
+@pytest.mark.parametrize('form', ['zip', 'legacy', 'safetensors'])
+def test_every_truncated_file_is_refused(tmp_path, form):
+    path = tmp_path / ('a.safetensors' if form == 'safetensors' else 'a.pth')
+    if form == 'safetensors':
+        save_file(weights(), path)
+    else:
+        saved(path, _use_new_zipfile_serialization=form == 'zip')
+    data = path.read_bytes()
+    for length in [*range(1, 200, 17), *range(200, len(data), 211)]:
+        path.write_bytes(data[:length])
+        text = refusal_of(path)
+    if form == 'zip':
+        assert f'is incomplete: it ends after {length} bytes' in text
+    assert 'compare its size with the original' in text
+
+
+def test_a_flipped_bit_is_refused_or_without_effect(tmp_path):
+    path = saved(tmp_path / 'a.pth')
+    data = path.read_bytes()
+    wanted = read_checkpoint(path)
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(150):
+        flipped = bytearray(data)
+        flipped[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            found = read_checkpoint(path)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert all(torch.equal(found[k], wanted[k]) for k in wanted)
+    assert refused > 100
+    flipped = bytearray(data)
+    flipped[data.index(wanted['weight'].numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(flipped)
+    assert 'the checksum of its record' in refusal_of(path)
+
+
+@pytest.mark.parametrize(
+    'data',
+    [
+        b'\xff' * 8 + b'{"a"',
+        (2**40).to_bytes(8, 'little') + b'{}',
+        (2).to_bytes(8, 'little') + b'[]',
+        (40).to_bytes(8, 'little') + b'{"a":{"dtype":"F32","shape":[9],"da',
+        b'PK\x03\x04',
+    ],
+)
+def test_safetensors_with_an_absurd_header(tmp_path, data):
+    path = tmp_path / 'a.safetensors'
+    path.write_bytes(data)
+    text = refusal_of(path)
+    assert text.startswith(f'{path} cannot be read as a safetensors file: ')
+
+
+def test_a_missing_file_names_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = refusal_of('no/such.pth')
+    assert text.startswith(f'no/such.pth does not exist in {tmp_path}. ')
+    path = tmp_path / 'such.pth'
+    assert refusal_of(path).startswith(f'{path} does not exist. ')
+    assert refusal_of(tmp_path).startswith(f'{tmp_path} is a folder. ')
+
+
+def _program(tmp_path):
+    """A config that touches a file wherever it is read, and that file."""
+    marker = tmp_path / 'marker'
+    return f"__import__('os').system('touch {marker}')\n", marker
+
+
+@pytest.mark.parametrize('runner_class', [Runner, FlexibleRunner])
+def test_a_config_of_a_run_is_no_program_in_a_resume(
+    tmp_path, trained, monkeypatch, runner_class
+):
+    monkeypatch.setattr(toy_module, 'Runner', runner_class)
+    config, marker = _program(tmp_path)
+    content = read_checkpoint(trained[1] / 'epoch_1.pth')
+    content['meta']['config'] = config
+    path = saved(tmp_path / 'hostile.pth', content)
+    # mmengine's FlexibleRunner resumes before its EMAHook is ready.
+    monkeypatch.delattr(EMAHook, 'after_load_checkpoint')
+    runner = toy_runner(tmp_path, 2, resume=True, load_from=str(path))
+    runner.train()
+    assert runner.iter == 2 * 4
+    assert not marker.exists()
+    Config.fromstring(config, '.py')
+    assert marker.exists()
+
+
+def test_metadata_of_safetensors_are_no_program_either(tmp_path):
+    config, marker = _program(tmp_path)
+    path = tmp_path / 'a.safetensors'
+    save_file(weights(), path, dict(epoch='1', iter='1', config=config))
+    runner = toy_runner(tmp_path, 2, resume=True, load_from=str(path))
+    with pytest.raises(KeyError, match='message_hub'):
+        runner.train()
+    assert not marker.exists()
+
+
+def test_a_config_is_left_out_with_a_warning(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(reading, 'print_log', lambda *a, **_: said.append(*a))
+    meta = dict(config='a = 1', cfg='a = 2', epoch=3)
+    path = saved(tmp_path / 'a.pth', dict(state_dict=weights(), meta=meta))
+    assert read_checkpoint(path)['meta'] == dict(cfg='a = 2', epoch=3)
+    (text,) = said
+    assert text.startswith(f'{path}: its `meta.config` was left out')
+
+
+def test_parts_beside_the_model_have_names_of_any_kind(tmp_path):
+    network = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    other = {0: torch.ones(2), ('a', 1): [torch.ones(3)]}
+    for name in ('state_dict', 'model'):
+        content = {
+            name: network.state_dict(),
+            'optimizer': optimizer.state_dict(),
+            'flat': other,
+        }
+        found = read_checkpoint(saved(tmp_path / 'a.pth', content))
+        assert torch.equal(found['flat'][0], other[0])
+        state = found['optimizer']['state']
+        assert state[0]['momentum_buffer'].shape == (2, 2)
+    path = saved(tmp_path / 'a.pth', {'teacher': other})
+    assert 'under 0, which is no name' in refusal_of(path)
+
+
+def test_expanded_tensors_are_read_up_to_a_bound(tmp_path, monkeypatch):
+    wide = torch.arange(64).expand(512, 64)  # 256 KiB of 512 bytes
+    content = {'state_dict': {'a': wide}}
+    path = saved(tmp_path / 'a.pth', content)
+    assert path.stat().st_size < wide.nbytes
+    found = read_checkpoint(path)['state_dict']['a']
+    assert torch.equal(found, wide)
+    monkeypatch.setattr(reading, 'EXPANDED', 2 * wide.nbytes)
+    names = dict.fromkeys('abc', wide)
+    path = saved(tmp_path / 'b.pth', {'state_dict': names})
+    assert 'of 262,144 bytes, more than the file' in refusal_of(path)
+
+
+def test_tied_weights_are_not_expanded(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, 'EXPANDED', 0)
+    tied = torch.rand(64, 64)
+    path = saved(tmp_path / 'a.pth', {f'{i}.weight': tied for i in range(9)})
+    assert len(read_checkpoint(path)) == 9

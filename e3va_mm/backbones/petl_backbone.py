@@ -57,6 +57,7 @@ class PETLBackbone(TrunkBackbone):
     """
 
     ADDED = 'petl'
+    has_graph = True
     ADDED_IN_WORDS = 'tuning method'
 
     def __init__(

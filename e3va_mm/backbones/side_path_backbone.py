@@ -46,6 +46,7 @@ class SidePathBackbone(TrunkBackbone):
     """
 
     ADDED = 'side_path'
+    has_graph = False
     ADDED_IN_WORDS = 'side path'
 
     def __init__(

@@ -13,6 +13,7 @@ from e3va_mm.backbones.trunk_storage import TrunkStorage
 from e3va_mm.errors import CheckpointError, ConfigError
 from e3va_mm.trunks import Trunk
 from e3va_mm.utils.files import file_sha256
+from e3va_mm.utils.tuned import TunedModule
 from e3va_mm.weights import (
     TrunkRecord,
     fingerprint,
@@ -23,7 +24,7 @@ from e3va_mm.weights.adapter_file import CHECKPOINT, RECORD
 from e3va_mm.weights.unwrapping import converting
 
 
-class TrunkBackbone(BaseModule):
+class TrunkBackbone(TunedModule, BaseModule):
     """Adopts the children of a stock backbone and loads their weights.
 
     The stock modules become children under their stock names, so that state

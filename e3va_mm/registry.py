@@ -5,15 +5,15 @@ imports this module and the package in ``locations``, so that no config needs
 ``custom_imports``.
 """
 
-from mmengine.registry import DATASETS as MMENGINE_DATASETS
-from mmengine.registry import HOOKS as MMENGINE_HOOKS
-from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import (
-    OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
-)
-from mmengine.registry import Registry
+from e3va_mm.frameworks.distributions import check_distributions
 
-from e3va_mm.frameworks.torchvision import declare_missing_ops
+# Before mmengine, which may be missing or a mixture of two distributions.
+check_distributions()
+
+from mmengine import registry as mmengine  # noqa: E402
+from mmengine.registry import Registry  # noqa: E402
+
+from e3va_mm.frameworks.torchvision import declare_missing_ops  # noqa: E402
 
 # Before a framework is imported, which may import torchvision.
 declare_missing_ops()
@@ -21,21 +21,21 @@ declare_missing_ops()
 # manage backbones, side paths and their parts
 MODELS = Registry(
     'model',
-    parent=MMENGINE_MODELS,
+    parent=mmengine.MODELS,
     scope='e3va_mm',
     locations=['e3va_mm.models'],
 )
 # manage data sets
 DATASETS = Registry(
     'dataset',
-    parent=MMENGINE_DATASETS,
+    parent=mmengine.DATASETS,
     scope='e3va_mm',
     locations=['e3va_mm.multi_task'],
 )
 # manage hooks
 HOOKS = Registry(
     'hook',
-    parent=MMENGINE_HOOKS,
+    parent=mmengine.HOOKS,
     scope='e3va_mm',
     locations=[
         'e3va_mm.engine.hooks',
@@ -46,7 +46,7 @@ HOOKS = Registry(
 # manage constructors of optimizer wrappers
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
-    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    parent=mmengine.OPTIM_WRAPPER_CONSTRUCTORS,
     scope='e3va_mm',
     locations=['e3va_mm.engine.optim'],
 )

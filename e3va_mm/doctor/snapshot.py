@@ -3,7 +3,6 @@
 Everything may be missing or broken: it is tried in processes of its own.
 """
 
-import importlib.metadata
 import importlib.util
 import json
 import mmap
@@ -16,15 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-#: Which distributions provide which package, the maintained one first; any
-#: one of a row will do, two overwrite each other.
-DISTRIBUTIONS = {
-    'mmengine': ('onedl-mmengine', 'mmengine', 'mmengine-lite'),
-    'mmcv': ('onedl-mmcv', 'mmcv', 'mmcv-lite', 'mmcv-full'),
-    'mmdet': ('onedl-mmdetection', 'mmdet'),
-    'mmseg': ('onedl-mmsegmentation', 'mmsegmentation'),
-    'mmpretrain': ('onedl-mmpretrain', 'mmpretrain'),
-}
+from e3va_mm.frameworks.distributions import DISTRIBUTIONS, installed
+
 OTHERS = {
     'e3va_mm': ('e3va-mm',),
     'torch': ('torch',),
@@ -139,17 +131,6 @@ _PROBES = {
         for name in ('mmdet.apis', 'mmseg.apis', 'mmpretrain.models')
     },
 }
-
-
-def installed(names: Iterable[str]) -> dict[str, str]:
-    """Find the versions of those distributions that are installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return found
 
 
 def findable(packages: Iterable[str]) -> frozenset[str]:

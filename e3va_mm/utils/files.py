@@ -7,8 +7,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from e3va_mm.errors import CheckpointError
+from e3va_mm.utils.sizes import MIB
 
-MIB = 2**20
 # What network and FUSE mounts say of the fsync of a folder.
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 

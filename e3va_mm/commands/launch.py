@@ -14,23 +14,16 @@ import os.path as osp
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from json import JSONDecodeError
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.evaluator import DumpResults
-from mmengine.fileio import load
 from mmengine.logging import print_log
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
-from mmengine.registry import (
-    DATASETS,
-    MODEL_WRAPPERS,
-    RUNNERS,
-    DefaultScope,
-)
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import Runner
 
 # Registers the safe checkpoint loaders, for stock backbones as well.
@@ -41,14 +34,11 @@ from e3va_mm.engine.hooks import (
     TrainableTableHook,
     TrainingGuardHook,
 )
-from e3va_mm.errors import CheckpointError, ConfigError, DataError, E3VAError
-from e3va_mm.preflight import DatasetCheckHook
-from e3va_mm.preflight.coco import coco_fault
-from e3va_mm.preflight.hook import (
-    Leaf,
+from e3va_mm.errors import CheckpointError, ConfigError, E3VAError
+from e3va_mm.preflight import (
+    DatasetCheckHook,
     check_batch,
-    check_classes,
-    check_not_empty,
+    explain_data_failure,
 )
 from e3va_mm.utils import end_process_group
 from e3va_mm.weights.newest import newest_whole
@@ -60,21 +50,6 @@ FRAMEWORKS = {
 }
 # The disk itself, a quota, a limit of the process.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What a COCO-like annotation file must hold.
-COCO_KEYS = {
-    'images',
-    'annotations',
-    'categories',
-    'id',
-    'name',
-    'file_name',
-    'height',
-    'width',
-    'image_id',
-    'category_id',
-    'bbox',
-    'area',
-}
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -634,92 +609,3 @@ def _data_checked(runner: Runner | None) -> bool:
         isinstance(hook, DatasetCheckHook) and hook.passed
         for hook in runner.hooks
     )
-
-
-def explain_data_failure(
-    cfg: Config, modes: Sequence[str], cause: Exception
-) -> None:
-    """Find out whether a failed start was the fault of a data set.
-
-    The frameworks read annotations while they build the runner's loops, before
-    any hook, and fail in their own words. Here each data set is built alone,
-    so that the error can name it.
-
-    Args:
-        cfg (Config): The config of the run that failed.
-        modes (Sequence[str]): Loops it has built: 'train', 'val', 'test'.
-        cause (Exception): What it failed with.
-
-    Raises:
-        DataError: If a data set cannot be read, is empty, or lacks classes.
-        ConfigError: If its classes are not a sequence.
-    """
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        for mode in modes:
-            loader = cfg.get(f'{mode}_dataloader') or {}
-            option = f'{mode}_dataloader.dataset'
-            for leaf in _leaf_configs(loader.get('dataset'), option):
-                try:
-                    leaf = Leaf(leaf.option, _build_dataset(leaf))
-                except DataError as e:
-                    raise e from cause
-                except Exception:
-                    # Not the data: the first exception tells more.
-                    continue
-                check_classes(leaf)
-                check_not_empty(leaf)
-
-
-def _leaf_configs(dataset: ConfigDict | None, option: str) -> Iterator[Leaf]:
-    """Configs of the data sets inside wrappers."""
-    if dataset is None:
-        return
-    if 'datasets' in dataset:
-        for i, inner in enumerate(dataset.datasets):
-            yield from _leaf_configs(inner, f'{option}.datasets.{i}')
-    elif 'dataset' in dataset:
-        yield from _leaf_configs(dataset.dataset, f'{option}.dataset')
-    else:
-        yield Leaf(option, dataset)
-
-
-def _build_dataset(leaf: Leaf):
-    """Build one data set without its pipeline, naming what is amiss."""
-    option, config = leaf
-    ann_file = osp.join(
-        config.get('data_root') or '', config.get('ann_file') or ''
-    )
-    # An empty data set cannot be serialised.
-    config = dict(config, pipeline=[], serialize_data=False)
-    try:
-        return DATASETS.build(config)
-    except FileNotFoundError as e:
-        raise DataError(
-            f'{option}: no such file or folder: {e.filename or e}. Check '
-            f'{option}.data_root, .data_prefix and .ann_file.'
-        ) from e
-    except (JSONDecodeError, UnicodeDecodeError) as e:
-        raise DataError(
-            f'{option}.ann_file: {ann_file} is not valid JSON: {e}. Was it '
-            'copied as a whole?'
-        ) from e
-    except KeyError as e:
-        if e.args[0] not in COCO_KEYS:
-            raise
-        raise DataError(
-            f'{option}.ann_file: {ann_file} lacks the key {e} of the COCO '
-            'format in at least one of its entries.'
-        ) from e
-    except Exception as e:
-        if config.get('ann_file') and not osp.exists(ann_file):
-            # mmseg asserts that its list of pictures is there.
-            raise DataError(
-                f'{option}.ann_file: no such file: {ann_file}.'
-            ) from e
-        fault = ann_file.endswith('.json') and coco_fault(load(ann_file))
-        if fault:
-            raise DataError(
-                f'{option}.ann_file: {ann_file} {fault}. Correct it, or write '
-                'the file again.'
-            ) from e
-        raise

@@ -1,14 +1,16 @@
-"""Samples whose faults are named, by the file that they came from."""
+"""Checks of single samples while training, which name the file."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 
-from e3va_mm.errors import DataError, E3VAError
+from e3va_mm.errors import E3VAError
+from e3va_mm.preflight.files import decoding_fault, paths_in
+from e3va_mm.preflight.problems import Problem, raise_errors
+from e3va_mm.utils.listing import listed
 
-SHOWN = 5  # values named in one error
+LEAST_SIDE = 32  # the largest stride of most models
 
 
 class CheckedSamples:
@@ -36,17 +38,15 @@ class CheckedSamples:
         self.prepare = prepare
         self.dataset = dataset
         self.option = option
-        self.ignored = {
-            *ignored,
-            getattr(dataset, 'ignore_index', None),
-        } - {None}
+        own = getattr(dataset, 'ignore_index', None)
+        self.ignored = {*ignored, own} - {None}
 
     def __call__(self, index: int) -> Any:
         """Prepare a sample.
 
         Raises:
             DataError: If a file cannot be decoded, or a map does not fit its
-                picture or has values without a class.
+                image or has values without a class.
             Exception: What a transform fails with, if the files are whole;
                 with a note that names them.
         """
@@ -55,112 +55,119 @@ class CheckedSamples:
         except E3VAError:
             raise
         except Exception as error:
-            self._explain(index, error)
+            files = self._files(index)
+            # Of one pixel a side transforms make a list.
+            raise_errors(
+                (
+                    Problem(
+                        path,
+                        fault,
+                        f'a whole image for {self.option}',
+                        'Copy the file again, or take it out of the data.',
+                    )
+                    for path in files.values()
+                    if (fault := decoding_fault(path, least=2))
+                ),
+                error,
+            )
+            add_note(
+                error,
+                f'This was sample {index} of {self.option}: {files}',
+            )
             raise
-        samples = sample.get('data_samples') if _is_packed(sample) else None
-        if samples is not None:
-            self._check_map(index, sample['inputs'], samples)
+        if isinstance(sample, Mapping):
+            inputs = sample.get('inputs')
+            field = getattr(sample.get('data_samples'), 'gt_sem_seg', None)
+            data = getattr(field, 'data', None)
+            if torch.is_tensor(inputs) and torch.is_tensor(data):
+                self._check_map(self._files(index), inputs.shape[-2:], data)
         return sample
 
     def _files(self, index: int) -> dict[str, str]:
         """Paths that a sample is made of, by their names in the data set."""
         try:
-            info = dict(self.dataset.get_data_info(index))
+            return paths_in(self.dataset.get_data_info(index))
         # What it knows only helps a message, and data sets of videos take
         # other indices than their samples have.
         except Exception:
             return {}
-        return {
-            key: path
-            for key, path in info.items()
-            if isinstance(key, str)
-            and key.endswith('_path')
-            and isinstance(path, str)
-        }
 
-    def _explain(self, index: int, error: Exception) -> None:
-        """Say which file a transform has failed over."""
-        files = self._files(index)
-        for path in files.values():
-            # Of one pixel a side transforms make a list.
-            fault = decoding_fault(path, least=2)
-            if fault is not None:
-                raise DataError(
-                    f'{self.option}: {path} {fault}. Copy the file again, or '
-                    'take it out of the data.'
-                ) from error
-        note = f'This was sample {index} of {self.option}: {files}'
-        if hasattr(error, 'add_note'):  # Python >= 3.11
-            error.add_note(note)
-
-    def _check_map(self, index: int, inputs: Any, samples: Any) -> None:
-        field = getattr(samples, 'gt_sem_seg', None)
-        data = getattr(field, 'data', None)
-        if not isinstance(data, torch.Tensor):
-            return
-        files = self._files(index)
+    def _check_map(
+        self, files: Mapping[str, str], size: torch.Size, data: torch.Tensor
+    ) -> None:
         path = files.get('seg_map_path', files.get('img_path'))
-        size = tuple(inputs.shape[-2:])
-        if tuple(data.shape) != (1, *size):
-            raise DataError(
-                f'{self.option}: the map {path} has the shape '
-                f'{_size(data)} beside a picture of {size} after the '
-                'pipeline. Expected one value for each pixel: give a map of '
-                f'the size of {files.get("img_path")}, with one channel.'
+        if data.shape != (1, *size):
+            shape = tuple(data.shape)
+            raise_errors(
+                [
+                    Problem(
+                        f'{self.option}: {path}',
+                        'after the pipeline the map has the shape '
+                        f'{shape[1:] if shape[:1] == (1,) else shape}',
+                        f'{tuple(size)}, one value for each pixel',
+                        'Give a map of the size of '
+                        f'{files.get("img_path")}, with one channel.',
+                    )
+                ]
             )
         classes = len(self.dataset.metainfo.get('classes') or ())
-        if not data.numel():
+        if not classes or not data.numel():
             return
         least, most = torch.aminmax(data)
-        if not classes or (least >= 0 and most < classes):
+        if least >= 0 and most < classes:
             return
         wrong = (data < 0) | (data >= classes)
         for value in self.ignored:
             wrong &= data != value
         if wrong.any():
-            values = data[wrong].unique().tolist()
-            raise DataError(
-                f'{self.option}: the map {path} has values that no class has: '
-                f'{_first(values)}. There are {classes} classes, 0 to '
-                f'{classes - 1}, and {sorted(self.ignored)} for none. Correct '
-                f'the map or {self.option}.metainfo, .reduce_zero_label or '
-                '.ignore_index.'
+            values = [str(value) for value in data[wrong].unique().tolist()]
+            raise_errors(
+                [
+                    Problem(
+                        f'{self.option}: {path}',
+                        f'the map has values that no class has: '
+                        f'{listed(values, 5)}',
+                        f'0 to {classes - 1} for the {classes} classes and '
+                        f'{sorted(self.ignored)} for none',
+                        f'Correct the map or {self.option}.metainfo, '
+                        '.reduce_zero_label or .ignore_index.',
+                    )
+                ]
             )
 
 
-def decoding_fault(path: str, least: int = 1) -> str | None:
-    """Why a picture cannot be decoded as a whole, None if it can.
-
-    Bytes after its end do no harm.
+def check_batch(
+    batch: Sequence[tuple[str, tuple[int, ...]]], cause: Exception
+) -> None:
+    """Look whether a step failed over images that are too small.
 
     Args:
-        path (str): The file.
-        least (int): Pixels that each side should have. Defaults to 1.
+        batch (Sequence): ``batch`` of the DatasetCheckHook: paths and sizes.
+        cause (Exception): What the step failed with; takes a note of the
+            images if they are not the reason.
+
+    Raises:
+        DataError: If an image is smaller than one cell of a coarse map.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if min(image.size) < least:
-                return f'is {image.width} x {image.height} pixels'
-    # A malformed file can make a decoder fail in any way.
-    except Exception as error:
-        return f'cannot be decoded, {error}'
-    return None
-
-
-def _is_packed(sample: Any) -> bool:
-    """Whether it is a picture with its annotations, and not several."""
-    return isinstance(sample, Mapping) and isinstance(
-        sample.get('inputs'), torch.Tensor
+    raise_errors(
+        (
+            Problem(
+                path,
+                f'{size[0]} x {size[1]} pixels reach the model',
+                f'at least {LEAST_SIDE} a side',
+                f'The step failed over these images ({type(cause).__name__}: '
+                f'{cause}). Take them out of the data (mmdet: '
+                'filter_cfg=dict(min_size=...)), or let Resize enlarge them.',
+            )
+            for path, size in batch
+            if size and min(size[:2]) < LEAST_SIDE
+        ),
+        cause,
     )
+    add_note(cause, f'The images of the batch: {batch}')
 
 
-def _size(data: torch.Tensor) -> tuple[int, ...]:
-    shape = tuple(data.shape)
-    return shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
-
-
-def _first(values: list) -> str:
-    more = len(values) - SHOWN
-    shown = ', '.join(map(str, values[:SHOWN]))
-    return f'{shown} and {more} more' if more > 0 else shown
+def add_note(error: Exception, note: str) -> None:
+    """Add a note where Python can (from 3.11 on)."""
+    if hasattr(error, 'add_note'):
+        error.add_note(note)

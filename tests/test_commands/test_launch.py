@@ -1,14 +1,12 @@
-import json
 import os
 import pickle
 import socket
 
 import pytest
 import torch
-from mmengine.config import Config
 
 from e3va_mm.commands import launch
-from e3va_mm.errors import ConfigError, DataError
+from e3va_mm.errors import ConfigError
 from tests.helpers import threads_of_groups
 from tests.test_engine.test_hooks.tiny import (
     detection_config,
@@ -298,46 +296,6 @@ def test_errors_that_a_registry_raised_again(detection, error, monkeypatch):
     )
 
 
-def explained(config, mode='train'):
-    with pytest.raises(DataError) as error:
-        launch.explain_data_failure(
-            Config.fromfile(config), (mode,), RuntimeError('first')
-        )
-    return str(error.value)
-
-
-def test_annotations_that_cannot_be_read(detection, tmp_path):
-    launch.explain_data_failure(
-        Config.fromfile(detection), ('train', 'val', 'test'), RuntimeError()
-    )
-    path = tmp_path / 'train.json'
-    content = json.loads(path.read_text())
-    option = 'train_dataloader.dataset'
-
-    path.write_text(json.dumps(content)[:-20])
-    assert f'{option}.ann_file: {path} is not valid JSON: ' in explained(
-        detection
-    )
-    path.write_bytes(b'\xff\xfe\x00')
-    assert f'{option}.ann_file: {path} is not valid JSON: ' in explained(
-        detection
-    )
-    del content['annotations'][1]['area']
-    path.write_text(json.dumps(content))
-    assert f"{path} lacks the key 'area' of the COCO format" in explained(
-        detection
-    )
-    del content['categories']
-    path.write_text(json.dumps(content))
-    assert f"{path} lacks the key 'categories'" in explained(detection)
-    path.unlink()
-    text = explained(detection)
-    assert f'{option}: no such file or folder: {path}.' in text
-    launch.explain_data_failure(
-        Config.fromfile(detection), ('val', 'test'), RuntimeError()
-    )
-
-
 def test_annotations_of_no_class(tmp_path, error):
     """mmengine cannot serialise a data set without pictures."""
     for name in ('train', 'val'):
@@ -347,31 +305,6 @@ def test_annotations_of_no_class(tmp_path, error):
         'error: train_dataloader.dataset.ann_file: '
         f'{tmp_path}/train.json has no category for 3 of 3 classes'
     ) in text
-    assert "categories of the file: 'fox', 'owl', 'elk'" in text
-
-
-def test_segmentation_folders(segmentation, tmp_path):
-    cfg = Config.fromfile(segmentation)
-    dataset = cfg.train_dataloader.dataset
-    dataset.data_prefix.img_path = 'nowhere'
-    with pytest.raises(
-        DataError,
-        match='train_dataloader.dataset: no such '
-        f'file or folder: {tmp_path}/nowhere',
-    ):
-        launch.explain_data_failure(cfg, ('train',), RuntimeError())
-    dataset.ann_file = 'names.txt'
-    with pytest.raises(
-        DataError,
-        match=f'dataset.ann_file: no such file: {tmp_path}/names.txt',
-    ):
-        launch.explain_data_failure(cfg, ('train',), RuntimeError())
-
-
-def test_what_the_data_does_not_explain(detection):
-    cfg = Config.fromfile(detection)
-    cfg.train_dataloader.dataset.type = 'NoSuchDataset'
-    launch.explain_data_failure(cfg, ('train',), RuntimeError())
 
 
 # ---- runs

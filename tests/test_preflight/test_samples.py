@@ -35,7 +35,7 @@ def test_a_transform_with_a_defect_keeps_its_trace(tmp_path):
         assert 'sample 7 of train_dataloader.dataset' in note
         assert str(path) in note
     truncate(path)
-    with pytest.raises(DataError, match=f'{path} cannot be decoded'):
+    with pytest.raises(DataError, match=f'{path}: cannot be decoded'):
         samples(7)
 
 
@@ -80,9 +80,9 @@ def test_values_for_no_class_are_those_of_data_set_and_losses():
     maps = Maps(0, 2, 255)
     with pytest.raises(DataError) as error:
         CheckedSamples(maps, maps, 'train')(0)
-    assert str(error.value).startswith(
-        'train: the map a.png has values that no class has: 2. There are 2 '
-        'classes, 0 to 1, and [255] for none. Correct the map or '
+    assert str(error.value) == (
+        'train: a.png: the map has values that no class has: 2; expected 0 to '
+        '1 for the 2 classes and [255] for none.\nCorrect the map or '
         'train.metainfo, .reduce_zero_label or .ignore_index.'
     )
 

@@ -1,0 +1,173 @@
+"""Why a framework cannot build a data set, in words."""
+
+import os.path as osp
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from json import JSONDecodeError
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.fileio import load
+from mmengine.registry import DATASETS, DefaultScope
+
+from e3va_mm.preflight.classes import (
+    check_categories,
+    check_class_names,
+    check_not_empty,
+)
+from e3va_mm.preflight.problems import Problem, iter_datasets, raise_errors
+from e3va_mm.utils import is_number
+
+ANY = (lambda value: True, 'anything')
+TEXT = (lambda value: isinstance(value, str) and value, 'a text')
+SIZE = (lambda value: is_number(value) and value > 0, 'a number above zero')
+BOX = (
+    lambda value: (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(map(is_number, value))
+    ),
+    'four numbers: x, y, width, height',
+)
+# What the entries of a COCO file hold.
+ENTRIES: Mapping[str, Mapping[str, tuple[Callable, str]]] = {
+    'images': dict(id=ANY, file_name=TEXT, height=SIZE, width=SIZE),
+    'annotations': dict(
+        id=ANY,
+        image_id=ANY,
+        category_id=ANY,
+        bbox=BOX,
+        area=(is_number, 'a number'),
+    ),
+    'categories': dict(id=ANY, name=TEXT),
+}
+
+
+def explain_data_failure(
+    config: Config, modes: Sequence[str], cause: Exception
+) -> None:
+    """Find out whether a failed start was the fault of a data set.
+
+    The frameworks read annotations while they build the runner's loops, before
+    any hook, and fail in their own words. Here each data set is built alone,
+    so that the error can name it.
+
+    Args:
+        config (Config): The config of the run that failed.
+        modes (Sequence[str]): Loops it has built: 'train', 'val', 'test'.
+        cause (Exception): What it failed with.
+
+    Raises:
+        DataError: If a data set cannot be read, is empty, or lacks classes.
+        ConfigError: If its classes are not a sequence.
+    """
+    datasets, problems = build_datasets(config, modes)
+    for check in (check_class_names, check_categories, check_not_empty):
+        problems.extend(check(config, datasets))
+    raise_errors(problems, cause)
+
+
+def build_datasets(
+    config: Config, modes: Sequence[str]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Build each data set of a config alone, without its pipeline.
+
+    Args:
+        config (Config): The config.
+        modes (Sequence[str]): Which: 'train', 'val', 'test'.
+
+    Returns:
+        tuple[dict[str, Any], list[Problem]]: Data sets by their options, and
+        why others cannot be built; those that fail for another reason than
+        their files are in neither.
+    """
+    datasets, problems = {}, []
+    with DefaultScope.overwrite_default_scope(config.get('default_scope')):
+        for mode in modes:
+            loader = config.get(f'{mode}_dataloader') or {}
+            for option, each in iter_datasets(
+                loader.get('dataset'), f'{mode}_dataloader.dataset'
+            ):
+                try:
+                    # An empty data set cannot be serialised.
+                    datasets[option] = DATASETS.build(
+                        dict(each, pipeline=[], serialize_data=False)
+                    )
+                except Exception as error:
+                    problem = _explain(option, each, error)
+                    problems += [problem] if problem else []
+    return datasets, problems
+
+
+def _explain(option: str, config: dict, error: Exception) -> Problem | None:
+    """Why a data set could not be built; None if its files are fine."""
+    name = config.get('ann_file') or ''
+    ann_file = osp.join(config.get('data_root') or '', name)
+    if isinstance(error, FileNotFoundError):
+        return Problem(
+            option,
+            f'no such file or folder: {error.filename or error}',
+            'one that is there',
+            f'Check {option}.data_root, .data_prefix and .ann_file.',
+        )
+    option += '.ann_file'
+    if isinstance(error, (JSONDecodeError, UnicodeDecodeError)):
+        return Problem(
+            option,
+            f'{ann_file} is not valid JSON: {error}',
+            'annotations in JSON',
+            'Was the file copied as a whole?',
+        )
+    if name and not osp.exists(ann_file):
+        # mmseg asserts that its list of images is there.
+        return Problem(
+            option,
+            f'no such file: {ann_file}',
+            'a list of images',
+            f'Check {option} and .data_root.',
+        )
+    if not ann_file.endswith('.json'):
+        return None
+    lacking = error.args[0] if isinstance(error, KeyError) else None
+    fault = coco_fault(load(ann_file), lacking)
+    return fault and Problem(
+        option,
+        f'{ann_file} {fault[0]}',
+        fault[1],
+        'Correct it, or write the file again.',
+    )
+
+
+def coco_fault(
+    content: Any, lacking: str | None = None
+) -> tuple[str, str] | None:
+    """Find the first entry that no reader of COCO files can take.
+
+    Args:
+        content (Any): What the JSON file holds.
+        lacking (str, optional): A key that a reader has missed.
+
+    Returns:
+        tuple[str, str], optional: What it is, to go on a sentence about the
+        file, and what was expected; None if there is none.
+    """
+    if not isinstance(content, Mapping):
+        return f'holds a {type(content).__name__}', f'a dict of {[*ENTRIES]}'
+    for name, keys in ENTRIES.items():
+        entries = content.get(name)
+        if not isinstance(entries, list):
+            return f'has no list {name!r}', f'the keys {[*ENTRIES]}'
+        for place, entry in enumerate(entries):
+            if not isinstance(entry, Mapping):
+                return f'has {entry!r} at {name}[{place}]', 'a dict'
+            at = f'{name}[{place}] (id {entry.get("id")})'
+            for key, (is_good, what) in keys.items():
+                if key not in entry and key == lacking:
+                    return f'lacks the key {key!r} at {at}', what
+                if key in entry and not is_good(entry[key]):
+                    return f'has {key}={entry[key]!r} at {at}', what
+        ids = Counter(str(entry.get('id')) for entry in entries)
+        repeated = [each for each, count in ids.items() if count > 1]
+        if repeated:
+            return f'has several {name} with the id {repeated[0]}', 'one'
+    return None

@@ -1,0 +1,26 @@
+"""What stands in the batch of a data loader, whatever its form."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmengine.structures import BaseDataElement
+
+
+def images_of(batch: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Paths of the images in a batch, and their sizes as a model sees them.
+
+    Args:
+        batch (Any): Data samples in any nesting of dicts, lists and tuples.
+
+    Yields:
+        tuple[str, tuple[int, ...]]: Path and height, width of an image;
+        empty if the sample does not state them.
+    """
+    if isinstance(batch, BaseDataElement):
+        if isinstance(batch.get('img_path'), str):
+            yield batch.img_path, tuple(batch.get('img_shape') or ())
+    elif isinstance(batch, Mapping):
+        yield from images_of([*batch.values()])
+    elif isinstance(batch, (list, tuple)):
+        for each in batch:
+            yield from images_of(each)

@@ -3,10 +3,10 @@
 Paper: https://arxiv.org/abs/2306.09729 is E3VA's; the mixers are not in it.
 Run: python tools/train.py configs/cascade_e3va_mix_swin_l_coco.py
 Test: python tools/test.py configs/cascade_e3va_mix_swin_l_coco.py CHECKPOINT
-Differs from cascade_e3va_swin_l_coco.py in: the side path.
-Trains 2,728,832 values in the backbone (1.40 %), neck and heads as usual,
-at a learning rate of 1e-4; the rest of the backbone is frozen.
-Expected: not yet measured.
+Differs from cascade_e3va_swin_l_coco.py in the tuner.
+Trains 2,728,832 parameters in the backbone (1.40 %), plus neck and heads, at a
+learning rate of 1e-4. The rest of the backbone is frozen.
+Expected: not measured yet.
 """
 
 _base_ = './cascade_e3va_swin_l_coco.py'

@@ -2,10 +2,10 @@
 
 Data: python tools/make_digits.py
 Run: python tools/train.py configs/cascade_e3va_mix_swin_nano_digits.py
-Differs from cascade_e3va_swin_nano_digits.py in: the side path, the learning
-rate, that of the comparison on validation.
-Trains 659,648 values in the backbone (24.61 %), neck and heads as usual,
-at a learning rate of 2e-3; the rest of the backbone is frozen.
+Differs from cascade_e3va_swin_nano_digits.py in the tuner and the learning
+rate, which the comparison chose on the validation split.
+Trains 659,648 parameters in the backbone (24.61 %), plus neck and heads, at a
+learning rate of 2e-3. The rest of the backbone is frozen.
 Expected: 0.596 box AP, 0.564 mask AP on the test split (one run, seed 0).
 """
 

@@ -3,11 +3,11 @@
 Paper: https://arxiv.org/abs/2306.09729 (its COCO rows are Swin-B, 3x).
 Run: python tools/train.py configs/cascade_e3va_swin_b_coco.py
 Test: python tools/test.py configs/cascade_e3va_swin_b_coco.py CHECKPOINT
-Differs from the stock R-50 config in: trunk, neck widths, AdamW.
-Trains 1,195,008 values in the backbone (1.38 %), neck and heads as usual,
-at a learning rate of 1e-4; the rest of the backbone is frozen.
-Expected: not yet measured.
-The paper's is of the recipe of cascade_e3va_swin_b_coco_3x.py.
+Differs from the stock R-50 config in the trunk, the neck's widths and AdamW.
+Trains 1,195,008 parameters in the backbone (1.38 %), plus neck and heads, at a
+learning rate of 1e-4. The rest of the backbone is frozen.
+Expected: not measured yet.
+The paper's figures are for the recipe of cascade_e3va_swin_b_coco_3x.py.
 """
 
 _base_ = [
@@ -22,3 +22,4 @@ model = dict(
     neck=dict(in_channels=_base_.widths),
 )
 optim_wrapper = dict(_delete_=True, **_base_.adamw)
+default_hooks = dict(checkpoint=dict(type='e3va_mm.AtomicCheckpointHook'))

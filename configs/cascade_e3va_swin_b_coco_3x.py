@@ -3,12 +3,12 @@
 Paper: https://arxiv.org/abs/2306.09729 (its COCO rows are Swin-B).
 Run: python tools/train.py configs/cascade_e3va_swin_b_coco_3x.py
 Test: python tools/test.py configs/cascade_e3va_swin_b_coco_3x.py CHECKPOINT
-The recipe of Swin's authors: heads 4conv1fc with GIoU, scale jitter with
-crops, 36 epochs, mixed precision. Differs from the stock ConvNeXt-T config
-of that recipe in: trunk, neck widths, AdamW without layer decay.
-Trains 1,195,008 values in the backbone (1.38 %), neck and heads as usual,
-at a learning rate of 1e-4; the rest of the backbone is frozen.
-Expected: not yet measured. The paper's: 50.5 box AP, 43.8 mask AP.
+The recipe of Swin's authors: 4conv1fc heads with GIoU, scale jitter with
+crops, 36 epochs, mixed precision. Differs from the stock ConvNeXt-T config of
+that recipe in the trunk, the neck's widths, and AdamW without layer decay.
+Trains 1,195,008 parameters in the backbone (1.38 %), plus neck and heads, at a
+learning rate of 1e-4. The rest of the backbone is frozen.
+Expected: not measured yet. The paper reports 50.5 box AP, 43.8 mask AP.
 """
 
 _base_ = [
@@ -30,3 +30,4 @@ model = dict(
 optim_wrapper = dict(
     _delete_=True, **dict(_base_.adamw, type='AmpOptimWrapper')
 )
+default_hooks = dict(checkpoint=dict(type='e3va_mm.AtomicCheckpointHook'))

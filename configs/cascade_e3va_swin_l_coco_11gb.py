@@ -3,12 +3,12 @@
 Paper: https://arxiv.org/abs/2306.09729 (on an 11 GB card, its Swin-L).
 Run: python tools/train.py configs/cascade_e3va_swin_l_coco_11gb.py
 Test: python tools/test.py configs/cascade_e3va_swin_l_coco_11gb.py CHECKPOINT
-Differs from cascade_e3va_swin_l_coco.py in: taps of 4 bits, a trunk of 16,
-mixed precision, 4 of the 16 pictures of an update at a time,
+Differs from cascade_e3va_swin_l_coco.py in the tuner (taps in 4 bits, the
+trunk in 16), mixed precision, 4 of the 16 images of an update at a time, and
 the mask heads recomputed in the backward pass.
-Trains 1,792,512 values in the backbone (0.92 %), neck and heads as usual,
-at a learning rate of 1e-4; the rest of the backbone is frozen.
-Expected: not yet measured.
+Trains 1,792,512 parameters in the backbone (0.92 %), plus neck and heads, at a
+learning rate of 1e-4. The rest of the backbone is frozen.
+Expected: not measured yet.
 """
 
 _base_ = ['./cascade_e3va_swin_l_coco.py', './_base_/lean_amp.py']

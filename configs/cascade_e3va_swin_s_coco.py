@@ -3,10 +3,10 @@
 Paper: https://arxiv.org/abs/2306.09729 (its COCO rows are Swin-B, 3x).
 Run: python tools/train.py configs/cascade_e3va_swin_s_coco.py
 Test: python tools/test.py configs/cascade_e3va_swin_s_coco.py CHECKPOINT
-Differs from the stock R-50 config in: trunk, neck widths, AdamW.
-Trains 896,256 values in the backbone (1.84 %), neck and heads as usual,
-at a learning rate of 1e-4; the rest of the backbone is frozen.
-Expected: not yet measured.
+Differs from the stock R-50 config in the trunk, the neck's widths and AdamW.
+Trains 896,256 parameters in the backbone (1.84 %), plus neck and heads, at a
+learning rate of 1e-4. The rest of the backbone is frozen.
+Expected: not measured yet.
 """
 
 _base_ = [
@@ -21,3 +21,4 @@ model = dict(
     neck=dict(in_channels=_base_.widths),
 )
 optim_wrapper = dict(_delete_=True, **_base_.adamw)
+default_hooks = dict(checkpoint=dict(type='e3va_mm.AtomicCheckpointHook'))

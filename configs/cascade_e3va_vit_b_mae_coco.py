@@ -3,11 +3,11 @@
 Paper: https://arxiv.org/abs/2306.09729 (without rows of this trunk).
 Run: python tools/train.py configs/cascade_e3va_vit_b_mae_coco.py
 Test: python tools/test.py configs/cascade_e3va_vit_b_mae_coco.py CHECKPOINT
-Differs from the stock R-50 config in: trunk, the simple feature pyramid of
-ViTDet as the neck, AdamW. Needs mmpretrain.
-Trains 913,920 values in the backbone (1.07 %), neck and heads as usual,
-at a learning rate of 1e-4; the rest of the backbone is frozen.
-Expected: not yet measured.
+Differs from the stock R-50 config in the trunk, the neck (ViTDet's simple
+feature pyramid) and AdamW. Needs mmpretrain.
+Trains 913,920 parameters in the backbone (1.07 %), plus neck and heads, at a
+learning rate of 1e-4. The rest of the backbone is frozen.
+Expected: not measured yet.
 """
 
 _base_ = [
@@ -28,3 +28,4 @@ model = dict(
     ),
 )
 optim_wrapper = dict(_delete_=True, **_base_.adamw)
+default_hooks = dict(checkpoint=dict(type='e3va_mm.AtomicCheckpointHook'))

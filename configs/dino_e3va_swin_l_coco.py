@@ -3,10 +3,10 @@
 Paper: https://arxiv.org/abs/2306.09729 (without rows of this detector).
 Run: python tools/train.py configs/dino_e3va_swin_l_coco.py
 Test: python tools/test.py configs/dino_e3va_swin_l_coco.py CHECKPOINT
-Differs from the stock Swin-L config in: backbone, no drop path.
-Trains 1,792,512 values in the backbone (0.92 %), all behind it as usual,
-at a learning rate of 1e-4; the rest of the backbone is frozen.
-Expected: not yet measured.
+Differs from the stock Swin-L config in the backbone; drop path is off.
+Trains 1,792,512 parameters in the backbone (0.92 %), plus everything behind
+it, at a learning rate of 1e-4. The rest of the backbone is frozen.
+Expected: not measured yet.
 """
 
 _base_ = [
@@ -20,3 +20,4 @@ model = dict(
     )
 )
 optim_wrapper = dict(constructor='e3va_mm.SidePathOptimWrapperConstructor')
+default_hooks = dict(checkpoint=dict(type='e3va_mm.AtomicCheckpointHook'))

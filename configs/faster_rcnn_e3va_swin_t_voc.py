@@ -3,11 +3,11 @@
 Paper: https://arxiv.org/abs/2306.09729 (its VOC rows are RetinaNet).
 Run: python tools/train.py configs/faster_rcnn_e3va_swin_t_voc.py
 Test: python tools/test.py configs/faster_rcnn_e3va_swin_t_voc.py CHECKPOINT
-Differs from the stock R-50 config in: trunk, neck widths, AdamW.
-The data is repeated three times: four epochs of the loop are twelve.
-Trains 440,064 values in the backbone (1.60 %), neck and heads as usual,
-at a learning rate of 1e-4; the rest of the backbone is frozen.
-Expected: not yet measured.
+Differs from the stock R-50 config in the trunk, the neck's widths and AdamW.
+The data set is repeated three times, so four epochs of the loop are twelve.
+Trains 440,064 parameters in the backbone (1.60 %), plus neck and heads, at a
+learning rate of 1e-4. The rest of the backbone is frozen.
+Expected: not measured yet.
 """
 
 _base_ = [
@@ -22,3 +22,4 @@ model = dict(
     neck=dict(in_channels=_base_.widths),
 )
 optim_wrapper = dict(_delete_=True, **_base_.adamw)
+default_hooks = dict(checkpoint=dict(type='e3va_mm.AtomicCheckpointHook'))

@@ -3,11 +3,11 @@
 Paper: https://arxiv.org/abs/2306.09729 (without rows of this segmentor).
 Run: python tools/train.py configs/mask2former_e3va_swin_l_coco_panoptic.py
 Test: python tools/test.py configs/mask2former_e3va_swin_l_coco_panoptic.py CHECKPOINT
-Differs from the stock Swin-L config in: backbone, no drop path.
-Pictures of 1024x1024, one on each of sixteen GPUs.
-Trains 1,792,512 values in the backbone (0.92 %), head as usual,
-at a learning rate of 1e-4; the rest of the backbone is frozen.
-Expected: not yet measured.
+Differs from the stock Swin-L config in the backbone; drop path is off.
+Images: 1024x1024, one on each of sixteen GPUs.
+Trains 1,792,512 parameters in the backbone (0.92 %), plus the head, at a
+learning rate of 1e-4. The rest of the backbone is frozen.
+Expected: not measured yet.
 """  # noqa: E501
 
 _base_ = [
@@ -20,3 +20,4 @@ model = dict(
     backbone=dict(type='e3va_mm.E3VASwinTransformer', drop_path_rate=0.0)
 )
 optim_wrapper = dict(constructor='e3va_mm.SidePathOptimWrapperConstructor')
+default_hooks = dict(checkpoint=dict(type='e3va_mm.AtomicCheckpointHook'))

@@ -3,11 +3,11 @@
 Paper: https://arxiv.org/abs/2306.09729 (its VOC rows are Swin-L).
 Run: python tools/train.py configs/retinanet_e3va_swin_s_voc.py
 Test: python tools/test.py configs/retinanet_e3va_swin_s_voc.py CHECKPOINT
-Differs from the stock R-50 config in: trunk, neck, AdamW.
-The data is repeated three times: four epochs of the loop are twelve.
-Trains 896,064 values in the backbone (1.83 %), neck and head as usual,
-at a learning rate of 1e-4; the rest of the backbone is frozen.
-Expected: not yet measured.
+Differs from the stock R-50 config in the trunk, the neck and AdamW.
+The data set is repeated three times, so four epochs of the loop are twelve.
+Trains 896,064 parameters in the backbone (1.83 %), plus neck and head, at a
+learning rate of 1e-4. The rest of the backbone is frozen.
+Expected: not measured yet.
 """
 
 _base_ = [
@@ -24,3 +24,4 @@ model = dict(
     neck=dict(in_channels=_base_.widths[1:], start_level=0),
 )
 optim_wrapper = dict(_delete_=True, **_base_.adamw)
+default_hooks = dict(checkpoint=dict(type='e3va_mm.AtomicCheckpointHook'))

@@ -3,16 +3,16 @@
 Paper: https://arxiv.org/abs/2306.09729 (its ADE20K rows are UperNet).
 Run: python tools/train.py configs/segformer_e3va_mit_b5_ade20k.py
 Test: python tools/test.py configs/segformer_e3va_mit_b5_ade20k.py CHECKPOINT
-Differs from the stock MiT-B5 config in: backbone, no drop path.
-Pictures of 512x512, two on each of eight GPUs.
-Trains 1,516,352 values in the backbone (1.86 %), head as usual,
-at a learning rate of 6e-5; the rest of the backbone is frozen. The head's is
-ten times as high, as in the stock config.
-Expected: not yet measured.
+Differs from the stock MiT-B5 config in the backbone; drop path is off.
+Images: 512x512, two on each of eight GPUs.
+Trains 1,516,352 parameters in the backbone (1.86 %), plus the head, at a
+learning rate of 6e-5. The rest of the backbone is frozen. The head trains at
+ten times that rate, as in the stock config.
+Expected: not measured yet.
 """
 
-# What `mmseg::segformer/...` stands for. mmengine looks for that in a
-# distribution called mmsegmentation alone; onedl-mmsegmentation is another.
+# `mmseg::segformer/...`; mmengine resolves that only for the distribution
+# mmsegmentation, not for onedl-mmsegmentation.
 _base_ = [
     __import__('mmseg').__path__[0] + '/.mim/configs/segformer/'
     'segformer_mit-b5_8xb2-160k_ade20k-512x512.py',
@@ -31,3 +31,4 @@ model = dict(
     )
 )
 optim_wrapper = dict(constructor='e3va_mm.SidePathOptimWrapperConstructor')
+default_hooks = dict(checkpoint=dict(type='e3va_mm.AtomicCheckpointHook'))

@@ -3,17 +3,17 @@
 Paper: https://arxiv.org/abs/2306.09729 (without rows of this data).
 Run: python tools/train.py configs/upernet_e3va_dinov2_b_voc12.py
 Test: python tools/test.py configs/upernet_e3va_dinov2_b_voc12.py CHECKPOINT
-Differs from the stock R-50 config in: trunk, a neck, heads' widths, AdamW.
-Needs mmpretrain.
-Pictures of 512x512, four on each of four GPUs, padded to 518x518,
-which patches of 14 pixels fill; in tests to the next multiple of 14.
-Trains 913,920 values in the backbone (1.06 %), neck and heads as usual,
-at a learning rate of 6e-5; the rest of the backbone is frozen.
-Expected: not yet measured.
+Differs from the stock R-50 config in the trunk, an added neck, the heads'
+widths and AdamW. Needs mmpretrain.
+Images: 512x512, four on each of four GPUs, padded to 518x518 for patches of
+14 pixels; test images are padded to the next multiple of 14.
+Trains 913,920 parameters in the backbone (1.06 %), plus neck and heads, at a
+learning rate of 6e-5. The rest of the backbone is frozen.
+Expected: not measured yet.
 """
 
-# What `mmseg::upernet/...` stands for. mmengine looks for that in a
-# distribution called mmsegmentation alone; onedl-mmsegmentation is another.
+# `mmseg::upernet/...`; mmengine resolves that only for the distribution
+# mmsegmentation, not for onedl-mmsegmentation.
 _base_ = [
     __import__('mmseg').__path__[0] + '/.mim/configs/upernet/'
     'upernet_r50_4xb4-40k_voc12aug-512x512.py',
@@ -36,3 +36,4 @@ model = dict(
 )
 optim_wrapper = dict(_delete_=True, **_base_.adamw)
 param_scheduler = _base_.poly
+default_hooks = dict(checkpoint=dict(type='e3va_mm.AtomicCheckpointHook'))

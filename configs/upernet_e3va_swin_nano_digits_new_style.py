@@ -1,14 +1,14 @@
-"""E3VA, UperNet, Swin-nano, digits: a config of the new style.
+"""E3VA, UperNet, Swin-nano, digits: a new-style config.
 
-Parents by `read_base()`, and classes themselves as `type`. The segmentor of
-upernet_e3va_swin_nano_digits.py without its auxiliary head.
+The segmentor of upernet_e3va_swin_nano_digits.py without its auxiliary head,
+with parents from `read_base()` and classes as `type`.
 Data: python tools/make_digits.py
 Run: python tools/train.py configs/upernet_e3va_swin_nano_digits_new_style.py
-Test: the same with tools/test.py, and a checkpoint behind the config.
-Trains 121,344 values in the backbone (4.53 %), head as usual,
-at a learning rate of 2e-3; the rest of the backbone is frozen.
-Expected: not yet measured.
-"""
+Test: python tools/test.py configs/upernet_e3va_swin_nano_digits_new_style.py CHECKPOINT
+Trains 121,344 parameters in the backbone (4.53 %), plus the head, at a
+learning rate of 2e-3. The rest of the backbone is frozen.
+Expected: not measured yet.
+"""  # noqa: E501
 
 from mmengine.config import read_base
 from mmengine.optim import CosineAnnealingLR, LinearLR, OptimWrapper
@@ -30,7 +30,7 @@ with read_base():
     from ._base_.e3va_runtime import *
     from ._base_.swin_nano import swin_nano
 
-# What the parents name by strings is looked for here.
+# Where types given as strings are looked up.
 default_scope = 'mmseg'
 width = 64
 num_classes = 11
@@ -88,7 +88,7 @@ param_scheduler = [
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),
     checkpoint=dict(
-        type='CheckpointHook',
+        type='e3va_mm.AtomicCheckpointHook',
         by_epoch=False,
         interval=iterations,
         max_keep_ckpts=2,

@@ -3,15 +3,15 @@
 Paper: https://arxiv.org/abs/2306.09729 (its ADE20K rows are Swin-L).
 Run: python tools/train.py configs/upernet_e3va_swin_s_ade20k.py
 Test: python tools/test.py configs/upernet_e3va_swin_s_ade20k.py CHECKPOINT
-Differs from the stock Swin-S config in: backbone, no drop path.
-Pictures of 512x512, two on each of eight GPUs.
-Trains 896,256 values in the backbone (1.84 %), heads as usual,
-at a learning rate of 6e-5; the rest of the backbone is frozen.
-Expected: not yet measured.
+Differs from the stock Swin-S config in the backbone; drop path is off.
+Images: 512x512, two on each of eight GPUs.
+Trains 896,256 parameters in the backbone (1.84 %), plus heads, at a learning
+rate of 6e-5. The rest of the backbone is frozen.
+Expected: not measured yet.
 """
 
-# What `mmseg::swin/...` stands for. mmengine looks for that in a
-# distribution called mmsegmentation alone; onedl-mmsegmentation is another.
+# `mmseg::swin/...`; mmengine resolves that only for the distribution
+# mmsegmentation, not for onedl-mmsegmentation.
 _base_ = [
     __import__('mmseg').__path__[0] + '/.mim/configs/swin/'
     'swin-small-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
@@ -21,3 +21,4 @@ _base_ = [
 ]
 model = dict(backbone=_base_.trunk)
 optim_wrapper = dict(constructor='e3va_mm.SidePathOptimWrapperConstructor')
+default_hooks = dict(checkpoint=dict(type='e3va_mm.AtomicCheckpointHook'))

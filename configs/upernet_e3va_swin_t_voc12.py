@@ -3,15 +3,15 @@
 Paper: https://arxiv.org/abs/2306.09729 (without rows of this data).
 Run: python tools/train.py configs/upernet_e3va_swin_t_voc12.py
 Test: python tools/test.py configs/upernet_e3va_swin_t_voc12.py CHECKPOINT
-Differs from the stock R-50 config in: trunk, heads' widths, AdamW.
-Pictures of 512x512, four on each of four GPUs.
-Trains 440,064 values in the backbone (1.60 %), heads as usual,
-at a learning rate of 6e-5; the rest of the backbone is frozen.
-Expected: not yet measured.
+Differs from the stock R-50 config in the trunk, the heads' widths and AdamW.
+Images: 512x512, four on each of four GPUs.
+Trains 440,064 parameters in the backbone (1.60 %), plus heads, at a learning
+rate of 6e-5. The rest of the backbone is frozen.
+Expected: not measured yet.
 """
 
-# What `mmseg::upernet/...` stands for. mmengine looks for that in a
-# distribution called mmsegmentation alone; onedl-mmsegmentation is another.
+# `mmseg::upernet/...`; mmengine resolves that only for the distribution
+# mmsegmentation, not for onedl-mmsegmentation.
 _base_ = [
     __import__('mmseg').__path__[0] + '/.mim/configs/upernet/'
     'upernet_r50_4xb4-40k_voc12aug-512x512.py',
@@ -28,3 +28,4 @@ model = dict(
 )
 optim_wrapper = dict(_delete_=True, **_base_.adamw)
 param_scheduler = _base_.poly
+default_hooks = dict(checkpoint=dict(type='e3va_mm.AtomicCheckpointHook'))

@@ -1,7 +1,7 @@
-"""The optimizer of the E3VA detectors, that of the stock Swin detectors.
+"""The optimizer of the stock Swin detectors, for 16 images per update.
 
-A name for children, as `_base_.adamw`. For 16 pictures an update, two on each
-of eight GPUs; `--auto-scale-lr` adapts to others.
+Child configs use it as `_base_.adamw`. `--auto-scale-lr` adapts the learning
+rate to another batch.
 """
 
 adamw = dict(

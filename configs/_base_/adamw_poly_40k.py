@@ -1,7 +1,7 @@
 """Optimizer and schedule of the stock Swin segmentors, for 40k iterations.
 
-Names for children, as `_base_.adamw` and `_base_.poly`. For 16 pictures an
-update, four on each of four GPUs.
+Child configs use them as `_base_.adamw` and `_base_.poly`. For 16 images per
+update.
 """
 
 adamw = dict(

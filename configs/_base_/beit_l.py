@@ -1,9 +1,9 @@
 """BEiT-L/16, pre-trained and fine-tuned on ImageNet-22k.
 
-Names for children: the backbone, which has the arguments and outputs of the
-stock BEiT-L segmentors, as `_base_.trunk`, the channels of its four maps as
-`_base_.width`. `img_size` is that of the pictures: their relative positions
-are the network's own, so that all have the same size.
+Child configs use the backbone, with the arguments and outputs of the stock
+BEiT-L segmentors, as `_base_.trunk`, and the channels of its four maps as
+`_base_.width`. All images must have the size `img_size`, since the tables of
+relative positions are made for it.
 """
 
 width = 1024
@@ -22,7 +22,7 @@ trunk = dict(
     drop_path_rate=0.0,
     norm_cfg=dict(type='LN', eps=1e-6),
     act_cfg=dict(type='GELU'),
-    # The file of BEiT's authors, as it is: no converter is needed.
+    # The file of BEiT's authors; it needs no conversion.
     init_cfg=dict(
         type='Pretrained',
         checkpoint='https://github.com/addf400/files/releases/download/v1.0/'

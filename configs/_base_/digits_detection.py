@@ -1,8 +1,7 @@
 """Digits in the wild in COCO layout, for detection and instance masks.
 
-Made by `python tools/make_digits.py`. Stands as a `_base_` beside a stock
-model and `mmdet::_base_/default_runtime.py`: it shares no key with either.
-Digits are not symmetric, so nothing is flipped.
+`python tools/make_digits.py` makes the data. Digits are not symmetric, so no
+image is flipped.
 """
 
 dataset_type = 'CocoDataset'

@@ -1,9 +1,8 @@
 """Digits in the wild in ADE20K layout, for semantic segmentation.
 
-Made by `python tools/make_digits.py`. Eleven classes: the background (0 in
-the maps) is a class of its own, so `reduce_zero_label` is off. Stands as a
-`_base_` beside a stock model and `mmseg::_base_/default_runtime.py`: it
-shares no key with either. Digits are not symmetric, so nothing is flipped.
+`python tools/make_digits.py` makes the data. The background (0 in the maps) is
+one of eleven classes, so `reduce_zero_label` is off. Digits are not symmetric,
+so no image is flipped.
 """
 
 dataset_type = 'BaseSegDataset'

@@ -1,8 +1,8 @@
 """DINOv2 ViT-B/14, distilled on LVD-142M, without labels.
 
-Names for children: the backbone, which gives the map of its last block, as
-`_base_.trunk`, the channels of that map as `_base_.width`, and four blocks at
-even distances, for heads that take four maps, as `_base_.quarters`.
+Child configs use the backbone, whose output is the map of its last block, as
+`_base_.trunk`, the channels of that map as `_base_.width`, and four evenly
+spaced blocks, for heads that take four maps, as `_base_.quarters`.
 """
 
 width = 768

@@ -1,10 +1,9 @@
-"""What the memory-lean configs of single cards have in common.
+"""What the configs for single cards of 6 to 11 GB share.
 
-Names for children, as `_base_.lean`: what they belong to is in the config
-that a child has as its other `_base_`.
+Child configs use it as `_base_.lean` and `_base_.amp`.
 """
 
-# Cards of this size are often too old for bfloat16.
+# Many cards of this size have no bfloat16.
 lean = dict(
     preset='lean', compute='fp16', trunk_compute='fp16', trunk_weights='fp16'
 )

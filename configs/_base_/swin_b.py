@@ -1,6 +1,6 @@
 """Swin-B, pre-trained on ImageNet-22k.
 
-Names for children: the backbone as `_base_.trunk`, the channels of its four
+Child configs use the backbone as `_base_.trunk` and the channels of its four
 maps as `_base_.widths`.
 """
 

@@ -1,7 +1,7 @@
 """The nano trunk: 2.68 M parameters, stock SwinTransformer arguments.
 
-Used by children as `**_base_.swin_nano`. The weights come with the package;
-e3va_mm/assets/README.md says what they are trained on and how to remake them.
+Child configs use it as `**_base_.swin_nano`. The package contains the
+weights; e3va_mm/assets/README.md says how they are made.
 """
 
 swin_nano = dict(

@@ -1,7 +1,7 @@
 """ViT-B/16, pre-trained by MAE on ImageNet-1k, without labels.
 
-Names for children: the backbone, which gives the map of its last block, as
-`_base_.trunk`, the channels of that map as `_base_.width`.
+Child configs use the backbone, whose output is the map of its last block, as
+`_base_.trunk`, and the channels of that map as `_base_.width`.
 """
 
 width = 768

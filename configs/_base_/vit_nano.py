@@ -1,6 +1,6 @@
 """The nano ViT: 1.24 M parameters, stock VisionTransformer arguments.
 
-Used by children as `**_base_.vit_nano`. Its one map has stride 8 and 128
+Child configs use it as `**_base_.vit_nano`. Its one map has stride 8 and 128
 channels. The weights come with the package; e3va_mm/assets/README.md says what
 they are trained on and how to remake them.
 """

@@ -1,8 +1,8 @@
 """The protocol of the comparison: Cascade Mask R-CNN, Swin-nano, digits.
 
-The detector, data and optimizer of cascade_e3va_swin_nano_digits.py in four
-epochs, the same for every tuning method; tools/compare.py sets the method and
-one of three learning rates. No method has stochastic depth.
+The detector, data and optimizer of cascade_e3va_swin_nano_digits.py, trained
+for four epochs with every tuner. tools/compare.py sets the tuner and one of
+three learning rates. No tuner has stochastic depth.
 Data: python tools/make_digits.py
 Run: python tools/compare.py configs/comparison/cascade_swin_nano_digits.py
 Expected: box AP on the test split 52.7 full, 45.4 fixed, 46.1 E3VA, 53.6

@@ -1,11 +1,11 @@
 """The protocol of the comparison: UperNet, Swin-nano, digits.
 
-The segmentor and optimizer of upernet_e3va_swin_nano_digits.py, the same for
-every tuning method; tools/compare.py sets the method and one of the learning
-rates. Pre-trained weights that train have a tenth of it: at the whole rate
-full fine-tuning loses what the trunk knows before the head, which is new, can
-tell digits apart. Pictures have the size that the trunk was pre-trained on,
-and there are four times as many. No method has stochastic depth.
+The segmentor and optimizer of upernet_e3va_swin_nano_digits.py, with every
+tuner; tools/compare.py sets the tuner and one of the learning rates.
+Pre-trained weights that train do so at a tenth of that rate: at the full rate,
+full fine-tuning forgets what the trunk knows before the new head can tell
+digits apart. Images have the trunk's pre-training size, and there are four
+times as many. No tuner has stochastic depth.
 Data: python tools/make_digits.py --size 112 --train 1600 --val 400 --test 400
   --out data/digits_112
 Run: python tools/compare.py configs/comparison/upernet_swin_nano_digits.py

@@ -1,15 +1,16 @@
 """E3VA, a detector and a segmentor on one Swin-nano, digits in photographs.
 
-The models and data of cascade_e3va_swin_nano_digits.py and
-upernet_e3va_swin_nano_digits.py, trained together: the frozen trunk is there
-once, and pictures of one size go through it in one pass.
+Trains the models of cascade_e3va_swin_nano_digits.py and
+upernet_e3va_swin_nano_digits.py together. They share one frozen trunk, and
+images of one size go through it in one pass.
 Data: python tools/make_digits.py
 Run: python tools/train.py configs/multi_task/e3va_swin_nano_digits.py
-Test: each task by its own config and adapter file, which `tools/adapter.py
-task` takes out of one of both (docs/multi_task.md).
-Trains 242,688 values in the two side paths, necks and heads as usual.
+Test: each task with its own config and adapter file, which `tools/adapter.py
+task` extracts (docs/multi_task.md).
+Trains 242,688 parameters in the two side paths, plus necks and heads.
 Expected: 0.507 box AP, 0.479 mask AP and 17.1 mIoU on the test split (one
-run, seed 0; the segmentor's own config has twice the steps and rate).
+run, seed 0). The segmentor's own config trains twice as long at twice the
+rate.
 """
 
 _base_ = [
@@ -53,6 +54,7 @@ custom_hooks = _base_.custom_hooks + [
     dict(type='e3va_mm.AdapterCheckpointHook', max_keep=1)
 ]
 default_hooks = dict(
-    logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1)
+    logger=dict(interval=20),
+    checkpoint=dict(type='e3va_mm.AtomicCheckpointHook', max_keep_ckpts=1),
 )
 randomness = dict(seed=0)

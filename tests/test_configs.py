@@ -1,6 +1,5 @@
-"""Every config of the repository trains, and is what it says."""
+"""Every config is what it says, and trains."""
 
-import contextlib
 import copy
 import functools
 import json
@@ -17,65 +16,67 @@ from e3va_mm.engine.checkpointing import is_checkpointed
 from e3va_mm.measure import TrainingStep
 from e3va_mm.registry import MODELS
 from e3va_mm.utils import count_parameters
-from tests.helpers import SWIN, TINY
+from tests.helpers import TINY
 
-CONFIGS = Path(__file__).parents[1] / 'configs'
-SIDE = 64
-WIDTH = 32
-SAMPLES = 16
-ALL = sorted(CONFIGS.glob('*.py'))
-ONE_CARD = [path for path in ALL if re.search(r'_\d+gb$', path.stem)]
-NANO = [path for path in ALL if '_nano_' in path.stem]
-LARGE = [path for path in ALL if path not in NANO]
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / 'configs'
+ALL = {path.stem: path for path in sorted(CONFIGS.glob('*.py'))}
+ONE_CARD = [name for name in ALL if re.search(r'_\d+gb$', name)]
+NANO = [name for name in ALL if '_nano_' in name]
+SIDE, WIDTH, SAMPLES = 64, 32, 16
+# Families of configs that differ in their trunk alone, and their sizes.
 FAMILIES = {
-    'cascade_e3va_swin_{}_coco': (0, 1, 2, 3),
-    'cascade_e3va_swin_{}_coco_3x': (0, 1, 2, 3),
-    'retinanet_e3va_swin_{}_voc': (1, 2, 3),
-    'faster_rcnn_e3va_swin_{}_voc': (0, 1, 2, 3),
-    'upernet_e3va_swin_{}_voc12': (0, 1, 2, 3),
-    'upernet_e3va_swin_{}_ade20k': (0, 1, 2, 3),
+    'cascade_e3va_swin_{}_coco': 'tsbl',
+    'cascade_e3va_swin_{}_coco_3x': 'tsbl',
+    'retinanet_e3va_swin_{}_voc': 'tsbl',
+    'faster_rcnn_e3va_swin_{}_voc': 'tsbl',
+    'upernet_e3va_swin_{}_voc12': 'tsbl',
+    'upernet_e3va_swin_{}_ade20k': 'tsbl',
+    'cascade_e3va_vit_{}_mae_coco': 'bl',
+    'cascade_e3va_dinov2_{}_coco': 'bl',
+    'upernet_e3va_dinov2_{}_ade20k': 'bl',
+    'upernet_e3va_dinov2_{}_voc12': 'bl',
+    'upernet_e3va_beit_{}_ade20k': 'bl',
+    'upernet_e3va_beit_{}_voc12': 'bl',
 }
-WEIGHTS = dict(
-    t='swin_tiny_patch4_window7_224.pth',
-    s='swin_small_patch4_window7_224.pth',
-    b='swin_base_patch4_window7_224_22k.pth',
-    l='swin_large_patch4_window7_224_22k.pth',
+# The weights of a trunk, by the first of its names that a config has.
+FILES = dict(
+    swin_t='swin_tiny_patch4_window7_224.pth',
+    swin_s='swin_small_patch4_window7_224.pth',
+    swin_b='swin_base_patch4_window7_224_22k.pth',
+    swin_l='swin_large_patch4_window7_224_22k.pth',
+    vit_b='mae_pretrain_vit_base.pth',
+    vit_l='mae_pretrain_vit_large.pth',
+    dinov2_b='dinov2_vitb14_pretrain.pth',
+    dinov2_l='dinov2_vitl14_pretrain.pth',
+    beit_b='beit_base_patch16_224_pt22k_ft22k.pth',
+    beit_l='beit_large_patch16_224_pt22k_ft22k.pth',
 )
 PUBLISHED = dict(t=440_064, s=896_256, b=1_195_008, l=1_792_512)
-# Family -> (its files, by size; the blocks that are outputs, by size)
-MAE = 'https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_{}.pth'
-DINOV2 = (
-    'https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{0}14/'
-    'dinov2_vit{0}14_pretrain.pth'
-)
-BEIT = (
-    'https://github.com/addf400/files/releases/download/v1.0/'
-    'beit_{}_patch16_224_pt22k_ft22k.pth'
-)
-LAST, QUARTERS = ((11,), (23,)), ((2, 5, 8, 11), (5, 11, 17, 23))
-VIT_FAMILIES = {
-    'cascade_e3va_vit_{}_mae_coco': (MAE, LAST),
-    'cascade_e3va_dinov2_{}_coco': (DINOV2, LAST),
-    'upernet_e3va_dinov2_{}_ade20k': (DINOV2, QUARTERS),
-    'upernet_e3va_dinov2_{}_voc12': (DINOV2, QUARTERS),
-    'upernet_e3va_beit_{}_ade20k': (BEIT, ((3, 5, 7, 11), (7, 11, 15, 23))),
-    'upernet_e3va_beit_{}_voc12': (BEIT, ((3, 5, 7, 11), (7, 11, 15, 23))),
-}
-# One of the family, spread over processes.
-SHARDED = [
-    'cascade_e3va_swin_l_coco_deepspeed',
-    'cascade_e3va_swin_l_coco_fsdp',
-]
-# Beyond the paper.
-MIX = ['cascade_e3va_mix_swin_l_coco']
-# Stock configs of other trunks and heads.
 OTHERS = [
+    'cascade_e3va_mix_swin_l_coco',
     'dino_e3va_swin_l_coco',
     'mask2former_e3va_swin_l_ade20k',
     'mask2former_e3va_swin_l_coco_panoptic',
     'segformer_e3va_mit_b5_ade20k',
 ]
-# Those of the stock classes, whatever `arch` names.
+# One size of each family trains; shrunk, the others are the same.
+TRAINED = [
+    *(family.format(sizes[0]) for family, sizes in FAMILIES.items()),
+    *OTHERS,
+    *ONE_CARD,
+    *NANO,
+]
+HOOKS = [
+    f'e3va_mm.{name}Hook'
+    for name in (
+        'DatasetCheck',
+        'TrainableTable',
+        'ProgressBar',
+        'TrainingGuard',
+        'ResumeCheck',
+    )
+]
 TINY_VIT = dict(embed_dims=32, num_layers=4, num_heads=2)
 TINY_BACKBONES = {
     'E3VASwinTransformer': TINY,
@@ -87,59 +88,27 @@ TINY_BACKBONES = {
 }
 VIT_WIDTHS = dict(base=768, large=1024)
 
-# What trains in a backbone beside the side path.
-OUTPUT_NORMS = {
-    'E3VASwinTransformer': lambda config: {
-        f'norm{stage}'
-        for stage in config.model.backbone.get('out_indices', range(4))
-    },
-    'mmpretrain.VisionTransformer': lambda config: {'ln1'},
-    # BEiT has none; that of MiT is what the next stage reads.
-    'mmseg.BEiT': lambda config: set(),
-    'mmseg.MixVisionTransformer': lambda config: set(),
-}
-
-every_config = pytest.mark.parametrize('path', ALL, ids=lambda p: p.stem)
-every_large = pytest.mark.parametrize('path', LARGE, ids=lambda p: p.stem)
-every_one_card = pytest.mark.parametrize(
-    'path', ONE_CARD, ids=lambda p: p.stem
-)
-every_family = pytest.mark.parametrize('family', FAMILIES)
-every_vit_family = pytest.mark.parametrize('family', VIT_FAMILIES)
-every_pyramid = pytest.mark.parametrize(
-    'path',
-    [path for path in ALL if re.match('cascade_e3va_(vit|dinov2)', path.stem)],
-    ids=lambda p: p.stem,
-)
-
-
-def header(path):
-    return path.read_text().split('"""')[1]
+every_config = pytest.mark.parametrize('name', ALL)
 
 
 @functools.cache
-def parsed(path):
-    return Config.fromfile(path)
+def parsed(name):
+    return Config.fromfile(ALL[name])
 
 
-def load(path):
+def load(name):
     """A config that may be changed; parsing takes long."""
-    return copy.deepcopy(parsed(path))
+    config = copy.deepcopy(parsed(name))
+    if stock_name(config.model.backbone).startswith('mmpretrain.'):
+        pytest.importorskip('mmpretrain')
+    return config
 
 
-def narrow(node):
-    """Let all layers have few channels, and heads learn from few samples."""
-    if isinstance(node, list | tuple):
-        for value in node:
-            narrow(value)
-    elif isinstance(node, dict):
-        for key, value in node.items():
-            if key.endswith('channels') and isinstance(value, int):
-                node[key] = min(value, WIDTH)
-            elif key == 'sampler':
-                value.num = min(value.get('num', SAMPLES), SAMPLES)
-            else:
-                narrow(value)
+def header(name):
+    """The docstring of a config, its paragraphs as single lines."""
+    return re.sub(
+        r'\n(?=[a-z\d(])', ' ', ALL[name].read_text().split('"""')[1]
+    )
 
 
 def values(node, key):
@@ -165,12 +134,6 @@ def stock_name(backbone):
     return name.removeprefix('e3va_mm.')
 
 
-def needs_its_stock_class(config):
-    """Skip what is built upon mmpretrain where that is not installed."""
-    if stock_name(config.model.backbone).startswith('mmpretrain.'):
-        pytest.importorskip('mmpretrain')
-
-
 def width_of(stock):
     """Channels of a stock backbone's first map, from its arguments."""
     arch = stock.get('arch')
@@ -179,10 +142,9 @@ def width_of(stock):
     return VIT_WIDTHS[arch] if isinstance(arch, str) else arch['embed_dims']
 
 
-def picture_side(config):
+def image_side(config):
     """The smallest side from 64 pixels on that whole patches fill."""
-    stock = stock_arguments(config.model.backbone)
-    patch = stock.get('patch_size', 4)
+    patch = stock_arguments(config.model.backbone).get('patch_size', 4)
     return -(-SIDE // patch) * patch
 
 
@@ -194,19 +156,36 @@ def shrink_backbone(backbone, side):
     if 'img_size' in stock:
         stock['img_size'] = (side, side)
         # As many outputs as before.
-        count = len(stock['out_indices'])
-        stock['out_indices'] = (0, 1, 2, 3)[-count:]
-    side_path = backbone.get('side_path', {})
-    for option in ('compute', 'trunk_compute', 'trunk_weights'):
-        if option in side_path:
-            side_path[option] = 'bf16'
+        stock['out_indices'] = (0, 1, 2, 3)[-len(stock['out_indices']) :]
+    for tuner in (backbone.get('tuner', {}), backbone.get('side_path', {})):
+        for option in ('compute', 'trunk_compute', 'trunk_weights'):
+            if option in tuner:
+                tuner[option] = 'bf16'
     return Fraction(width_of(stock), before)
 
 
+def narrow(node, transformer):
+    """Give heads few channels, or few layers, and few samples."""
+    if isinstance(node, list | tuple):
+        for value in node:
+            narrow(value, transformer)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if key.endswith('channels') and isinstance(value, int):
+                # The widths of transformers depend on each other.
+                node[key] = value if transformer else min(value, WIDTH)
+            elif key == 'num_layers':
+                node[key] = min(value, 2)
+            elif key == 'sampler':
+                value.num = min(value.get('num', SAMPLES), SAMPLES)
+            else:
+                narrow(value, transformer)
+
+
 def shrunk(config):
-    """The config with a tiny trunk, small heads and pictures, for a CPU."""
+    """The config with a tiny trunk, small heads and images, for a CPU."""
     model = config.model
-    side = picture_side(config)
+    side = image_side(config)
     for part in (
         model.data_preprocessor,
         *(model.data_preprocessor.get('batch_augments') or ()),
@@ -222,59 +201,60 @@ def shrunk(config):
     }
     if 'num_queries' in model:  # no more than there are tokens
         model.num_queries = min(model.num_queries, 4 * SAMPLES)
-    # The widths of transformers hang together, in many places.
-    if not values(model, 'embed_dims'):
-        narrow(model)
+    narrow(model, transformer=bool(values(model, 'embed_dims')))
     scale = shrink_backbone(backbone, side)
-    for (part, key), given in readers.items():
+    for (part, key), width in readers.items():
         model[part][key] = (
-            int(given * scale)
-            if isinstance(given, int)
-            else [int(n * scale) for n in given]
+            int(width * scale)
+            if isinstance(width, int)
+            else [int(n * scale) for n in width]
         )
     model.backbone = backbone
     return config
 
 
-def test_the_sweep_is_not_empty():
-    assert len(ONE_CARD) == 3
-    assert len(NANO) == 6
-    assert sorted(path.stem for path in set(LARGE) - set(ONE_CARD)) == sorted(
-        [family.format(size) for family in FAMILIES for size in WEIGHTS]
-        + [family.format(size) for family in VIT_FAMILIES for size in 'bl']
+def test_all_configs_are_known():
+    assert len(ONE_CARD) == 3 and len(NANO) == 6
+    assert sorted(ALL) == sorted(
+        [f.format(size) for f, sizes in FAMILIES.items() for size in sizes]
         + OTHERS
-        + SHARDED
-        + MIX
+        + ONE_CARD
+        + NANO
     )
 
 
-@every_config
-def test_a_step(path):
+@pytest.mark.parametrize('name', TRAINED)
+def test_a_step(name):
     """A step on generated input: what should train does, and stays finite."""
-    config = load(path)
-    needs_its_stock_class(config)
-    side = picture_side(config)
+    config = load(name)
+    side = image_side(config)
     config = shrunk(config)
-    # Batch norms of maps of 1x1 need two pictures.
+    # Batch norms of maps of 1x1 need two images.
     step = TrainingStep(config, 'as-is', size=(side, side), batch=2, objects=3)
     wrapped = any(is_checkpointed(m) for m in step.model.modules())
-    assert wrapped == (path in ONE_CARD)
+    assert wrapped == (name in ONE_CARD)
     before = {
-        name: parameter.detach().clone()
-        for name, parameter in step.model.backbone.named_parameters()
+        key: parameter.detach().clone()
+        for key, parameter in step.model.backbone.named_parameters()
         # What lies before an up projection, which is zero, waits.
-        if 'up.q' in name
-        or (parameter.requires_grad and not name.startswith('side_path.'))
+        if 'up.q' in key
+        or (parameter.requires_grad and not key.startswith('side_path.'))
     }
-    assert any('up.q' in name for name in before)
-    norms = {name.split('.')[0] for name in before} - {'side_path'}
-    assert norms == OUTPUT_NORMS[stock_name(config.model.backbone)](config)
+    assert any('up.q' in key for key in before)
+    stages = config.model.backbone.get('out_indices', range(4))
+    assert {key.split('.')[0] for key in before} - {'side_path'} == {
+        'E3VASwinTransformer': {f'norm{stage}' for stage in stages},
+        'mmpretrain.VisionTransformer': {'ln1'},
+        # BEiT has none; that of MiT is what the next stage reads.
+        'mmseg.BEiT': set(),
+        'mmseg.MixVisionTransformer': set(),
+    }[stock_name(config.model.backbone)]
     step.run()
-    for name, parameter in step.model.backbone.named_parameters():
-        if name in before:
-            assert not torch.equal(parameter, before[name]), name
-    for name, parameter in step.model.named_parameters():
-        assert parameter.isfinite().all(), name
+    for key, parameter in step.model.backbone.named_parameters():
+        if key in before:
+            assert not torch.equal(parameter, before[key]), key
+    for key, parameter in step.model.named_parameters():
+        assert parameter.isfinite().all(), key
     schedulers = config.param_scheduler
     for scheduler in [schedulers] if 'type' in schedulers else schedulers:
         PARAM_SCHEDULERS.build(
@@ -283,260 +263,62 @@ def test_a_step(path):
         )
 
 
+@every_config
+def test_header(name):
+    text = header(name)
+    assert f'\nRun: python tools/train.py configs/{name}.py\n' in text
+    assert (
+        f'\nTest: python tools/test.py configs/{name}.py CHECKPOINT\n' in text
+    )
+    assert re.search(r'\n(Paper: https://|Data: python tools/)', text)
+    assert re.search(r'\nExpected: \S', text)
+    for file in re.findall(r'[\w/]+\.py', text):
+        assert (CONFIGS / file).is_file() or (ROOT / file).is_file()
+
+
+@pytest.fixture(scope='module')
+def undrawn():
+    """Build modules of full size without drawing their weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('kaiming_uniform_', 'uniform_', 'normal_', 'ones_'):
+            patch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
+        yield
+
+
 @functools.cache
-def counts(scope, backbone):
-    """Trainable and stock values of a backbone of full size."""
-    backbone = json.loads(backbone)
-    # Drawing takes long; that the others do they need numbers for.
-    abstract = stock_name(backbone).startswith('mmpretrain.')
-    with (
-        DefaultScope.overwrite_default_scope(scope),
-        torch.device('meta') if abstract else contextlib.nullcontext(),
-    ):
-        backbone = MODELS.build(backbone)
+def counts(backbone):
+    """Trainable and stock parameters of a backbone of full size."""
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        backbone = MODELS.build(json.loads(backbone))
     total, trainable = count_parameters(backbone)
     return trainable, total - count_parameters(backbone.side_path)[0]
 
 
 @every_config
-def test_header(path):
-    text = header(path)
-    # DeepSpeed has no way to run in one process of its own.
-    run, more = ('python tools/train.py', '')
-    if path.stem.endswith('_deepspeed'):
-        run, more = ('bash tools/dist_train.sh', ' N')
-    assert f'\nRun: {run} configs/{path.name}{more}\n' in text
-    assert re.search(r'\n(Paper: https://|Data: python tools/)', text)
-    assert re.search(r'\nExpected: \S', text)
-    for name in re.findall(r'[\w/]+\.py', text):
-        assert (CONFIGS / name).is_file() or (CONFIGS.parent / name).is_file()
-
-
-@every_large
-def test_header_says_how_to_test(path):
-    # What it writes is not tested by DeepSpeed.
-    name = path.name.replace('_deepspeed', '')
-    assert (
-        f'\nTest: python tools/test.py configs/{name} CHECKPOINT\n'
-        in header(path)
-    )
-
-
-@every_config
-def test_header_says_what_trains(path):
-    text = header(path)
-    stated, share = re.search(
-        r'Trains ([\d,]+) values in the backbone \((.+) %\)', text
+def test_header_says_what_trains(name, undrawn):
+    stated, share, rate = re.search(
+        r'\nTrains ([\d,]+) parameters in the backbone \((.+) %\).* '
+        r'at a learning rate of (\S+)\. ',
+        header(name),
     ).groups()
-    config = load(path)
-    needs_its_stock_class(config)
+    config = load(name)
     backbone = config.model.backbone.to_dict()
     if isinstance(backbone['type'], type):  # in a config of the new style
         backbone['type'] = f'e3va_mm.{backbone["type"].__name__}'
     # Weights are out of reach, and how the trunk computes does not count.
     del stock_arguments(backbone)['init_cfg']
-    # Of the side path its kind does.
-    side_path = backbone.pop('side_path', {})
-    if 'type' in side_path:
-        backbone['side_path'] = dict(type=side_path['type'])
-    trainable, stock = counts(
-        config.default_scope, json.dumps(backbone, sort_keys=True)
-    )
+    tuner = backbone.pop('side_path', {})
+    if 'type' in tuner:
+        backbone['side_path'] = dict(type=tuner['type'])
+    trainable, stock = counts(json.dumps(backbone, sort_keys=True))
     assert f'{trainable:,}' == stated
     assert f'{100 * trainable / stock:.2f}' == share
-    (rate,) = re.findall(r'at a learning rate of (\S+);', text)
     assert float(rate) == config.optim_wrapper.optimizer.lr
 
 
-@every_family
-@pytest.mark.parametrize('size', WEIGHTS)
-def test_a_family_has_every_size(family, size):
-    path = CONFIGS / f'{family.format(size)}.py'
-    backbone = parsed(path).model.backbone
-    assert backbone.init_cfg.checkpoint == (
-        'https://github.com/SwinTransformer/storage/releases/download/v1.0.0/'
-        + WEIGHTS[size]
-    )
-    for argument, value in SWIN[size].items():
-        found = backbone[argument]
-        assert (found if isinstance(found, int) else tuple(found)) == value
-    out_indices = FAMILIES[family]
-    assert tuple(backbone.get('out_indices', (0, 1, 2, 3))) == out_indices
-    # A map that is not given out has no output norm.
-    trained = PUBLISHED[size] - sum(
-        2 * backbone.embed_dims * 2**stage
-        for stage in {0, 1, 2, 3}.difference(out_indices)
-    )
-    assert f'Trains {trained:,} values' in header(path)
-    assert f', Swin-{size.upper()} (ImageNet-' in header(path)
-    pretrained = '22k' if '22k' in WEIGHTS[size] else '1k'
-    assert f'(ImageNet-{pretrained})' in header(path)
-
-
-@every_family
-def test_sizes_differ_in_their_trunk_alone(family):
-    rest = []
-    for size in WEIGHTS:
-        config = load(CONFIGS / f'{family.format(size)}.py')
-        model = config.model
-        widths = [model.backbone.embed_dims * 2**stage for stage in range(4)]
-        for part in ('neck', 'decode_head'):
-            if part in model:
-                assert model[part].pop('in_channels') == [
-                    widths[stage] for stage in FAMILIES[family]
-                ]
-        if 'auxiliary_head' in model:
-            assert model.auxiliary_head.pop('in_channels') == widths[2]
-        del model['backbone']
-        rest.append(
-            {
-                key: value
-                for key, value in config.to_dict().items()
-                # Names for children; where stock configs name weights.
-                if key not in ('trunk', 'widths', 'checkpoint_file')
-            }
-        )
-    assert rest[0] == rest[1] == rest[2] == rest[3]
-
-
-@every_vit_family
-@pytest.mark.parametrize('size', 'bl')
-def test_a_vit_family_has_both_sizes(family, size):
-    path = CONFIGS / f'{family.format(size)}.py'
-    model = parsed(path).model
-    backbone = model.backbone
-    files, outputs = VIT_FAMILIES[family]
-    arch, width, blocks, outputs = dict(
-        b=('base', 768, 12, outputs[0]), l=('large', 1024, 24, outputs[1])
-    )[size]
-    assert backbone.type == 'e3va_mm.E3VAVisionTransformer'
-    assert backbone.init_cfg.checkpoint == files.format(
-        size if files == DINOV2 else arch
-    )
-    assert tuple(backbone.out_indices) == outputs
-    if files == BEIT:
-        assert backbone.embed_dims == width
-        assert backbone.num_layers == blocks
-        assert backbone.img_size == model.data_preprocessor.size
-    else:
-        assert backbone.arch == arch
-        # Of the positions in the file.
-        patch, side = {MAE: (16, 224), DINOV2: (14, 518)}[files]
-        assert (backbone.patch_size, backbone.img_size) == (patch, side)
-        assert (files == DINOV2) == ('layer_scale_init_value' in backbone)
-        assert 'Needs mmpretrain.' in header(path)
-    if len(outputs) == 1:
-        assert model.neck.in_channels == width
-    else:
-        assert model.neck.embed_dim == width
-        assert model.decode_head.in_channels == [width] * 4
-        assert model.auxiliary_head.in_channels == width
-    assert f'-{size.upper()} (' in header(path).splitlines()[0]
-
-
-@pytest.mark.parametrize(
-    'family',
-    # The stock configs of BEiT differ in batches and rates.
-    [name for name in VIT_FAMILIES if 'beit_{}_ade20k' not in name],
-)
-def test_vit_sizes_differ_in_their_trunk_alone(family):
-    rest = []
-    for size in 'bl':
-        config = load(CONFIGS / f'{family.format(size)}.py').to_dict()
-        model = config['model']
-        del model['backbone']
-        for part in ('neck', 'decode_head', 'auxiliary_head'):
-            for key in ('in_channels', 'embed_dim'):
-                model.get(part, {}).pop(key, None)
-        for name in ('trunk', 'width', 'quarters'):
-            config.pop(name, None)
-        rest.append(config)
-    assert rest[0] == rest[1]
-
-
-@every_pyramid
-def test_strides_are_those_of_the_maps(path):
-    """A whole patch of 14 pixels is no power of two."""
-    config = load(path)
-    needs_its_stock_class(config)
-    model = config.model
-    anchors = model.rpn_head.anchor_generator.strides
-    rois = model.roi_head.bbox_roi_extractor.featmap_strides
-    assert rois == model.roi_head.mask_roi_extractor.featmap_strides
-    assert rois == anchors[: len(rois)]
-    divisor = model.data_preprocessor.pad_size_divisor
-    height, width = 2 * divisor, 3 * divisor
-    shrink_backbone(model.backbone, picture_side(config))
-    model.backbone.allow_random_trunk = True
-    model.neck.update(in_channels=TINY_VIT['embed_dims'], out_channels=WIDTH)
-    with DefaultScope.overwrite_default_scope(config.default_scope):
-        backbone, neck = (MODELS.build(model[p]) for p in ('backbone', 'neck'))
-    with torch.no_grad():
-        maps = neck(backbone(torch.zeros(1, 3, height, width)))
-    assert len(maps) == len(anchors)
-    for stride, found in zip(anchors, maps, strict=True):
-        cells = [-(-side // stride) for side in (height, width)]
-        assert list(found.shape[-2:]) == cells
-        if stride in rois:
-            assert [n * stride for n in cells] == [height, width]
-
-
-@pytest.mark.parametrize(
-    'path',
-    [path for path in ALL if path.stem.startswith('upernet_e3va_dinov2')],
-    ids=lambda p: p.stem,
-)
-def test_pictures_are_padded_to_whole_patches(path):
-    config = parsed(path)
-    patch = config.model.backbone.patch_size
-    preprocessor = config.model.data_preprocessor
-    for side, crop in zip(preprocessor.size, config.crop_size, strict=True):
-        assert side == -(-crop // patch) * patch
-    assert preprocessor.test_cfg.size_divisor == patch
-    assert f'padded to {preprocessor.size[0]}x' in header(path)
-
-
-@pytest.mark.parametrize('size', 'bl')
-def test_beit_segmentors_test_on_pictures_of_one_size(size):
-    for data in ('ade20k', 'voc12'):
-        path = CONFIGS / f'upernet_e3va_beit_{size}_{data}.py'
-        config = parsed(path)
-        cfg = config.model.test_cfg
-        assert cfg.mode == 'slide'
-        assert cfg.crop_size == config.model.backbone.img_size
-        assert config.crop_size == config.model.backbone.img_size
-        wrapper = config.optim_wrapper
-        assert wrapper.constructor == 'e3va_mm.SidePathOptimWrapperConstructor'
-        assert wrapper.paramwise_cfg == dict(norm_decay_mult=0.0)
-
-
-def test_the_recipe_of_swins_authors():
-    config = parsed(CONFIGS / 'cascade_e3va_swin_b_coco_3x.py')
-    heads = config.model.roi_head.bbox_head
-    assert len(heads) == 3
-    for head in heads:
-        assert (head.num_shared_convs, head.num_shared_fcs) == (4, 1)
-        assert head.loss_bbox.type == 'GIoULoss' and head.reg_decoded_bbox
-    assert config.train_cfg.max_epochs == 36
-    assert config.param_scheduler[-1].milestones == [27, 33]
-    _, _, _, jitter, _ = config.train_dataloader.dataset.pipeline
-    whole, cropped = jitter.transforms
-    assert [s for s, _ in whole[0].scales] == list(range(480, 801, 32))
-    assert [step.type for step in cropped] == [
-        'RandomChoiceResize',
-        'RandomCrop',
-        'RandomChoiceResize',
-    ]
-    wrapper = config.optim_wrapper
-    assert wrapper.type == 'AmpOptimWrapper'
-    assert wrapper.optimizer == dict(
-        type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05
-    )
-
-
 @every_config
-def test_heads_know_the_classes_of_the_data(path):
-    config = parsed(path)
+def test_heads_know_the_classes_of_the_data(name):
+    config = parsed(name)
     dataset = config.test_dataloader.dataset
     classes = dataset.get('metainfo', {}).get('classes')
     if classes is None:
@@ -551,61 +333,143 @@ def test_heads_know_the_classes_of_the_data(path):
     assert set(known) == {len(classes)}
 
 
-def levels(path):
-    """How many configs lie on the way to the stock one, it included."""
-    parents = Config._get_base_files(str(path))
-    return 1 + max(
-        (
-            levels(path.parent / parent) if parent.startswith('.') else 1
-            for parent in parents
-        ),
-        default=0,
-    )
-
-
 @every_config
-def test_at_most_three_levels(path):
-    assert levels(path) <= 3
+def test_a_config_is_what_runs(name):
+    """It lists its hooks, and reads checkpoints safely."""
+    config = parsed(name)
+    hooks = [hook.type for hook in config.custom_hooks]
+    assert hooks[: len(HOOKS)] == HOOKS
+    checkpoint = config.default_hooks.checkpoint
+    assert checkpoint.type == 'e3va_mm.AtomicCheckpointHook'
+    # Inferencers read a checkpoint before they build what imports us.
+    if 'new_style' not in name:  # mmengine heeds no such key there
+        assert config.custom_imports == dict(
+            imports=['e3va_mm.checkpoint'], allow_failed_imports=False
+        )
 
 
-@every_one_card
-def test_one_card_updates_as_the_config_it_comes_from(path):
-    config = parsed(path)
-    parent = parsed(CONFIGS / re.sub(r'_\d+gb', '', path.name))
-    pictures = parent.auto_scale_lr.base_batch_size
+def without_trunk(name):
+    """What a config says about all but its trunk, widths relative to its."""
+    config = copy.deepcopy(parsed(name)).to_dict()
+    model = config['model']
+    width = width_of(model.pop('backbone'))
+    for part in ('neck', 'decode_head', 'auxiliary_head'):
+        part = model.get(part, {})
+        for key in {'in_channels', 'embed_dim'} & set(part):
+            part[key] = (torch.tensor(part[key]) / width).tolist()
+    # Names for children; where stock configs name weights.
+    for key in ('trunk', 'width', 'widths', 'quarters', 'checkpoint_file'):
+        config.pop(key, None)
+    return config
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_family(family):
+    """Its weights have the size of its name; all but the trunk is the same."""
+    first, *others = (family.format(size) for size in FAMILIES[family])
+    for name in (first, *others):
+        trunk = next(trunk for trunk in FILES if f'_{trunk}_' in name)
+        checkpoint = parsed(name).model.backbone.init_cfg.checkpoint
+        assert Path(checkpoint).name == FILES[trunk]
+        assert f'-{trunk[-1].upper()} (' in header(name).splitlines()[0]
+        assert stock_name(parsed(name).model.backbone).startswith(
+            'mmpretrain.'
+        ) == ('Needs mmpretrain.' in header(name))
+    # The stock configs of BEiT differ in batches and rates.
+    if 'beit_{}_ade20k' not in family:
+        for name in others:
+            assert without_trunk(name) == without_trunk(first)
+
+
+@pytest.mark.parametrize('size', PUBLISHED)
+def test_swins_train_as_many_parameters_as_published(size):
+    trained = f'Trains {PUBLISHED[size]:,} parameters'
+    assert trained in header(f'cascade_e3va_swin_{size}_coco')
+
+
+@pytest.mark.parametrize('trunk', ['vit_b_mae', 'dinov2_b'])
+def test_strides_are_those_of_the_maps(trunk):
+    """A whole patch of 14 pixels is no power of two."""
+    config = load(f'cascade_e3va_{trunk}_coco')
+    model = config.model
+    anchors = model.rpn_head.anchor_generator.strides
+    rois = model.roi_head.bbox_roi_extractor.featmap_strides
+    assert rois == model.roi_head.mask_roi_extractor.featmap_strides
+    assert rois == anchors[: len(rois)]
+    divisor = model.data_preprocessor.pad_size_divisor
+    height, width = 2 * divisor, 3 * divisor
+    shrink_backbone(model.backbone, image_side(config))
+    model.backbone.allow_random_trunk = True
+    model.neck.update(in_channels=TINY_VIT['embed_dims'], out_channels=WIDTH)
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        backbone, neck = (MODELS.build(model[p]) for p in ('backbone', 'neck'))
+    with torch.no_grad():
+        maps = neck(backbone(torch.zeros(1, 3, height, width)))
+    for stride, found in zip(anchors, maps, strict=True):
+        cells = [-(-side // stride) for side in (height, width)]
+        assert list(found.shape[-2:]) == cells
+        if stride in rois:
+            assert [n * stride for n in cells] == [height, width]
+
+
+@pytest.mark.parametrize('data', ['ade20k', 'voc12'])
+def test_segmentors_of_vits_get_images_of_whole_patches(data):
+    for size in 'bl':
+        name = f'upernet_e3va_dinov2_{size}_{data}'
+        config = parsed(name)
+        patch = config.model.backbone.patch_size
+        preprocessor = config.model.data_preprocessor
+        for side, crop in zip(
+            preprocessor.size, config.crop_size, strict=True
+        ):
+            assert side == -(-crop // patch) * patch
+        assert preprocessor.test_cfg.size_divisor == patch
+        assert f'padded to {preprocessor.size[0]}x' in header(name)
+        # BEiT takes images of one size: tests slide a window.
+        config = parsed(f'upernet_e3va_beit_{size}_{data}')
+        test_cfg = config.model.test_cfg
+        assert test_cfg.mode == 'slide'
+        assert test_cfg.crop_size == config.crop_size
+        assert config.model.backbone.img_size == config.crop_size
+        assert config.optim_wrapper.paramwise_cfg == dict(norm_decay_mult=0.0)
+
+
+def test_the_recipe_of_swins_authors():
+    config = parsed('cascade_e3va_swin_b_coco_3x')
+    heads = config.model.roi_head.bbox_head
+    assert len(heads) == 3
+    for head in heads:
+        assert (head.num_shared_convs, head.num_shared_fcs) == (4, 1)
+        assert head.loss_bbox.type == 'GIoULoss' and head.reg_decoded_bbox
+    assert config.train_cfg.max_epochs == 36
+    whole, cropped = config.train_dataloader.dataset.pipeline[3].transforms
+    assert [s for s, _ in whole[0].scales] == list(range(480, 801, 32))
+    assert cropped[1].type == 'RandomCrop'
+    assert config.optim_wrapper.type == 'AmpOptimWrapper'
+    assert config.optim_wrapper.optimizer.lr == 1e-4
+
+
+@pytest.mark.parametrize('name', ONE_CARD)
+def test_one_card_updates_as_the_config_it_comes_from(name):
+    config = parsed(name)
+    parent = parsed(re.sub(r'_\d+gb', '', name))
+    images = parent.auto_scale_lr.base_batch_size
     batch = config.train_dataloader.batch_size
     steps = config.optim_wrapper.accumulative_counts
-    assert batch * steps == pictures
-    assert f'{batch} of the {pictures} pictures' in header(path)
-    assert f'on one card of {path.stem.split("_")[-1][:-2]} GB' in header(path)
+    assert batch * steps == images
+    assert f'{batch} of the {images} images' in header(name)
+    assert f'on one card of {name.split("_")[-1][:-2]} GB' in header(name)
     assert config.auto_scale_lr.base_batch_size == batch
     assert config.optim_wrapper.optimizer == parent.optim_wrapper.optimizer
-    warm_up, *rest = config.param_scheduler
+    warm_up, decay = config.param_scheduler
     assert warm_up.end == parent.param_scheduler[0].end * steps
-    assert [scheduler.to_dict() for scheduler in rest] == [
-        dict(scheduler, _scope_=rest[0]['_scope_'])
-        for scheduler in parent.param_scheduler[1:]
-    ]
+    assert decay.milestones == parent.param_scheduler[1].milestones
     assert config.custom_hooks[:-1] == parent.custom_hooks
     assert config.model.backbone.side_path.preset == 'lean'
 
 
 def test_smaller_cards_recompute_more():
-    modules = {
-        int(path.stem.split('_')[-1][:-2]): set(
-            parsed(path).custom_hooks[-1].modules
-        )
-        for path in ONE_CARD
-    }
-    assert modules[11] < modules[8] < modules[6]
-
-
-@every_config
-def test_parsing_brings_the_safe_loaders(path):
-    """Inferencers read a checkpoint before they build what imports us."""
-    imports = Config.fromfile(path).get('custom_imports')
-    if 'new_style' in path.stem:  # mmengine heeds no such key there
-        assert imports is None
-    else:
-        assert imports.imports == ['e3va_mm.checkpoint']
-        assert not imports.allow_failed_imports
+    of_11, of_6, of_8 = (
+        set(parsed(name).custom_hooks[-1].modules) for name in ONE_CARD
+    )
+    assert of_11 < of_8 < of_6

@@ -16,10 +16,11 @@ def images_of(batch: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
         tuple[str, tuple[int, ...]]: Path and height, width of an image;
         empty if the sample does not state them.
     """
-    if isinstance(batch, BaseDataElement):
-        if isinstance(batch.get('img_path'), str):
-            yield batch.img_path, tuple(batch.get('img_shape') or ())
-    elif isinstance(batch, Mapping):
+    if isinstance(batch, BaseDataElement) and 'img_path' in batch:
+        paths = batch.img_path
+        for path in [paths] if isinstance(paths, str) else paths or ():
+            yield path, tuple(batch.get('img_shape') or ())
+    elif isinstance(batch, (BaseDataElement, Mapping)):
         yield from images_of([*batch.values()])
     elif isinstance(batch, (list, tuple)):
         for each in batch:

@@ -68,19 +68,38 @@ def check_patterns(patterns: Sequence[str], option: str) -> None:
             )
 
 
-def parts_of(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
-    """Modules and parameters below a model, by all their paths."""
+def select(
+    model: nn.Module, patterns: Sequence[str]
+) -> dict[str, nn.Module | nn.Parameter]:
+    """Modules and parameters of a model that patterns fit, by their paths.
+
+    Raises:
+        ConfigError: If a pattern fits none.
+    """
     parts = {
         **dict(model.named_modules(remove_duplicate=False)),
         **dict(model.named_parameters(remove_duplicate=False)),
     }
     del parts['']
-    return parts
+    what = f'module or parameter of {type(model).__name__}'
+    return {
+        path: parts[path]
+        for pattern in patterns
+        for path in matching(pattern, parts, what)
+    }
 
 
-def parameters_of(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
-    """A parameter itself, or those of a module."""
-    return [part] if isinstance(part, nn.Parameter) else [*part.parameters()]
+def parameters_of(
+    *parts: nn.Module | nn.Parameter,
+) -> set[nn.Parameter]:
+    """Parameters among parts of a model, and those of its modules there."""
+    return {
+        parameter
+        for part in parts
+        for parameter in (
+            part.parameters() if isinstance(part, nn.Module) else [part]
+        )
+    }
 
 
 def _fits(parts: Sequence[str], path: Sequence[str]) -> bool:

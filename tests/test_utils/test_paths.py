@@ -9,7 +9,7 @@ from e3va_mm.utils.paths import (
     check_patterns,
     matching,
     parameters_of,
-    parts_of,
+    select,
 )
 
 PATHS = ['neck', 'neck.norm', 'heads', 'heads.0', 'heads.1', 'heads.0.norm']
@@ -67,16 +67,14 @@ def test_what_is_no_list_of_strings():
         check_patterns(['neck', 3], 'X')
 
 
-def test_parts_are_modules_and_parameters_by_all_their_paths():
+def test_modules_and_parameters_are_selected_by_all_their_paths():
     shared = nn.Linear(2, 2)
     model = nn.Sequential(shared, nn.Sequential(shared, nn.ReLU()))
     model.scale = nn.Parameter(torch.ones(1))
-    parts = parts_of(model)
-    assert list(parts) == [
-        *('0', '1', '1.0', '1.1'),
-        *('scale', '0.weight', '0.bias', '1.0.weight', '1.0.bias'),
-    ]
-    assert parts['1.0'] is shared
-    assert parameters_of(parts['1']) == [shared.weight, shared.bias]
-    assert parameters_of(parts['scale']) == [model.scale]
-    assert parameters_of(parts['1.1']) == []
+    found = select(model, ['*', '*.weight', '1.1'])
+    assert list(found) == ['0', '1', 'scale', '0.weight', '1.1']
+    assert found['0'] is shared and select(model, ['1.0'])['1.0'] is shared
+    assert parameters_of(*found.values()) == {*model.parameters()}
+    assert parameters_of(found['1.1']) == set()
+    with pytest.raises(ConfigError, match='module or parameter of Sequential'):
+        select(model, ['1.2'])

@@ -10,22 +10,17 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import OptimWrapper, OptimWrapperDict
-from mmengine.registry import HOOKS
-from mmengine.runner import FlexibleRunner, Runner
+from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from e3va_mm.engine.hooks import FreezeHook, TrainingGuardHook
+from e3va_mm.engine.hooks import FreezeHook
 from e3va_mm.errors import ConfigError
-from tests.dist_scripts import launched
 from tests.test_engine.test_hooks.tiny import (
-    detection_config,
-    make_coco,
     make_segmentation,
     segmentation_config,
     side_path_config,
 )
-from tests.test_tools.test_stock_tools import stock_train
 
 ROOT = Path(__file__).parents[3]
 
@@ -174,10 +169,10 @@ def test_what_was_found_is_listed(tmp_path):
     options = dict(freeze=['neck', 'heads.*', 'scale'], train=['heads.1.cls'])
     runner_of(tmp_path, options, model).train()
     lines = [line.strip() for line in log_of(tmp_path).splitlines()]
-    start = next(i for i, line in enumerate(lines) if 'what the paths' in line)
+    start = next(i for i, line in enumerate(lines) if 'FreezeHook:' in line)
     assert lines[start + 1 : start + 6] == [
         'frozen: neck, 8 parameters',
-        'frozen: heads.0, 30 parameters (2 were already)',
+        'frozen: heads.0, 30 parameters',
         'frozen: heads.1, 20 parameters',
         'frozen: scale, 1 parameters',
         'trains: heads.1.cls, 10 parameters',
@@ -312,11 +307,8 @@ def side_path_segmentor(folder, hook):
 @pytest.mark.parametrize(
     'path, part',
     [
-        ('backbone', 'backbone.side_path'),
         ('*', 'backbone.side_path'),
-        ('backbone.side_path', 'backbone.side_path'),
         ('backbone.side_path.stages.0', 'backbone.side_path'),
-        ('backbone.norm3', 'backbone.norm3'),
         ('backbone.norm3.weight', 'backbone.norm3'),
     ],
 )
@@ -325,7 +317,7 @@ def test_a_side_path_is_not_frozen(tmp_path, path, part):
     with pytest.raises(ConfigError) as error:
         runner.train()
     text = str(error.value)
-    assert f"would freeze '{part}', which is what trains" in text
+    assert f"FreezeHook would freeze '{part}', which is what trains" in text
     assert f"train=['{part}']" in text
 
 
@@ -352,21 +344,6 @@ def test_a_side_path_learns_below_a_frozen_head(tmp_path, hook):
     assert moved.isdisjoint(f'backbone.{n}' for n in trunk if 'norm3' not in n)
 
 
-def test_the_runner_of_strategies_is_refused(tmp_path):
-    make_coco(tmp_path, 'train')
-    hooks = [dict(type='e3va_mm.FreezeHook', freeze=['neck'])]
-    config = detection_config(
-        tmp_path,
-        custom_hooks=hooks,
-        val_dataloader=None,
-        val_cfg=None,
-        val_evaluator=None,
-    )
-    runner = FlexibleRunner.from_cfg(Config.fromfile(config))
-    with pytest.raises(ConfigError, match='got FlexibleRunner, whose strat'):
-        runner.train()
-
-
 def test_wrappers_that_cannot_be_taken_off_are_refused(tmp_path):
     runner = runner_of(tmp_path, dict(freeze=['neck']))
     runner.model = nn.DataParallel(runner.model)
@@ -378,60 +355,6 @@ def test_a_run_that_tests_is_left_alone(tmp_path):
     runner = runner_of(tmp_path, dict(freeze=['nothing.such']))
     runner.call_hook('before_run')
     assert all(p.requires_grad for p in runner.model.parameters())
-
-
-# ---- under the frameworks' own tools, and in several processes
-
-
-@pytest.mark.parametrize('framework', ['mmdet', 'mmseg'])
-def test_frameworks_own_train(framework, tmp_path):
-    hooks = [dict(type='e3va_mm.TrainingGuardHook', interval=1)]
-    if framework == 'mmdet':
-        paths = ['neck', 'roi_head.bbox_head.*']
-        make_coco(tmp_path, 'train', 6)
-        make_coco(tmp_path, 'val', 1)
-        write, options = detection_config, {}
-    else:
-        paths = ['backbone.layer1', 'decode_head.convs']
-        make_segmentation(tmp_path)
-        write = segmentation_config
-        loop = dict(type='IterBasedTrainLoop', max_iters=4, val_interval=2)
-        options = dict(train_cfg=loop)
-    hooks += [dict(type='e3va_mm.FreezeHook', freeze=paths)]
-    config = write(tmp_path, custom_hooks=hooks, **options)
-    done = stock_train(framework, Path(config))
-    assert done.returncode == 0, done.stderr[-3000:]
-    log = done.stdout + done.stderr
-    for path in paths:
-        assert f'frozen: {path.replace("*", "0")}, ' in log
-    # The guard has seen weights and statistics stay.
-    assert 'frozen tensors are what they were' in log
-
-
-@HOOKS.register_module()
-class RecordRankHook(Hook):
-    """Writes what each process has before and after training."""
-
-    def before_train(self, runner):
-        self._write(runner, 'before')
-
-    def after_train(self, runner):
-        self._write(runner, 'after')
-
-    def _write(self, runner, when):
-        model = runner.model
-        record = dict(
-            state=model.module.state_dict(),
-            gradients=[
-                n
-                for n, p in model.module.named_parameters()
-                if p.grad is not None
-            ],
-            unused=model.find_unused_parameters,
-            wrapper=type(model).__name__,
-        )
-        path = Path(runner.work_dir) / f'{when}_{runner.rank}.pt'
-        torch.save(record, path)
 
 
 def wrapped(folder, hook):
@@ -467,29 +390,11 @@ def test_the_old_wrapper_is_gone(tmp_path, one_process):
     assert runner.model is now
 
 
-def test_an_old_wrapper_that_something_holds(tmp_path, one_process):
-    runner = wrapped(tmp_path, FreezeHook(['neck']))
-    held = runner.model
-    with pytest.raises(ConfigError, match='something holds the old wrapper'):
-        runner.train()
-    assert held.module is runner.model
-
-
-def test_a_wrapper_that_the_config_does_not_make(tmp_path, one_process):
-    class Own(MMDistributedDataParallel):
-        pass
-
-    runner = wrapped(tmp_path, FreezeHook(['neck']))
-    runner.model = Own(runner.model.module, device_ids=None)
-    with pytest.raises(ConfigError, match='but it came in Own'):
-        runner.train()
-
-
 def test_an_optimizer_dealt_out_to_processes(tmp_path, one_process):
     """Its groups stay; what has no gradient it leaves alone."""
     runner = runner_of(
         tmp_path,
-        [FreezeHook(['neck', 'heads.0']), TrainingGuardHook(interval=1)],
+        [FreezeHook(['neck', 'heads.0'])],
         optim_wrapper=dict(
             optimizer=dict(
                 type='ZeroRedundancyOptimizer',
@@ -504,52 +409,3 @@ def test_an_optimizer_dealt_out_to_processes(tmp_path, one_process):
     runner.train()
     frozen = {n for n in EVERY if n.startswith(('neck', 'heads.0'))}
     assert changed(before, runner.model) == EVERY - frozen
-
-
-def test_two_processes_wait_for_no_frozen_gradient(tmp_path):
-    make_coco(tmp_path, 'train', 8)
-    config = detection_config(
-        tmp_path,
-        custom_imports=dict(
-            imports='tests.test_engine.test_hooks.test_freeze_hook'
-        ),
-        custom_hooks=[
-            dict(
-                type='e3va_mm.FreezeHook',
-                freeze=['neck', 'roi_head.bbox_head.*', 'rpn_head.rpn_reg'],
-                train=['roi_head.bbox_head.2.fc_cls'],
-            ),
-            dict(type='RecordRankHook'),
-        ],
-        val_dataloader=None,
-        val_cfg=None,
-        val_evaluator=None,
-        find_unused_parameters=False,
-        randomness=dict(seed=0),
-        env_cfg=dict(dist_cfg=dict(backend='gloo')),
-    )
-    process = launched('dist_train', config, 2, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr[-3000:]
-    before, after = (
-        [
-            torch.load(tmp_path / 'work' / f'{when}_{rank}.pt')
-            for rank in range(2)
-        ]
-        for when in ('before', 'after')
-    )
-    frozen = ('neck.', 'roi_head.bbox_head.', 'rpn_head.rpn_reg')
-    spared = 'roi_head.bbox_head.2.fc_cls'
-    for record in after:
-        assert record['wrapper'] == 'GlooDistributedDataParallel'
-        assert record['unused'] is False
-    first, second = (record['state'] for record in after)
-    moved = set()
-    for name, value in first.items():
-        if 'running' not in name:  # of each process alone
-            assert torch.equal(value, second[name]), name
-        if not torch.equal(value, before[0]['state'][name]):
-            moved.add(name)
-    assert f'{spared}.weight' in moved
-    assert 'rpn_head.rpn_conv.weight' in moved
-    for name in moved | set(after[0]['gradients']):
-        assert not name.startswith(frozen) or name.startswith(spared), name

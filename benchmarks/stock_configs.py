@@ -44,7 +44,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from e3va_mm.measure import TrainingStep
 from e3va_mm.measure.results import Results
 from e3va_mm.measure.variants import framework
-from e3va_mm.models import SidePathBackbone
+from e3va_mm.backbones import TunedBackbone
 from e3va_mm.trunks.families import VITS
 
 FRAMEWORKS = ('mmdet', 'mmseg')
@@ -160,7 +160,7 @@ def one_step(path: Path, size: int, batch: int) -> dict:
     ours = {
         name: module
         for name, module in step.model.named_modules()
-        if isinstance(module, SidePathBackbone)
+        if isinstance(module, TunedBackbone)
     }
     for module in ours.values():
         give_statistics(module, torch.randn(batch, 3, *pixels))
@@ -186,7 +186,7 @@ def one_step(path: Path, size: int, batch: int) -> dict:
 
 
 @torch.no_grad()
-def give_statistics(backbone: SidePathBackbone, pictures: Tensor) -> None:
+def give_statistics(backbone: TunedBackbone, pictures: Tensor) -> None:
     """Batch norms of a frozen trunk get the statistics of some pictures.
 
     Pre-trained ones have theirs. Through those that a random trunk begins

@@ -1,57 +1,47 @@
-# Importing the engine here puts the optimizer constructor and the safe
-# checkpoint door in force wherever one of our models is built.
-from e3va_mm import checkpoint  # noqa: F401
+"""What the registry of models finds in e3va_mm, for configs of both styles."""
+
 from e3va_mm.backbones import (
     E3VABackbone,
     E3VASwinTransformer,
     E3VAVisionTransformer,
-    PETLBackbone,
-    PETLSwinTransformer,
-    SidePathBackbone,
+    TunedBackbone,
 )
-from e3va_mm.engine import optim  # noqa: F401
 from e3va_mm.multi_task import MultiTaskModel
 from e3va_mm.necks import SimpleFeaturePyramid
 from e3va_mm.tuners import (
+    E3VA,
     Adapter,
     AdaptFormer,
     BitFit,
-    Fixed,
+    E3VAMix,
+    Frozen,
     Full,
     LoRA,
     LoRand,
     Mona,
     NormTuning,
-    Partial,
-)
-from e3va_mm.tuners.e3va import (
-    E3VAMixSidePath,
-    E3VASidePath,
-    LowRankAdapter,
     NoSidePath,
+    Partial,
 )
 
 __all__ = [
     'AdaptFormer',
     'Adapter',
     'BitFit',
+    'E3VA',
     'E3VABackbone',
-    'E3VAMixSidePath',
-    'E3VASidePath',
+    'E3VAMix',
     'E3VASwinTransformer',
     'E3VAVisionTransformer',
-    'Fixed',
+    'Frozen',
     'Full',
     'LoRA',
     'LoRand',
-    'LowRankAdapter',
     'Mona',
     'MultiTaskModel',
     'NoSidePath',
     'NormTuning',
-    'PETLBackbone',
-    'PETLSwinTransformer',
     'Partial',
-    'SidePathBackbone',
     'SimpleFeaturePyramid',
+    'TunedBackbone',
 ]

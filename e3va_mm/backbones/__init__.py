@@ -1,15 +1,20 @@
-from e3va_mm.backbones.e3va_backbone import E3VABackbone
-from e3va_mm.backbones.e3va_swin import E3VASwinTransformer
-from e3va_mm.backbones.e3va_vit import E3VAVisionTransformer
-from e3va_mm.backbones.petl_backbone import PETLBackbone
-from e3va_mm.backbones.petl_swin import PETLSwinTransformer
-from e3va_mm.backbones.side_path_backbone import SidePathBackbone
+from e3va_mm.backbones.faces import (
+    E3VABackbone,
+    E3VASwinTransformer,
+    E3VAVisionTransformer,
+    tuned_config,
+)
+from e3va_mm.backbones.trunk_pass import run_trunk
+from e3va_mm.backbones.trunk_pool import TrunkPool
+from e3va_mm.backbones.tuned import TunedBackbone, tune
 
 __all__ = [
     'E3VABackbone',
     'E3VASwinTransformer',
     'E3VAVisionTransformer',
-    'PETLBackbone',
-    'PETLSwinTransformer',
-    'SidePathBackbone',
+    'TrunkPool',
+    'TunedBackbone',
+    'run_trunk',
+    'tune',
+    'tuned_config',
 ]

@@ -1,12 +1,11 @@
 """One pass of a frozen trunk, for as many side paths as want it.
 
 What a trunk computes does not depend on any side path, so that backbones
-tuned apart can share it (:meth:`SidePathBackbone.share_trunk`).
+tuned apart can share it (``share_trunk`` of the backbones).
 """
 
 from collections.abc import Collection, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 from mmcv.cnn.bricks import DropPath
@@ -14,30 +13,27 @@ from torch import Tensor, nn
 
 from e3va_mm.numerics.autocast import autocast_dtype, autocast_to
 from e3va_mm.trunks import StageEnd
-from e3va_mm.trunks.base import plain_attributes
+from e3va_mm.trunks.trunk import plain_attributes
 from e3va_mm.tuners.e3va.replay import OnStageTap, Replay, RunTrunk
-
-if TYPE_CHECKING:
-    from e3va_mm.backbones.side_path_backbone import SidePathBackbone
 
 
 def run_trunk(
-    backbones: Sequence['SidePathBackbone'],
+    backbones: Sequence[nn.Module],
     image: Tensor,
     rows: Sequence[slice] | None = None,
 ) -> list[tuple[Tensor, ...]]:
     """Run a trunk once and the side paths of several backbones beside it.
 
     Args:
-        backbones (Sequence[SidePathBackbone]): At least one; all of the same
+        backbones (Sequence[TunedBackbone]): At least one; all of the same
             trunk.
         image (Tensor): (B, 3, H, W).
-        rows (Sequence[slice], optional): Which of the B pictures are a
+        rows (Sequence[slice], optional): Which of the B images are a
             backbone's. Defaults to all for each.
 
     Returns:
         list[tuple[Tensor, ...]]: Of each backbone what its ``forward`` gives
-        for its pictures.
+        for its images.
 
     Raises:
         ConfigError: If one trains and its trunk has received no weights.
@@ -45,7 +41,6 @@ def run_trunk(
     first = backbones[0]
     for backbone in backbones:
         backbone.require_weights()
-    first.storage.store(first.trunk, first)
     ends = [_ends(backbone) for backbone in backbones]
     every = sorted(set().union(*ends))
     trunk = first.trunk
@@ -66,16 +61,14 @@ def run_trunk(
         for each in passes:
             each.on_end(stage, end)
 
-    taps = dict.fromkeys(t for b in backbones for t in b.side_path.taps)
+    taps = dict.fromkeys(t for b in backbones for t in b.tuner.taps)
     last = len(every) - 1
     with torch.no_grad():
-        trunk.run(first, image, last, tuple(taps), on_tap, on_end)
+        trunk.run(image, last, tuple(taps), on_tap, on_end)
     return [each.finish() for each in passes]
 
 
-def trunk_difference(
-    one: 'SidePathBackbone', other: 'SidePathBackbone'
-) -> str | None:
+def trunk_difference(one: nn.Module, other: nn.Module) -> str | None:
     """The first thing in which two backbones' trunks differ, if any.
 
     Weights are left out. So is what outputs do not depend on: drop path
@@ -91,16 +84,16 @@ def trunk_difference(
     return None
 
 
-def _parts(backbone: 'SidePathBackbone') -> dict[str, object]:
+def _parts(backbone: nn.Module) -> dict[str, object]:
     """What a trunk computes with, by names: all but the weights' values."""
     trunk = backbone.trunk
     found = {
-        'the class': type(trunk).__name__,
-        'the layout': getattr(trunk, 'layout', None),
+        'the class': trunk.stock_class.__name__,
+        'the layout': trunk.layout,
         'the number of blocks': _ends(backbone)[-1],
         'trunk_compute': trunk.options.compute,
         'trunk_weights': trunk.options.weights,
-        **trunk.settings(backbone),
+        **trunk.settings,
     }
     for name, child in backbone.trunk_children():
         for path, module in child.named_modules(prefix=name):
@@ -113,9 +106,9 @@ def _parts(backbone: 'SidePathBackbone') -> dict[str, object]:
     return found | {key: tuple(value.shape) for key, value in own.items()}
 
 
-def _ends(backbone: 'SidePathBackbone') -> list[int]:
+def _ends(backbone: nn.Module) -> list[int]:
     """The number of blocks up to the end of each stage."""
-    specs = backbone.trunk.stages(backbone)
+    specs = backbone.trunk.stages()
     return list(accumulate(spec.depth for spec in specs))
 
 
@@ -123,16 +116,16 @@ class _SidePass:
     """What one side path makes of a pass of the trunk.
 
     Args:
-        backbone (SidePathBackbone): Whose side path it is.
+        backbone (TunedBackbone): Whose side path it is.
         image (Tensor): (B, 3, H, W).
         ends (Sequence[int]): The blocks up to the end of each of its stages.
         every (Sequence[int]): The same of the pass, whose stages may be finer.
-        rows (slice, optional): Which of the pictures are its own.
+        rows (slice, optional): Which of the images are its own.
     """
 
     def __init__(
         self,
-        backbone: 'SidePathBackbone',
+        backbone: nn.Module,
         image: Tensor,
         ends: Sequence[int],
         every: Sequence[int],
@@ -151,14 +144,14 @@ class _SidePass:
         # The pass itself runs without.
         self._graph = torch.is_grad_enabled()
         self._replay = Replay(self._own(image), _runner(backbone, image))
-        self._highway = backbone.side_path.start(0, None, self._replay)
+        self._highway = backbone.tuner.start(0, None, self._replay)
 
     def _own(self, value: Tensor) -> Tensor:
         return value if self._rows is None else value[self._rows]
 
     def on_tap(self, stage: int, block: int, tap: str, value: Tensor) -> None:
         """Add what a tap (B, L, C) contributes."""
-        side_path = self.backbone.side_path
+        side_path = self.backbone.tuner
         if tap not in side_path.taps:
             return
         stage, before, _ = self._places[stage]
@@ -172,7 +165,7 @@ class _SidePass:
         stage, _, ends = self._places[stage]
         if not ends:
             return
-        backbone, side_path = self.backbone, self.backbone.side_path
+        backbone, side_path = self.backbone, self.backbone.tuner
         end = end._replace(tokens=self._own(end.tokens))
         with torch.set_grad_enabled(self._graph):
             total = side_path.output(self._highway, end.tokens, end.size)
@@ -183,12 +176,12 @@ class _SidePass:
             if stage == backbone.out_stages[-1]:
                 return
             inherited = None
-            if backbone.trunk.highway_goes_on():
+            if backbone.trunk.highway_goes_on:
                 inherited = side_path.inherit(
                     self._highway,
                     total,
                     end.tokens,
-                    backbone.trunk.downsampling(backbone, stage, end.size),
+                    backbone.trunk.downsampling(stage, end.size),
                     kept,
                 )
             self._highway = side_path.start(stage + 1, inherited, self._replay)
@@ -199,7 +192,7 @@ class _SidePass:
         return tuple(self.outputs)
 
 
-def _runner(backbone: 'SidePathBackbone', image: Tensor) -> RunTrunk:
+def _runner(backbone: nn.Module, image: Tensor) -> RunTrunk:
     """What runs the trunk again, under the autocast of now."""
     dtype = autocast_dtype(image)
 
@@ -217,8 +210,6 @@ def _runner(backbone: 'SidePathBackbone', image: Tensor) -> RunTrunk:
                 on_tap(stage, value)
 
         with autocast_to(image, dtype):
-            backbone.trunk.run(
-                backbone, image, last, backbone.side_path.taps, on_any_tap
-            )
+            backbone.trunk.run(image, last, backbone.tuner.taps, on_any_tap)
 
     return run

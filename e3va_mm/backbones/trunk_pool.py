@@ -4,15 +4,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Optional
+from typing import Optional
 
 from mmengine.logging import print_log
 
 from e3va_mm.backbones.trunk_pass import trunk_difference
+from e3va_mm.utils.tuned import TunedModule
 from e3va_mm.weights import fingerprint
-
-if TYPE_CHECKING:
-    from e3va_mm.backbones.side_path_backbone import SidePathBackbone
 
 _OPEN: ContextVar[Optional['TrunkPool']] = ContextVar('trunk_pool')
 
@@ -31,7 +29,7 @@ class TrunkPool:
     """
 
     def __init__(self) -> None:
-        self._members: list[tuple[SidePathBackbone, str]] = []
+        self._members: list[tuple[TunedModule, str]] = []
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -42,7 +40,7 @@ class TrunkPool:
         finally:
             _OPEN.reset(token)
 
-    def add(self, backbone: 'SidePathBackbone') -> None:
+    def add(self, backbone: TunedModule) -> None:
         """Let others share a trunk; it shares one that is here already."""
         for member, found in self._members:
             if backbone.storage is member.storage:
@@ -52,11 +50,11 @@ class TrunkPool:
         self._share(backbone, found)
         self._members.append((backbone, found))
 
-    def remove(self, backbone: 'SidePathBackbone') -> None:
+    def remove(self, backbone: TunedModule) -> None:
         """Forget a backbone; a trunk that others share stays with them."""
         self._members = [m for m in self._members if m[0] is not backbone]
 
-    def _share(self, backbone: 'SidePathBackbone', wanted: str) -> bool:
+    def _share(self, backbone: TunedModule, wanted: str) -> bool:
         """Let a backbone share the trunk with a fingerprint, if it is here."""
         difference = None
         for member, found in self._members:
@@ -75,11 +73,11 @@ class TrunkPool:
         return False
 
 
-def share_open(backbone: 'SidePathBackbone', wanted: str) -> bool:
+def share_open(backbone: TunedModule, wanted: str) -> bool:
     """Let a backbone share a trunk of the pool that is open, if one is.
 
     Args:
-        backbone (SidePathBackbone): The backbone; its own trunk goes.
+        backbone (TunedBackbone): The backbone; its own trunk goes.
         wanted (str): The fingerprint of the trunk it needs.
 
     Returns:

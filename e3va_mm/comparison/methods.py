@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mmengine.config import Config, ConfigDict
 
-from e3va_mm.backbones.stock_arguments import stock_class
+from e3va_mm.backbones.stock import stock_class
 from e3va_mm.errors import ConfigError
 from e3va_mm.measure.variants import (
     METHODS,

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
-from e3va_mm.backbones.e3va_vit import vit_trunk_config
-from e3va_mm.backbones.presets import PRESETS
+from e3va_mm.backbones.faces import vit_config as vit_trunk_config
 from e3va_mm.errors import ConfigError
-from e3va_mm.trunks.building import scoped_name
+from e3va_mm.trunks.build import scoped_name
 from e3va_mm.trunks.families import FAMILIES, VITS
+from e3va_mm.tuners.e3va.presets import PRESETS
 from e3va_mm.utils import mark_trainable
 
 # Tuning inside the backbone, at the sizes of the published counts.
@@ -161,7 +161,7 @@ def type_name(config: Config, backbone: Mapping) -> str:
 
 def _class_name(kind: str | type) -> str:
     """A registered name as it stands; that of a class with its scope."""
-    return scoped_name(kind) if isinstance(kind, type) else str(kind)
+    return scoped_name(kind) if callable(kind) else str(kind)
 
 
 def _is_known(kind: str) -> bool:

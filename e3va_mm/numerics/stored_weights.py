@@ -33,17 +33,15 @@ def store(module: nn.Module, kind: str | None) -> None:
             vars(layer).pop('extra_repr', None)
 
 
-def unstore(module: nn.Module, kind: str | None) -> None:
-    """Make room in single precision for new weights; the old ones go."""
-    for key in coarse_keys(module, kind):
-        path, name = key.rsplit('.', 1)
-        layer = module.get_submodule(path)
-        old = getattr(layer, name)
-        room = torch.empty(old.shape, dtype=torch.float32, device=old.device)
-        if kind == 'int8':
-            setattr(layer, name, nn.Parameter(room, requires_grad=False))
-        else:  # others may know the parameter by identity
-            old.data = room
+def make_room(module: nn.Module) -> None:
+    """Take single precision in place of 8 bits, for weights to be loaded."""
+    for _, layer in linear_layers(module):
+        room = torch.empty(
+            layer.weight.shape,
+            dtype=torch.float32,
+            device=layer.weight.device,
+        )
+        layer.weight = nn.Parameter(room, requires_grad=False)
 
 
 def coarse_keys(module: nn.Module, kind: str | None) -> Iterator[str]:
@@ -81,7 +79,7 @@ def torchao() -> tuple:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ConfigError(
-            "`side_path.trunk_weights='int8'` needs torchao, which cannot be "
+            "`tuner.trunk_weights='int8'` needs torchao, which cannot be "
             f'imported ({error}). Install it (`pip install torchao`), or '
             "store the trunk in 16 bits: `trunk_weights='bf16'`."
         ) from error

@@ -1,15 +1,23 @@
-from e3va_mm.trunks.base import Band, Downsampling, StageEnd, StageSpec, Trunk
+from e3va_mm.trunks.build import build_trunk
 from e3va_mm.trunks.layout import Layout
 from e3va_mm.trunks.options import TrunkOptions
-from e3va_mm.trunks.swin import SwinTrunk
+from e3va_mm.trunks.stages import (
+    Band,
+    Downsampling,
+    Size,
+    StageEnd,
+    StageSpec,
+)
+from e3va_mm.trunks.trunk import Trunk
 
 __all__ = [
     'Band',
     'Downsampling',
     'Layout',
+    'Size',
     'StageEnd',
     'StageSpec',
-    'SwinTrunk',
     'Trunk',
     'TrunkOptions',
+    'build_trunk',
 ]

@@ -6,6 +6,7 @@ residual addition, after layer scale (paper Sec. 3).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from e3va_mm.trunks.layout import Layout
 
@@ -50,7 +51,8 @@ _TWINS = Layout(
     embedding=('patch_embeds.0',),
     cut='layers',
 )
-_PRETRAIN_TWINS = _TWINS._replace(
+_PRETRAIN_TWINS = replace(
+    _TWINS,
     blocks='stages.{stage}.{block}',
     output_norm='norm_after_stage{stage}',
     downsampling=('norm_after_stage{stage}', 'patch_embeds.{next}'),
@@ -67,19 +69,19 @@ _TIMM_VIT = Layout(
 FAMILIES: Mapping[str, Layout] = {
     # Plain ViTs; those of mmseg call the same things by other names.
     'mmpretrain.VisionTransformer': _VIT,
-    'mmpretrain.BEiTViT': _VIT._replace(taps=SHARED_BRANCHES),
-    'mmpretrain.ViTEVA02': _VIT._replace(
-        taps=SHARED_BRANCHES, channels='norm1'
+    'mmpretrain.BEiTViT': replace(_VIT, taps=SHARED_BRANCHES),
+    'mmpretrain.ViTEVA02': replace(
+        _VIT, taps=SHARED_BRANCHES, channels='norm1'
     ),
-    'mmpretrain.ViTSAM': _VIT._replace(channels_last=True, output_norm=None),
+    'mmpretrain.ViTSAM': replace(_VIT, channels_last=True, output_norm=None),
     'mmpretrain.HiViT': Layout(
         blocks='blocks.{block}',
         taps=SHARED_BRANCHES,
         embedding=('patch_embed',),
     ),
-    'mmseg.VisionTransformer': _VIT._replace(taps=MMCV_BRANCHES),
-    'mmseg.BEiT': _VIT._replace(taps=SHARED_BRANCHES),
-    'mmseg.MAE': _VIT._replace(taps=SHARED_BRANCHES),
+    'mmseg.VisionTransformer': replace(_VIT, taps=MMCV_BRANCHES),
+    'mmseg.BEiT': replace(_VIT, taps=SHARED_BRANCHES),
+    'mmseg.MAE': replace(_VIT, taps=SHARED_BRANCHES),
     # With stages.
     'mmdet.SwinTransformer': _SWIN,
     'mmseg.SwinTransformer': _SWIN,
@@ -143,6 +145,8 @@ FAMILIES: Mapping[str, Layout] = {
     'timm.eva': _TIMM_VIT,
 }
 
+# Those that take the official files of Swin.
+SWINS = ('mmdet.SwinTransformer', 'mmseg.SwinTransformer')
 # Those whose outputs, position embeddings and files are those of a ViT.
 VITS = tuple(
     name

@@ -1,48 +1,39 @@
 """Where a stock backbone has its blocks, taps, outputs and downsamplings."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
 from e3va_mm.errors import ConfigError
-from e3va_mm.utils import is_whole
+from e3va_mm.utils.options import (
+    Check,
+    Options,
+    flag,
+    option,
+    optional,
+    whole,
+)
 
 
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+def _are_paths(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(a_path.fits, value))
 
 
-def _is_paths(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(_is_path, value))
+a_path = Check(lambda value: isinstance(value, str) and bool(value), 'a path')
+path_list = Check(_are_paths, 'a list of paths')
+named_paths = Check(
+    lambda value: (
+        isinstance(value, Mapping) and _are_paths([*value, *value.values()])
+    ),
+    'a dict of paths by name',
+)
 
 
-def _is_named_paths(value: Any) -> bool:
-    return isinstance(value, Mapping) and _is_paths([*value, *value.values()])
-
-
-def _is_switch(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return is_whole(value, 0)
-
-
-# The fields that are no path: what they are, for the code and in words.
-KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    'taps': (_is_named_paths, 'a dict of paths by name'),
-    'channels_last': (_is_switch, 'True or False'),
-    'norm_goes_on': (_is_switch, 'True or False'),
-    'reads': (_is_paths, 'a list of paths'),
-    'downsampling': (_is_paths, 'a list of paths'),
-    'embedding': (_is_paths, 'a list of paths'),
-    'first_stage': (_is_number, 'a whole number from 0 on'),
-}
-
-
-class Layout(NamedTuple):
-    """Declares a family of stock backbones to a side path.
+@dataclass(frozen=True, kw_only=True)
+class Layout(Options):
+    """Declares a family of stock backbones.
 
     Paths are those of modules below the backbone, as in its state dict.
     ``{stage}`` is the number of a stage and ``{next}`` that of the one behind
@@ -76,75 +67,48 @@ class Layout(NamedTuple):
         embedding (Sequence[str]): Paths of what comes before the first block;
             computed in single precision.
         extra_tokens (str, optional): Path of the number of tokens before
-            those of the picture. Defaults to none.
+            those of the image. Defaults to none.
         cut (str, optional): Path of the list to shorten after the last
             output; None to leave what comes after in the state dict.
         first_stage (int): Number of the first stage. Defaults to 0.
         pools (str, optional): Path of the switch that pools an output before
             its norm.
+
+    Raises:
+        ConfigError: If a value is of the wrong kind.
     """
 
-    blocks: str
-    taps: Mapping[str, str]
-    channels: str = 'norm1'
-    first: str | None = None
-    reads: Sequence[str] = ()
-    channels_last: bool = False
-    output_norm: str | None = None
-    norm_goes_on: bool = False
-    downsampling: Sequence[str] = ()
-    embedding: Sequence[str] = ()
-    extra_tokens: str | None = None
-    cut: str | None = None
-    first_stage: int = 0
-    pools: str | None = None
+    PREFIX: ClassVar[str] = 'layout.'
 
-    @classmethod
-    def of(cls, given: Mapping) -> 'Layout':
-        """A layout from a config.
-
-        Raises:
-            ConfigError: If a name is unknown, one without a default is
-                missing, or a value is of the wrong kind.
-        """
-        if not isinstance(given, Mapping):
-            raise ConfigError(
-                '`layout` should be a dict such as dict(blocks=..., taps=...)'
-                f', but got {given!r}.'
-            )
-        unknown = [key for key in given if key not in cls._fields]
-        missing = [key for key in ('blocks', 'taps') if key not in given]
-        if unknown or missing:
-            what = (
-                f'`layout.{unknown[0]}` is unknown'
-                if unknown
-                else f'`layout.{missing[0]}` is missing'
-            )
-            raise ConfigError(
-                f'{what}. A layout has {", ".join(cls._fields)}; `blocks` and '
-                '`taps` are needed. See e3va_mm.trunks.Layout.'
-            )
-        for name, value in given.items():
-            fits, what = KINDS.get(name, (_is_path, 'a path'))
-            may_be_none = cls._field_defaults.get(name, '') is None
-            if not (fits(value) or (value is None and may_be_none)):
-                raise ConfigError(
-                    f'`layout.{name}` should be {what}, but got {value!r}.'
-                )
-        return cls(**given)
+    blocks: str = option(check=a_path)
+    taps: Mapping[str, str] = option(check=named_paths)
+    channels: str = option('norm1', a_path)
+    first: str | None = option(None, optional(a_path))
+    reads: Sequence[str] = option((), path_list)
+    channels_last: bool = option(False, flag)
+    output_norm: str | None = option(None, optional(a_path))
+    norm_goes_on: bool = option(False, flag)
+    downsampling: Sequence[str] = option((), path_list)
+    embedding: Sequence[str] = option((), path_list)
+    extra_tokens: str | None = option(None, optional(a_path))
+    cut: str | None = option(None, optional(a_path))
+    first_stage: int = option(0, whole(0))
+    pools: str | None = option(None, optional(a_path))
 
     @property
     def plain(self) -> bool:
         """Whether there is one resolution."""
         return '{stage}' not in self.blocks
 
-    def path(self, template: str, stage: int = 0, block: int = 0) -> str:
+    def path(self, template: str, stage: int = 0, block: object = 0) -> str:
         """A template filled in for a stage, counted from 0."""
         number = stage + self.first_stage
         template = template.removesuffix('?')
         return template.format(stage=number, next=number + 1, block=block)
 
-    def check(self, root: nn.Module, stages: int, outputs: Iterable[int]):
+    def check(
+        self, root: nn.Module, stages: int, outputs: Iterable[int]
+    ) -> None:
         """Check that what is named is there.
 
         Args:
@@ -160,19 +124,19 @@ class Layout(NamedTuple):
             ('cut', self.cut, [0]),
             ('pools', self.pools, [0]),
             ('output_norm', self.output_norm, outputs),
-            *(('embedding', path, [0]) for path in self.embedding),
+            *(('embedding', each, [0]) for each in self.embedding),
             *(
-                ('downsampling', path, range(stages - 1))
-                for path in self.downsampling
+                ('downsampling', each, range(stages - 1))
+                for each in self.downsampling
             ),
         ]
         for field, template, where in named:
             for stage in where if template else ():
-                path = self.path(template, stage)
-                if find(root, path) is None and not template.endswith('?'):
+                found = self.path(template, stage)
+                if find(root, found) is None and not template.endswith('?'):
                     raise ConfigError(
                         f'`layout.{field}` is {template!r}, but '
-                        f'{type(root).__name__} has no {path!r}. Put a `?` '
+                        f'{type(root).__name__} has no {found!r}. Put a `?` '
                         'behind it if it may be missing.'
                     )
 
@@ -197,12 +161,12 @@ class Layout(NamedTuple):
                 f'{self.channels!r} in them. Its children are '
                 f'{", ".join(n for n, _ in root.named_children())}.'
             )
-        for path in (path for blocks in stages for path in blocks):
-            block = root.get_submodule(path)
+        for where in (where for blocks in stages for where in blocks):
+            block = root.get_submodule(where)
             for tap, inner in self.taps.items():
                 if find(block, inner.split('#')[0]) is None:
                     raise ConfigError(
-                        f'`layout.taps.{tap}` is {inner!r}, but {path} '
+                        f'`layout.taps.{tap}` is {inner!r}, but {where} '
                         f'({type(block).__name__}) has no such module. It '
                         'has '
                         f'{", ".join(n for n, _ in block.named_modules())}.'
@@ -212,9 +176,9 @@ class Layout(NamedTuple):
     def _blocks_of(self, root: nn.Module, template: str) -> Iterator[str]:
         folder = find(root, template.partition('.{block}')[0])
         for name, _ in folder.named_children() if folder is not None else ():
-            path = template.replace('{block}', name)
-            if find(root, f'{path}.{self.channels}') is not None:
-                yield path
+            where = template.replace('{block}', name)
+            if find(root, f'{where}.{self.channels}') is not None:
+                yield where
 
 
 def find(root: nn.Module, path: str) -> object | None:

@@ -1,19 +1,26 @@
 """How a frozen trunk computes: what its user may choose."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from e3va_mm.errors import ConfigError
 from e3va_mm.numerics.autocast import DTYPES, autocast_dtype
-from e3va_mm.utils import is_number, is_whole
+from e3va_mm.utils.options import (
+    Options,
+    flag,
+    number,
+    one_of,
+    option,
+    optional,
+    whole,
+)
 
-PREFIX = 'trunk_'
 
-
-class TrunkOptions(NamedTuple):
-    """The options ``side_path.trunk_*`` of a backbone.
+@dataclass(frozen=True, kw_only=True)
+class TrunkOptions(Options):
+    """The options ``trunk_*`` of a tuner beside a frozen trunk.
 
     Attributes:
         compute (str, optional): Type of the matrix products: ``'fp32'``,
@@ -29,63 +36,20 @@ class TrunkOptions(NamedTuple):
             Defaults to 8192.
         compile (bool): Compile attention and MLP with ``torch.compile``.
             Defaults to False.
-        drop_path (float): Stochastic depth in the trunk while training.
-            Defaults to 0.
+        drop_path (float): Stochastic depth in the trunk while training, in
+            [0, 1). Defaults to 0.
+
+    Raises:
+        ConfigError: If an option is out of range.
     """
 
-    compute: str | None = None
-    weights: str | None = None
-    chunk: int | None = 8192
-    compile: bool = False
-    drop_path: float = 0.0
+    PREFIX: ClassVar[str] = 'tuner.trunk_'
 
-    @classmethod
-    def take_from(cls, side_path: dict) -> 'TrunkOptions':
-        """Remove the options from a side path's config and check them.
-
-        Raises:
-            ConfigError: If an option is unknown or out of range.
-        """
-        given = {
-            key: side_path.pop(key)
-            for key in list(side_path)
-            if key.startswith(PREFIX)
-        }
-        known = [PREFIX + field for field in cls._fields]
-        unknown = [key for key in given if key not in known]
-        if unknown:
-            raise ConfigError(
-                f'`side_path.{unknown[0]}` is no option of the trunk. Options '
-                f'are {", ".join(known)}.'
-            )
-        options = cls(**{k[len(PREFIX) :]: v for k, v in given.items()})
-        options._check()
-        return options
-
-    def _check(self) -> None:
-        for name, allowed in (
-            ('compute', (None, *DTYPES)),
-            ('weights', (None, *DTYPES, 'int8')),
-            ('compile', (False, True)),
-        ):
-            value = getattr(self, name)
-            # 1 equals True.
-            kinds = {type(each) for each in allowed}
-            if type(value) not in kinds or value not in allowed:
-                raise ConfigError(
-                    f'`side_path.{PREFIX}{name}` should be one of {allowed}, '
-                    f'but got {value!r}.'
-                )
-        if self.chunk is not None and not is_whole(self.chunk):
-            raise ConfigError(
-                '`side_path.trunk_chunk` should be a number of tokens above '
-                f'zero, or None, but got {self.chunk!r}.'
-            )
-        if not (is_number(self.drop_path) and 0 <= self.drop_path < 1):
-            raise ConfigError(
-                '`side_path.trunk_drop_path` should be in [0, 1), but got '
-                f'{self.drop_path!r}.'
-            )
+    compute: str | None = option(None, one_of(None, *DTYPES))
+    weights: str | None = option(None, one_of(None, *DTYPES, 'int8'))
+    chunk: int | None = option(8192, optional(whole(1)))
+    compile: bool = option(False, flag)
+    drop_path: float = option(0.0, number(least=0, below=1))
 
     def dtype(self, like: Tensor) -> torch.dtype:
         """The type to compute in, on the device of the weight ``like``."""

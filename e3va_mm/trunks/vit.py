@@ -7,18 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e3va_mm.errors import ConfigError
-from e3va_mm.trunks.base import Size, StageEnd
 from e3va_mm.trunks.kernels.rotary import fit_rotations, mark_official
 from e3va_mm.trunks.layout import Layout
 from e3va_mm.trunks.options import TrunkOptions
-from e3va_mm.trunks.reader import StockTrunk
+from e3va_mm.trunks.stages import Size, StageEnd
+from e3va_mm.trunks.trunk import Trunk
 from e3va_mm.weights import describe_vit, to_vit_keys
 from e3va_mm.weights.relative_tables import resize_relative_tables
 
 NOT_IN_MAE = dict(gamma_1=1, gamma_2=1, relative_position_bias_table=0)
 
 
-class VitTrunk(StockTrunk):
+class VitTrunk(Trunk):
     """Position embeddings, class tokens, outputs and files of plain ViTs.
 
     Args:
@@ -56,7 +56,7 @@ class VitTrunk(StockTrunk):
 
     @property
     def extra_tokens(self) -> int:
-        """See :class:`StockTrunk`."""
+        """See :class:`Trunk`."""
         if hasattr(self.stock, 'num_extra_tokens'):  # mmpretrain
             return self.stock.num_extra_tokens
         return int(getattr(self.stock, 'with_cls_token', True))
@@ -64,18 +64,19 @@ class VitTrunk(StockTrunk):
     def _ends_the_trunk(self, stage: int) -> bool:
         return self.out_indices[stage] == self.depth - 1
 
-    def output_norm(self, holder: nn.Module, stage: int) -> str | None:
+    def output_norm(self, stage: int) -> str | None:
         """The final norm, which the stock classes give the last block."""
         if not (self.stock.final_norm and self._ends_the_trunk(stage)):
             return None
-        return super().output_norm(holder, stage)
+        return super().output_norm(stage)
 
-    def output_parts(self, holder: nn.Module) -> Sequence[str]:
+    def output_parts(self) -> Sequence[str]:
         """See :class:`Trunk`."""
         pools = getattr(self.stock, 'out_type', None) == 'avg_featmap'
         return ('ln2',) if pools else ()
 
-    def gives_maps(self, holder: nn.Module) -> bool:
+    @property
+    def gives_maps(self) -> bool:
         """See :class:`Trunk`."""
         if getattr(self.stock, 'output_cls_token', False):  # mmseg
             return False
@@ -83,7 +84,6 @@ class VitTrunk(StockTrunk):
 
     def output(
         self,
-        holder: nn.Module,
         total: Tensor,
         end: StageEnd,
         norm: Callable[[Tensor], Tensor] | None,
@@ -171,32 +171,19 @@ class VitTrunk(StockTrunk):
         found['pos_embed'] = torch.cat((theirs[:, :1], square), 1)
         return [f'pos_embed resized from {side}x{side} to {grid}']
 
-    def leftovers(self, holder: nn.Module) -> list[str]:
+    def leftovers(self) -> list[str]:
         """Also the decoder and masks of pre-training, unused norms."""
         return [
-            *super().leftovers(holder),
+            *super().leftovers(),
             r'(decoder|lm_head|attn_pool).*',
             r'.*\.k_bias',
             r'(ln1|ln2|norm|fc_norm)\.(weight|bias)',
             r'.*\.(freqs_cos|freqs_sin|relative_position_index)',
         ]
 
-    def explain_mismatch(
-        self, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
-    ) -> str:
+    def describe(self, state: Mapping[str, Tensor]) -> dict[str, object]:
         """See :class:`Trunk`."""
-        ours, theirs = describe_vit(expected), describe_vit(found)
-        if ours == theirs:
-            return super().explain_mismatch(expected, found)
-        ours, theirs = (
-            ', '.join(f'{k}={v}' for k, v in found.items())
-            for found in (ours, theirs)
-        )
-        return (
-            f'The file holds a ViT with {theirs}; the config asks for {ours}. '
-            'Take the weights of the variant in the config, or change the '
-            'config.'
-        )
+        return describe_vit(state)
 
 
 class SamTrunk(VitTrunk):
@@ -215,14 +202,15 @@ class SamTrunk(VitTrunk):
             value = join_windows(value, block.window_size, grid)
         return self._tokens(value)
 
-    def output_norm(self, holder: nn.Module, stage: int) -> None:
+    def output_norm(self, stage: int) -> None:
         """There is none."""
 
-    def output_parts(self, holder: nn.Module) -> Sequence[str]:
+    def output_parts(self) -> Sequence[str]:
         """The neck of SAM's encoder, if it is asked for."""
         return ('channel_reduction',) if self.stock.out_channels else ()
 
-    def gives_maps(self, holder: nn.Module) -> bool:
+    @property
+    def gives_maps(self) -> bool:
         """See :class:`Trunk`."""
         return (
             not self.stock.out_channels
@@ -231,7 +219,6 @@ class SamTrunk(VitTrunk):
 
     def output(
         self,
-        holder: nn.Module,
         total: Tensor,
         end: StageEnd,
         norm: None,

@@ -1,25 +1,48 @@
-from e3va_mm.tuners.adapter import Adapter
-from e3va_mm.tuners.adaptformer import AdaptFormer
-from e3va_mm.tuners.base import PETLMethod
-from e3va_mm.tuners.bitfit import BitFit
-from e3va_mm.tuners.frozen import Fixed
+from e3va_mm.tuners.adapter import Adapter, AdapterOptions
+from e3va_mm.tuners.adaptformer import AdaptFormer, AdaptFormerOptions
+from e3va_mm.tuners.base import Tuner
+from e3va_mm.tuners.bitfit import BitFit, BitFitOptions
+from e3va_mm.tuners.e3va import (
+    E3VA,
+    E3VAMix,
+    E3VAMixOptions,
+    E3VAOptions,
+    NoSidePath,
+    SidePath,
+    SidePathOptions,
+)
+from e3va_mm.tuners.frozen import Frozen
 from e3va_mm.tuners.full import Full
-from e3va_mm.tuners.lora import LoRA
-from e3va_mm.tuners.lorand import LoRand
-from e3va_mm.tuners.mona import Mona
+from e3va_mm.tuners.lora import LoRA, LoRAOptions
+from e3va_mm.tuners.lorand import LoRand, LoRandOptions
+from e3va_mm.tuners.mona import Mona, MonaOptions
 from e3va_mm.tuners.norm_tuning import NormTuning
-from e3va_mm.tuners.partial import Partial
+from e3va_mm.tuners.partial import Partial, PartialOptions
 
 __all__ = [
     'AdaptFormer',
+    'AdaptFormerOptions',
     'Adapter',
+    'AdapterOptions',
     'BitFit',
-    'Fixed',
+    'BitFitOptions',
+    'E3VA',
+    'E3VAMix',
+    'E3VAMixOptions',
+    'E3VAOptions',
+    'Frozen',
     'Full',
     'LoRA',
+    'LoRAOptions',
     'LoRand',
+    'LoRandOptions',
     'Mona',
+    'MonaOptions',
+    'NoSidePath',
     'NormTuning',
-    'PETLMethod',
     'Partial',
+    'PartialOptions',
+    'SidePath',
+    'SidePathOptions',
+    'Tuner',
 ]

@@ -1,15 +1,30 @@
 """Adapter of Houlsby et al., inside the blocks."""
 
+from dataclasses import dataclass
+
 from torch import nn
 
 from e3va_mm.registry import MODELS
-from e3va_mm.tuners.base import PETLMethod
-from e3va_mm.tuners.blocks import Block
+from e3va_mm.trunks import Trunk
+from e3va_mm.tuners.base import BlockTuner
+from e3va_mm.tuners.blocks import blocks_of
 from e3va_mm.tuners.bottleneck import Bottleneck
+from e3va_mm.utils.options import Options, option, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions(Options):
+    """Options of :class:`Adapter`.
+
+    Attributes:
+        bottleneck (int): Channels of the bottleneck. Defaults to 64.
+    """
+
+    bottleneck: int = option(64, whole())
 
 
 @MODELS.register_module()
-class Adapter(PETLMethod):
+class Adapter(BlockTuner):
     """Two adapters in every block, each with its own skip.
 
     `Parameter-efficient transfer learning for NLP
@@ -23,22 +38,17 @@ class Adapter(PETLMethod):
     is what is left of it. There is no dropout in the bottleneck.
 
     Args:
-        bottleneck (int): Channels of the bottleneck. Defaults to 64.
-
-    Raises:
-        ConfigError: If it is no whole number above zero.
+        **options: See :class:`AdapterOptions`.
     """
 
-    def __init__(self, bottleneck: int = 64) -> None:
-        super().__init__()
-        self.bottleneck = bottleneck
-        self.blocks = nn.ModuleList()
+    OPTIONS = AdapterOptions
 
-    def attach(self, stock: nn.Module, blocks: list[Block]) -> list:
-        """See :class:`PETLMethod`."""
-        for block in blocks:
-            adapters = self._adapt(
-                block, block.branches, Bottleneck, self.bottleneck
+    def attach(self, trunk: Trunk) -> list[nn.Parameter]:
+        """See :class:`~e3va_mm.tuners.base.Tuner`."""
+        width = self.options.bottleneck
+        for block in blocks_of(trunk):
+            adapters = self.add_adapters(
+                block, block.branches, lambda c: Bottleneck(c, width)
             )
             *behind, last = block.branches
             insertions = {

@@ -1,17 +1,45 @@
 """AdaptFormer: adapters beside the branches."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from torch import nn
 
-from e3va_mm.errors import ConfigError
 from e3va_mm.registry import MODELS
-from e3va_mm.tuners.base import PETLMethod, check_all_found, found, several
-from e3va_mm.tuners.blocks import Block
+from e3va_mm.trunks import Trunk
+from e3va_mm.tuners.base import BlockTuner, require, require_all_found
+from e3va_mm.tuners.blocks import blocks_of
 from e3va_mm.tuners.bottleneck import Bottleneck
-from e3va_mm.utils import is_number
+from e3va_mm.utils.options import (
+    Options,
+    names,
+    number,
+    option,
+    optional,
+    whole,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptFormerOptions(Options):
+    """Options of :class:`AdaptFormer`.
+
+    Attributes:
+        bottleneck (int): Channels of the bottleneck. Defaults to 64.
+        scale (float): ``s``. Defaults to 0.1.
+        branches (Sequence[str], optional): Which branches have one. The paper
+            has the MLP's alone, the authors' runs on dense prediction too
+            (2.33 M on Swin-L); the published counts (4.66 M) are those of
+            both. Defaults to all.
+    """
+
+    bottleneck: int = option(64, whole())
+    scale: float = option(0.1, number())
+    branches: Sequence[str] | None = option(None, optional(names))
 
 
 @MODELS.register_module()
-class AdaptFormer(PETLMethod):
+class AdaptFormer(BlockTuner):
     """An adapter parallel to a branch and its norm, scaled.
 
     `AdaptFormer <https://arxiv.org/abs/2205.13535>`_, Sec. 3.2:
@@ -21,59 +49,33 @@ class AdaptFormer(PETLMethod):
     With GELU, as the published runs on dense prediction; no dropout.
 
     Args:
-        bottleneck (int): Channels of the bottleneck. Defaults to 64.
-        scale (float): ``s``. Defaults to 0.1.
-        branches (Sequence[str], optional): Which branches have one. The paper
-            has the MLP's alone, the authors' runs on dense prediction too
-            (2.33 M on Swin-L); the published counts (4.66 M) are those of
-            both. Defaults to all.
+        **options: See :class:`AdaptFormerOptions`.
 
     Raises:
-        ConfigError: If an argument is out of range, or the backbone has no
-            such branch.
+        ConfigError: If the backbone has no such branch.
     """
 
-    def __init__(
-        self,
-        bottleneck: int = 64,
-        scale: float = 0.1,
-        branches: tuple[str, ...] | None = None,
-    ) -> None:
-        super().__init__()
-        if not is_number(scale):
-            raise ConfigError(
-                f'`method.scale` should be a number, but got {scale!r}.'
-            )
-        self.bottleneck = bottleneck
-        self.scale = scale
-        self.branches = None
-        if branches is not None:
-            self.branches = several(branches, 'branches')
-        self.blocks = nn.ModuleList()
+    OPTIONS = AdaptFormerOptions
 
-    def attach(self, stock: nn.Module, blocks: list[Block]) -> list:
-        """See :class:`PETLMethod`."""
-        missing = set(self.branches or ())
-        for block in blocks:
-            names = found(
-                (
-                    name
-                    for name in block.branches
-                    if self.branches is None or name in self.branches
-                ),
+    def attach(self, trunk: Trunk) -> list[nn.Parameter]:
+        """See :class:`~e3va_mm.tuners.base.Tuner`."""
+        wanted, scale = self.options.branches, self.options.scale
+        missing = set(wanted or ())
+        for block in blocks_of(trunk):
+            found = require(
+                (b for b in block.branches if wanted is None or b in wanted),
                 block.module,
-                f'a branch named by `method.branches` {self.branches} (it has '
+                f'a branch named by `tuner.branches` {wanted} (it has '
                 f'{", ".join(block.branches)})',
             )
-            missing.difference_update(names)
-            adapters = self._adapt(block, names, Bottleneck, self.bottleneck)
-            block.insert(
-                {
-                    name: Beside(adapter, self.scale)
-                    for name, adapter in adapters.items()
-                }
+            missing.difference_update(found)
+            adapters = self.add_adapters(
+                block, found, lambda c: Bottleneck(c, self.options.bottleneck)
             )
-        check_all_found(missing, 'branches')
+            block.insert(
+                {name: Beside(each, scale) for name, each in adapters.items()}
+            )
+        require_all_found(missing, 'branches')
         return []
 
 

@@ -1,48 +1,70 @@
-"""What every tuning method inside a backbone has in common.
+"""What all tuners have in common.
 
-Finding, inserting, declaring and freezing are here; a method is a file of its
-own that says what to find and what to insert.
+Finding, inserting, declaring and freezing are here and in the backbone; a
+tuner is a file of its own that says what to find and what to insert.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
 from e3va_mm.errors import ConfigError
+from e3va_mm.trunks import Trunk
 from e3va_mm.tuners.blocks import Block
+from e3va_mm.utils.options import Options
 
 
-class PETLMethod(nn.Module):
-    """Tunes a stock backbone; the child ``petl`` of a ``PETLBackbone``.
+@dataclass(frozen=True, kw_only=True)
+class NoOptions(Options):
+    """A tuner without options."""
+
+
+class Tuner(nn.Module):
+    """What trains in a backbone; a child of it once it is attached.
 
     Its own parameters all train. Which stock ones train beside them is what
     :meth:`attach` gives; all others are frozen.
+
+    Args:
+        **options: Those of ``OPTIONS``, a data class.
+
+    Raises:
+        ConfigError: If an option is unknown or out of range.
     """
 
-    def attach(
-        self, stock: nn.Module, blocks: list[Block]
-    ) -> Iterable[nn.Parameter]:
-        """Insert what the method adds.
+    # Name of the child in the backbone, and in state dicts.
+    CHILD: ClassVar[str] = 'petl'
+    # Whether gradients travel through the stock blocks.
+    HAS_GRAPH: ClassVar[bool] = True
+    OPTIONS: ClassVar[type[Options]] = NoOptions
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.options = self.OPTIONS.of(options)
+
+    def attach(self, trunk: Trunk) -> Iterable[nn.Parameter]:
+        """Insert what the tuner adds.
 
         Args:
-            stock (nn.Module): The stock backbone.
-            blocks (list[Block]): Its blocks, in order.
+            trunk (Trunk): The stock backbone and its blocks.
 
         Returns:
             Iterable[nn.Parameter]: The stock parameters that train.
 
         Raises:
-            ConfigError: If what the method looks for is not there.
+            ConfigError: If what the tuner looks for is not there.
         """
         raise NotImplementedError
 
     def merge(self) -> None:
         """Fold what was learned into the stock weights.
 
-        Without parameters of its own, a method has it there already.
+        Without parameters of its own, a tuner has it there already.
 
         Raises:
-            ConfigError: If the method has a computation of its own that no
+            ConfigError: If the tuner has a computation of its own that no
                 stock weight can hold.
         """
         if any(True for _ in self.parameters()):
@@ -52,26 +74,39 @@ class PETLMethod(nn.Module):
                 'LoRA can.'
             )
 
-    def _adapt(
+
+class BlockTuner(Tuner):
+    """A tuner with adapters on the branches of every block."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        self.blocks = nn.ModuleList()
+
+    def add_adapters(
         self,
         block: Block,
         branches: Sequence[str],
-        kind: Callable[..., nn.Module],
-        *options,
+        make: Callable[[int], nn.Module],
     ) -> nn.ModuleDict:
-        """Make an adapter for branches of a block, a child of ``blocks``."""
+        """Make an adapter for each of some branches of a block.
+
+        Args:
+            block (Block): The block.
+            branches (Sequence[str]): Names of its branches.
+            make (Callable): Channels -> adapter.
+        """
         adapters = nn.ModuleDict(
-            {name: kind(block.channels, *options) for name in branches}
+            {name: make(block.channels) for name in branches}
         )
         self.blocks.append(adapters)
         return adapters
 
 
-def found(things: Iterable, owner: nn.Module, what: str) -> list:
+def require(things: Iterable, owner: nn.Module, what: str) -> list:
     """The things as a list, or an error where there are none.
 
     Args:
-        things (Iterable): What a method has found.
+        things (Iterable): What a tuner has found.
         owner (nn.Module): Where it has looked.
         what (str): What it has looked for, in words.
 
@@ -82,36 +117,19 @@ def found(things: Iterable, owner: nn.Module, what: str) -> list:
     if not things:
         raise ConfigError(
             f'Expected {what} in {type(owner).__name__}, but there is none. '
-            'Take another method for this backbone, or another pattern.'
+            'Take another tuner for this backbone, or another pattern.'
         )
     return things
 
 
-def several(names: object, option: str) -> tuple[str, ...]:
-    """Names that an option of a method lists.
-
-    Raises:
-        ConfigError: If it is no list of names, or an empty one.
-    """
-    if (
-        not isinstance(names, (list, tuple))
-        or not names
-        or not all(isinstance(name, str) for name in names)
-    ):
-        raise ConfigError(
-            f'`method.{option}` should be a list of names, but got {names!r}.'
-        )
-    return tuple(names)
-
-
-def check_all_found(missing: set[str], option: str) -> None:
-    """Raise if a name of an option was found in no block.
+def require_all_found(missing: set[str], option: str) -> None:
+    """Refuse names of an option that no block has.
 
     Raises:
         ConfigError: If there are any.
     """
     if missing:
         raise ConfigError(
-            f'`method.{option}` names {", ".join(sorted(missing))}, but no '
+            f'`tuner.{option}` names {", ".join(sorted(missing))}, but no '
             'block has that. Correct it, or leave it out.'
         )

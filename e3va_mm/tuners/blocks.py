@@ -12,13 +12,13 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from e3va_mm.errors import ConfigError
-from e3va_mm.trunks import Layout
-from e3va_mm.trunks.base import Size
+from e3va_mm.trunks import Size, Trunk
 from e3va_mm.trunks.layout import find, length_of
+from e3va_mm.trunks.trunk import grid_of
 from e3va_mm.utils import in_backward
 
 # What is inserted: (stream, branch), both (..., C), and the grid of the
-# picture's tokens -> what is added to the branch, (..., C). All but the last
+# image's tokens -> what is added to the branch, (..., C). All but the last
 # ``H * W`` tokens of (B, L, C) are no part of the grid.
 Insertion = Callable[[Tensor, Tensor, Size], Tensor]
 
@@ -29,28 +29,20 @@ class Block:
     Args:
         path (str): Where it is, as in the state dict.
         module (nn.Module): The stock block.
-        layout (Layout): Where its branches are.
-        grid (Callable): (block's inputs, a tensor of its stream) -> the grid
-            of the picture's tokens.
+        trunk (Trunk): Whose block it is.
 
     Attributes:
         channels (int): Channels ``C`` of its stream.
         branches (tuple[str, ...]): Names of its branches, in order.
     """
 
-    def __init__(
-        self,
-        path: str,
-        module: nn.Module,
-        layout: Layout,
-        grid: Callable[[tuple, Tensor], Size],
-    ) -> None:
+    def __init__(self, path: str, module: nn.Module, trunk: Trunk) -> None:
         self.path = path
         self.module = module
-        self.layout = layout
-        self.channels = length_of(find(module, layout.channels))
-        self.branches = tuple(layout.taps)
-        self._grid = grid
+        self.trunk = trunk
+        self.layout = trunk.layout
+        self.channels = length_of(find(module, self.layout.channels))
+        self.branches = tuple(self.layout.taps)
         self._inputs: tuple = ()
         self._inserted: dict[str, Insertion] = {}
         self._stream: Tensor | None = None
@@ -108,7 +100,7 @@ class Block:
                 f'Expected the branch {name!r} of {self.path} to give tokens '
                 f'as they lie in its stream, {tuple(self._stream.shape)}, but '
                 f'got {tuple(value.shape)}: it works on windows. Take a '
-                'method that leaves it alone, such as LoRA or BitFit.'
+                'tuner that leaves it alone, such as LoRA or BitFit.'
             )
         stream = self._stream.reshape(value.shape)
         insertion = self._inserted.get(name)
@@ -124,7 +116,9 @@ class Block:
     def _size(self, value: Tensor) -> Size:
         """The grid of tokens; of those run again, what it was before."""
         if not in_backward():
-            self._sizes[value.shape] = self._grid(self._inputs, value)
+            self._sizes[value.shape] = grid_of(
+                self._inputs, value, self.trunk.extra_tokens, self.trunk.pixels
+            )
         return self._sizes[value.shape]
 
     def _name(self, path: str, call: int) -> str | None:
@@ -144,6 +138,11 @@ class Block:
         if like.ndim == 4 and not self.layout.channels_last:
             return value.permute(0, 3, 1, 2)
         return value
+
+
+def blocks_of(trunk: Trunk) -> list[Block]:
+    """The blocks of a trunk, in order."""
+    return [Block(path, module, trunk) for path, module in trunk.body()]
 
 
 class _BranchHook(NamedTuple):

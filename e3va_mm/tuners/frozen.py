@@ -3,16 +3,18 @@
 from torch import nn
 
 from e3va_mm.registry import MODELS
-from e3va_mm.tuners.base import PETLMethod
-from e3va_mm.tuners.blocks import Block
+from e3va_mm.trunks import Trunk
+from e3va_mm.tuners.base import Tuner
 
 
-@MODELS.register_module()
-class Fixed(PETLMethod):
-    """Trains no parameter of the backbone; adds none."""
+@MODELS.register_module(name=['Frozen', 'Fixed'])
+class Frozen(Tuner):
+    """Trains no parameter of the backbone; adds none.
 
-    def attach(
-        self, stock: nn.Module, blocks: list[Block]
-    ) -> list[nn.Parameter]:
-        """See :class:`PETLMethod`."""
+    The stock forward runs, in eval mode. For a frozen trunk under the trunk
+    options of E3VA see :class:`~e3va_mm.tuners.e3va.none.NoSidePath`.
+    """
+
+    def attach(self, trunk: Trunk) -> list[nn.Parameter]:
+        """See :class:`~e3va_mm.tuners.base.Tuner`."""
         return []

@@ -1,16 +1,24 @@
 """LoRA: low-rank updates of linear layers."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.registry import MODELS
-from e3va_mm.tuners.base import PETLMethod, check_all_found, found, several
-from e3va_mm.tuners.blocks import Block
-from e3va_mm.tuners.bottleneck import check_width
-from e3va_mm.utils import is_number
+from e3va_mm.trunks import Trunk
+from e3va_mm.tuners.base import Tuner, require, require_all_found
+from e3va_mm.utils.options import (
+    Check,
+    Options,
+    names,
+    number,
+    option,
+    optional,
+    whole,
+)
 
 QKV = ('q', 'k', 'v')
 
@@ -68,14 +76,11 @@ class LowRankUpdate(nn.Module):
             rows[part].add_(update.to(rows[part].dtype))
 
 
-@MODELS.register_module()
-class LoRA(PETLMethod):
-    """Low-rank updates of q and v in every block.
+@dataclass(frozen=True, kw_only=True)
+class LoRAOptions(Options):
+    """Options of :class:`LoRA`.
 
-    `LoRA <https://arxiv.org/abs/2106.09685>`_, Sec. 4. :meth:`merge` folds
-    them into the weights, for inference at no cost.
-
-    Args:
+    Attributes:
         rank (int): Inner rank ``r``. Defaults to 64.
         alpha (float, optional): Updates are scaled by ``alpha / r``. Defaults
             to ``rank``.
@@ -84,52 +89,58 @@ class LoRA(PETLMethod):
         parts (Sequence[str]): Which of q, k and v, of layers that are named
             ``qkv`` and give all three. Others are updated as a whole.
             Defaults to ``('q', 'v')``.
-
-    Raises:
-        ConfigError: If an argument is out of range, or a block has no such
-            layer, or one that it does not call.
     """
 
-    def __init__(
-        self,
-        rank: int = 64,
-        alpha: float | None = None,
-        layers: Sequence[str] = ('qkv',),
-        parts: Sequence[str] = ('q', 'v'),
-    ) -> None:
-        super().__init__()
-        check_width(rank, 'rank')
-        alpha = rank if alpha is None else alpha
-        if not is_number(alpha):
-            raise ConfigError(
-                f'`method.alpha` should be a number, but got {alpha!r}.'
-            )
-        parts = several(parts, 'parts')
-        if any(part not in QKV for part in parts):
-            raise ConfigError(
-                f'`method.parts` should name some of {QKV}, but got {parts!r}.'
-            )
-        self.rank, self.scale = rank, alpha / rank
-        self.names = several(layers, 'layers')
-        self.parts = [QKV.index(part) for part in parts]
+    rank: int = option(64, whole())
+    alpha: float | None = option(None, optional(number()))
+    layers: Sequence[str] = option(('qkv',), names)
+    parts: Sequence[str] = option(
+        ('q', 'v'),
+        Check(
+            lambda value: names.fits(value) and all(p in QKV for p in value),
+            f'a list of some of {QKV}',
+        ),
+    )
+
+
+@MODELS.register_module()
+class LoRA(Tuner):
+    """Low-rank updates of q and v in every block.
+
+    `LoRA <https://arxiv.org/abs/2106.09685>`_, Sec. 4. :meth:`merge` folds
+    them into the weights, for inference at no cost.
+
+    Args:
+        **options: See :class:`LoRAOptions`.
+
+    Raises:
+        ConfigError: If a block has no such layer, or one that it does not
+            call.
+    """
+
+    OPTIONS = LoRAOptions
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
         self.updates = nn.ModuleList()
         self._merges: list[tuple[LowRankUpdate, list[nn.Linear], object]] = []
 
-    def attach(self, stock: nn.Module, blocks: list[Block]) -> list:
-        """See :class:`PETLMethod`."""
-        missing = set(self.names)
-        for block in blocks:
-            layers = [
+    def attach(self, trunk: Trunk) -> list[nn.Parameter]:
+        """See :class:`~e3va_mm.tuners.base.Tuner`."""
+        wanted, rank = self.options.layers, self.options.rank
+        alpha = rank if self.options.alpha is None else self.options.alpha
+        missing = set(wanted)
+        for path, block in trunk.body():
+            layers = (
                 (owner, name, child)
-                for owner in block.module.modules()
+                for owner in block.modules()
                 for name, child in owner.named_children()
-                if name in self.names and isinstance(child, nn.Linear)
-            ]
-            for owner, name, layer in found(
+                if name in wanted and isinstance(child, nn.Linear)
+            )
+            for owner, name, layer in require(
                 layers,
-                block.module,
-                f'linear layers named {", ".join(self.names)} '
-                '(`method.layers`)',
+                block,
+                f'linear layers named {", ".join(wanted)} (`tuner.layers`)',
             ):
                 missing.discard(name)
                 own_bias = getattr(owner, 'q_bias', None) is not None
@@ -138,19 +149,20 @@ class LoRA(PETLMethod):
                 ):
                     raise ConfigError(
                         'LoRA expects attention that calls its layer '
-                        f'`{name}`, but {type(owner).__name__} of '
-                        f'{block.path} reads the weight itself. Take another '
-                        'method, or `method.layers` of the MLP.'
+                        f'`{name}`, but {type(owner).__name__} of {path} '
+                        'reads the weight itself. Take another tuner, or '
+                        '`tuner.layers` of the MLP.'
                     )
                 parts, of = [0], 1
                 if name == 'qkv':
-                    parts, of = self.parts, len(QKV)
-                update = LowRankUpdate(layer, parts, of, self.rank, self.scale)
+                    parts = [QKV.index(part) for part in self.options.parts]
+                    of = len(QKV)
+                update = LowRankUpdate(layer, parts, of, rank, alpha / rank)
                 self.updates.append(update)
                 handle = layer.register_forward_hook(update)
                 # In a list, or the layer would be a child of this.
                 self._merges.append((update, [layer], handle))
-        check_all_found(missing, 'layers')
+        require_all_found(missing, 'layers')
         return []
 
     def merge(self) -> None:

@@ -1,14 +1,17 @@
 """LoRand: adapters whose weights are sums of low-rank products."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e3va_mm.registry import MODELS
+from e3va_mm.trunks import Trunk
 from e3va_mm.tuners.adapter import OnBranch
-from e3va_mm.tuners.base import PETLMethod
-from e3va_mm.tuners.blocks import Block
-from e3va_mm.tuners.bottleneck import check_width
+from e3va_mm.tuners.base import BlockTuner
+from e3va_mm.tuners.blocks import blocks_of
+from e3va_mm.utils.options import Options, option, whole
 
 
 class LoRandLinear(nn.Module):
@@ -65,8 +68,22 @@ class LoRandAdapter(nn.Module):
         return self.up(F.gelu(self.down(x)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoRandOptions(Options):
+    """Options of :class:`LoRand`.
+
+    Attributes:
+        rank (int): Inner width of a branch. Defaults to 8.
+        branches (int): Products summed to a weight. 2 fit the published
+            1.20 M on Swin-B; the public code has 4. Defaults to 2.
+    """
+
+    rank: int = option(8, whole())
+    branches: int = option(2, whole())
+
+
 @MODELS.register_module()
-class LoRand(PETLMethod):
+class LoRand(BlockTuner):
     """Two low-rank adapters in every block, on the branch outputs.
 
     `1% VS 100% <https://arxiv.org/abs/2306.04356>`_, Sec. 3.2:
@@ -78,26 +95,19 @@ class LoRand(PETLMethod):
     as the stock one; the public code starts it as the others.
 
     Args:
-        rank (int): Inner width of a branch. Defaults to 8.
-        branches (int): Products summed to a weight. 2 fit the published
-            1.20 M on Swin-B; the public code has 4. Defaults to 2.
-
-    Raises:
-        ConfigError: If one of them is no whole number above zero.
+        **options: See :class:`LoRandOptions`.
     """
 
-    def __init__(self, rank: int = 8, branches: int = 2) -> None:
-        super().__init__()
-        check_width(rank, 'rank')
-        check_width(branches, 'branches')
-        self.rank, self.branches = rank, branches
-        self.blocks = nn.ModuleList()
+    OPTIONS = LoRandOptions
 
-    def attach(self, stock: nn.Module, blocks: list[Block]) -> list:
-        """See :class:`PETLMethod`."""
-        for block in blocks:
-            adapters = self._adapt(
-                block, block.branches, LoRandAdapter, self.rank, self.branches
+    def attach(self, trunk: Trunk) -> list[nn.Parameter]:
+        """See :class:`~e3va_mm.tuners.base.Tuner`."""
+        rank, branches = self.options.rank, self.options.branches
+        for block in blocks_of(trunk):
+            adapters = self.add_adapters(
+                block,
+                block.branches,
+                lambda c: LoRandAdapter(c, rank, branches),
             )
             block.insert(
                 {name: OnBranch(each) for name, each in adapters.items()}

@@ -1,17 +1,17 @@
 """Mona: adapters with filters over the token grid."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from e3va_mm.errors import ConfigError
 from e3va_mm.registry import MODELS
-from e3va_mm.trunks.base import Size
-from e3va_mm.tuners.base import PETLMethod
-from e3va_mm.tuners.blocks import Block
-from e3va_mm.tuners.bottleneck import check_width
+from e3va_mm.trunks import Size, Trunk
+from e3va_mm.tuners.base import BlockTuner
+from e3va_mm.tuners.blocks import blocks_of
 from e3va_mm.tuners.grid import GridFilters, on_grid
-from e3va_mm.utils import is_number
+from e3va_mm.utils.options import Options, number, option, whole
 
 
 class MonaAdapter(nn.Module):
@@ -45,8 +45,21 @@ class MonaAdapter(nn.Module):
         return self.up(self.dropout(F.gelu(x)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class MonaOptions(Options):
+    """Options of :class:`Mona`.
+
+    Attributes:
+        bottleneck (int): Channels of the bottleneck. Defaults to 64.
+        dropout (float): In [0, 1). Defaults to 0.1.
+    """
+
+    bottleneck: int = option(64, whole())
+    dropout: float = option(0.1, number(least=0, below=1))
+
+
 @MODELS.register_module()
-class Mona(PETLMethod):
+class Mona(BlockTuner):
     """Two adapters with vision filters in every block, behind residuals.
 
     `5%>100% <https://arxiv.org/abs/2408.08345>`_, Sec. 3:
@@ -57,33 +70,19 @@ class Mona(PETLMethod):
     as the stock one; the public code leaves it at torch's start.
 
     Args:
-        bottleneck (int): Channels of the bottleneck. Defaults to 64.
-        dropout (float): Defaults to 0.1.
-
-    Raises:
-        ConfigError: If an argument is out of range.
+        **options: See :class:`MonaOptions`.
     """
 
-    def __init__(self, bottleneck: int = 64, dropout: float = 0.1) -> None:
-        super().__init__()
-        check_width(bottleneck, 'bottleneck')
-        if not (is_number(dropout) and 0 <= dropout < 1):
-            raise ConfigError(
-                '`method.dropout` should be a number from 0 to below 1, but '
-                f'got {dropout!r}.'
-            )
-        self.bottleneck, self.dropout = bottleneck, dropout
-        self.blocks = nn.ModuleList()
+    OPTIONS = MonaOptions
 
-    def attach(self, stock: nn.Module, blocks: list[Block]) -> list:
-        """See :class:`PETLMethod`."""
-        for block in blocks:
-            adapters = self._adapt(
+    def attach(self, trunk: Trunk) -> list[nn.Parameter]:
+        """See :class:`~e3va_mm.tuners.base.Tuner`."""
+        width, dropout = self.options.bottleneck, self.options.dropout
+        for block in blocks_of(trunk):
+            adapters = self.add_adapters(
                 block,
                 block.branches,
-                MonaAdapter,
-                self.bottleneck,
-                self.dropout,
+                lambda c: MonaAdapter(c, width, dropout),
             )
             block.insert(
                 {name: _OnGrid(each) for name, each in adapters.items()}

@@ -3,14 +3,13 @@
 from torch import nn
 
 from e3va_mm.registry import MODELS
-from e3va_mm.tuners.base import PETLMethod, found
-from e3va_mm.tuners.blocks import Block
-
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+from e3va_mm.trunks import Trunk
+from e3va_mm.trunks.trunk import NORMS
+from e3va_mm.tuners.base import Tuner, require
 
 
 @MODELS.register_module()
-class NormTuning(PETLMethod):
+class NormTuning(Tuner):
     """Trains weight and bias of every norm of the backbone; adds nothing.
 
     `Strong baselines for parameter efficient few-shot fine-tuning
@@ -21,14 +20,12 @@ class NormTuning(PETLMethod):
         ConfigError: If the backbone has no norm with parameters.
     """
 
-    def attach(
-        self, stock: nn.Module, blocks: list[Block]
-    ) -> list[nn.Parameter]:
-        """See :class:`PETLMethod`."""
-        chosen = (
+    def attach(self, trunk: Trunk) -> list[nn.Parameter]:
+        """See :class:`~e3va_mm.tuners.base.Tuner`."""
+        found = (
             parameter
-            for module in stock.modules()
+            for module in trunk.stock.modules()
             if isinstance(module, NORMS)
             for parameter in module.parameters(recurse=False)
         )
-        return found(chosen, stock, 'norms with parameters')
+        return require(found, trunk.stock, 'norms with parameters')

@@ -1,44 +1,50 @@
 """Partial tuning: the last blocks train."""
 
+from dataclasses import dataclass
+
 from torch import nn
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.registry import MODELS
-from e3va_mm.tuners.base import PETLMethod
-from e3va_mm.tuners.blocks import Block
-from e3va_mm.utils import is_whole
+from e3va_mm.trunks import Trunk
+from e3va_mm.tuners.base import Tuner
+from e3va_mm.utils.options import Options, option, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialOptions(Options):
+    """Options of :class:`Partial`.
+
+    Attributes:
+        blocks (int): How many blocks, counted from the last. Defaults to 1.
+    """
+
+    blocks: int = option(1, whole())
 
 
 @MODELS.register_module()
-class Partial(PETLMethod):
+class Partial(Tuner):
     """Trains the last blocks of the backbone as they are; adds nothing.
 
     "Partial-k" of `Visual Prompt Tuning <https://arxiv.org/abs/2203.12119>`_,
     Sec. 4.1.
 
     Args:
-        blocks (int): How many blocks, counted from the last. Defaults to 1.
+        **options: See :class:`PartialOptions`.
 
     Raises:
-        ConfigError: If the backbone has not as many.
+        ConfigError: If the backbone has not as many blocks.
     """
 
-    def __init__(self, blocks: int = 1) -> None:
-        super().__init__()
-        self.blocks = blocks
+    OPTIONS = PartialOptions
 
-    def attach(
-        self, stock: nn.Module, blocks: list[Block]
-    ) -> list[nn.Parameter]:
-        """See :class:`PETLMethod`."""
-        if not is_whole(self.blocks, 1, len(blocks)):
+    def attach(self, trunk: Trunk) -> list[nn.Parameter]:
+        """See :class:`~e3va_mm.tuners.base.Tuner`."""
+        count, body = self.options.blocks, trunk.body()
+        if count > len(body):
             raise ConfigError(
-                '`method.blocks` of Partial should be a whole number from 1 '
-                f'to the {len(blocks)} blocks of {type(stock).__name__}, but '
-                f'got {self.blocks!r}.'
+                '`tuner.blocks` of Partial should be a whole number from 1 '
+                f'to the {len(body)} blocks of {trunk.stock_class.__name__}, '
+                f'but got {count!r}.'
             )
-        return [
-            parameter
-            for block in blocks[-self.blocks :]
-            for parameter in block.module.parameters()
-        ]
+        return [p for _, block in body[-count:] for p in block.parameters()]

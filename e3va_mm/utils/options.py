@@ -37,7 +37,7 @@ class Options:
     """
 
     # What messages put before the name of an option.
-    PREFIX: ClassVar[str] = 'tuner'
+    PREFIX: ClassVar[str] = 'tuner.'
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -45,7 +45,7 @@ class Options:
             value = getattr(self, each.name)
             if check is not None and not check.fits(value):
                 raise ConfigError(
-                    f'`{self.PREFIX}.{each.name}` should be {check.what}, '
+                    f'`{self.PREFIX}{each.name}` should be {check.what}, '
                     f'but got {value!r}.'
                 )
 
@@ -68,10 +68,10 @@ class Options:
             if each.default is MISSING and each.name not in config
         ]
         if unknown or missing:
-            name = (unknown or missing)[0]
+            what = 'unknown' if unknown else 'missing'
             raise ConfigError(
-                f'`{cls.PREFIX}.{name}` is {"unknown" if unknown else "missing"}'
-                f'. Options are {", ".join(cls.names()) or "none"}.'
+                f'`{cls.PREFIX}{(unknown or missing)[0]}` is {what}. Options '
+                f'are {", ".join(cls.names()) or "none"}.'
             )
         return cls(**config)
 

@@ -10,7 +10,7 @@ import e3va_mm.registry  # noqa: F401  torchvision, before mmpretrain
 from e3va_mm.apis import MultiTaskInferencer
 from e3va_mm.apis.pictures import Pictures
 from e3va_mm.errors import CheckpointError, ConfigError, DataError
-from e3va_mm.models import SidePathBackbone
+from e3va_mm.backbones import TunedBackbone
 from e3va_mm.registry import MODELS
 from tests.test_apis.tuned import tuned_apart
 
@@ -104,9 +104,9 @@ def test_the_trunk_is_in_memory_once(tuned):
 
 def test_no_trunk_is_read_twice(tuned, monkeypatch):
     sources = []
-    reads = SidePathBackbone._reads
+    reads = TunedBackbone._reads
     monkeypatch.setattr(
-        SidePathBackbone,
+        TunedBackbone,
         '_reads',
         lambda self, source: sources.append(source) or reads(self, source),
     )

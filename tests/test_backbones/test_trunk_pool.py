@@ -5,7 +5,7 @@ import torch
 
 from e3va_mm.backbones.trunk_pool import TrunkPool
 from e3va_mm.errors import CheckpointError
-from e3va_mm.models import SidePathBackbone
+from e3va_mm.backbones import TunedBackbone
 from e3va_mm.weights import adapter_of, trunk_records
 from tests.adapted_models import segmentor, trained, trunk_file
 from tests.trunk_cases import image_for
@@ -100,9 +100,9 @@ def test_a_trunk_goes_with_its_last_backbone(source, tmp_path, monkeypatch):
     for model in (one, other):
         pool.add(model.backbone)
     sources = []
-    reads = SidePathBackbone._reads
+    reads = TunedBackbone._reads
     monkeypatch.setattr(
-        SidePathBackbone,
+        TunedBackbone,
         '_reads',
         lambda self, source: sources.append(source) or reads(self, source),
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from e3va_mm.numerics.autocast import autocast_off
 from e3va_mm.numerics.products import linear
-from e3va_mm.trunks.kernels.feed_forward import cast, compiled
+from e3va_mm.trunks.kernels.layers import cast, compiled
 from e3va_mm.trunks.kernels.rotary import rotation
 from e3va_mm.trunks.options import TrunkOptions
 
@@ -206,17 +206,6 @@ class DecomposedAttention:
             out = attend_in_parts(q, k, v, bias, attention.scale)
             out = linear(merge_heads(out), *cast(attention.proj, dtype))
             return out.unflatten(1, size)
-
-
-# By the stock class that defines the forward.
-ENGINES = {
-    'mmpretrain.models.utils.attention.MultiheadAttention': SelfAttention,
-    'mmpretrain.models.utils.attention.BEiTAttention': RelativeAttention,
-    'mmpretrain.models.backbones.vit_eva02.AttentionWithRoPE': RotaryAttention,
-    'mmpretrain.models.backbones.vit_sam.Attention': DecomposedAttention,
-    'mmseg.models.backbones.beit.BEiTAttention': RelativeAttention,
-    'torch.nn.modules.activation.MultiheadAttention': CrossAttention,
-}
 
 
 def attend_all(

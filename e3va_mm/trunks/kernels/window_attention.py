@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from e3va_mm.numerics.autocast import autocast_off
 from e3va_mm.numerics.products import linear
 from e3va_mm.numerics.stored_weights import plain
-from e3va_mm.trunks.base import Band
-from e3va_mm.trunks.kernels.feed_forward import cast, compiled
+from e3va_mm.trunks.kernels.layers import cast, compiled
 from e3va_mm.trunks.options import TrunkOptions
+from e3va_mm.trunks.stages import Band
 
 
 class PatchMerging:

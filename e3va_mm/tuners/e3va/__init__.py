@@ -1,12 +1,21 @@
 from e3va_mm.tuners.e3va.adapter import LowRankAdapter, LowRankLinear
-from e3va_mm.tuners.e3va.mix import E3VAMixSidePath
+from e3va_mm.tuners.e3va.mix import E3VAMix, E3VAMixOptions
 from e3va_mm.tuners.e3va.none import NoSidePath
-from e3va_mm.tuners.e3va.side_path import E3VASidePath
+from e3va_mm.tuners.e3va.side_path import (
+    E3VA,
+    E3VAOptions,
+    SidePath,
+    SidePathOptions,
+)
 
 __all__ = [
-    'E3VAMixSidePath',
-    'E3VASidePath',
+    'E3VA',
+    'E3VAMix',
+    'E3VAMixOptions',
+    'E3VAOptions',
     'LowRankAdapter',
     'LowRankLinear',
     'NoSidePath',
+    'SidePath',
+    'SidePathOptions',
 ]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e3va_mm.errors import ConfigError
-from e3va_mm.utils import is_number, is_whole
 
 
 class LowRankLinear(nn.Module):
@@ -33,10 +32,6 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, rank: int) -> None:
         super().__init__()
-        # Not read from the factors: FSDP flattens them.
-        self.sizes = dict(
-            in_channels=in_channels, out_channels=out_channels, rank=rank
-        )
         # Both factors keep the scale of what they are given.
         self.p = nn.Parameter(
             torch.randn(in_channels, rank) / math.sqrt(in_channels)
@@ -49,10 +44,6 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_channels) -> (..., out_channels)."""
         return x @ self.p @ self.q + self.bias
-
-    def extra_repr(self) -> str:
-        """Sizes, as ``nn.Linear`` shows them."""
-        return ', '.join(f'{name}={size}' for name, size in self.sizes.items())
 
 
 class LowRankAdapter(nn.Module):
@@ -67,8 +58,7 @@ class LowRankAdapter(nn.Module):
         bottleneck_ratio (float): ``n / m``, at most 16. Defaults to 0.5.
 
     Raises:
-        ConfigError: If the bottleneck would be empty or ``rank`` is no whole
-            number in ``[1, n]``.
+        ConfigError: If ``rank`` is not in ``[1, n]``.
     """
 
     def __init__(
@@ -78,24 +68,12 @@ class LowRankAdapter(nn.Module):
         bottleneck_ratio: float = 0.5,
     ) -> None:
         super().__init__()
-        if not (is_number(bottleneck_ratio) and 0 < bottleneck_ratio <= 16):
-            raise ConfigError(
-                '`side_path.bottleneck_ratio` should be a number above 0, at '
-                f'most 16, but got {bottleneck_ratio!r}.'
-            )
         bottleneck = int(channels * bottleneck_ratio)
-        if bottleneck < 1:
+        if not 1 <= rank <= bottleneck:
             raise ConfigError(
-                '`side_path.bottleneck_ratio` should leave at least one '
-                f'channel, but {bottleneck_ratio} of {channels} channels is '
-                'none. Raise it.'
-            )
-        if not is_whole(rank, 1, bottleneck):
-            raise ConfigError(
-                f'`side_path.rank` should be in [1, {bottleneck}] (the '
-                f'bottleneck of a stage of {channels} channels), but got '
-                f'{rank!r}. Give a whole number, not above the bottleneck; '
-                '`side_path.bottleneck_ratio` raises that.'
+                f'`tuner.rank` should be in [1, {bottleneck}] (the bottleneck '
+                f'of a stage of {channels} channels), but got {rank!r}. Lower '
+                'it, or raise `tuner.bottleneck_ratio`.'
             )
         self.down = LowRankLinear(channels, bottleneck, rank)
         self.up = LowRankLinear(bottleneck, channels, rank)

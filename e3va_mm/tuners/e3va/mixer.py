@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from e3va_mm.numerics.autocast import autocast_dtype, autocast_to
-from e3va_mm.trunks.base import Size
+from e3va_mm.trunks import Size
 from e3va_mm.tuners.e3va.kept_taps import ExactTaps, TapCodec
 from e3va_mm.tuners.grid import GridFilters, on_grid
 

@@ -1,4 +1,4 @@
-"""What ``side_path.preset`` stands for."""
+"""What ``tuner.preset`` stands for."""
 
 from collections.abc import Mapping
 
@@ -19,8 +19,6 @@ PRESETS: Mapping[str, Mapping] = {
         trunk_weights='bf16',
     ),
 }
-
-
 # Of a trunk with one resolution no stage is cheaper to run again than another.
 PLAIN_PRESETS: Mapping[str, Mapping] = {
     **PRESETS,
@@ -28,14 +26,14 @@ PLAIN_PRESETS: Mapping[str, Mapping] = {
 }
 
 
-def resolve_side_path(
-    side_path: Mapping | None, plain: bool = False
+def resolve_preset(
+    tuner: Mapping, plain: bool = False
 ) -> tuple[dict, TrunkOptions]:
-    """Fill in the preset and part side path from trunk.
+    """Fill in the preset and part the tuner's options from the trunk's.
 
     Args:
-        side_path (Mapping, optional): As in a config. Its own options come
-            before those of its ``preset``, by default ``'exact'``.
+        tuner (Mapping): As in a config. Its own options come before those of
+            its ``preset``, by default ``'exact'``.
         plain (bool): Whether the trunk has one resolution. Defaults to False.
 
     Returns:
@@ -46,33 +44,33 @@ def resolve_side_path(
         ConfigError: If the preset or an option of the trunk is unknown or out
             of range, or needs a library that is not there.
     """
-    if not isinstance(side_path, (Mapping, type(None))):
-        raise ConfigError(
-            '`backbone.side_path` should be a dict, such as '
-            f"dict(preset='lean'), but got {side_path!r}."
-        )
-    side_path = dict(side_path or {})
-    preset = side_path.pop('preset', 'exact')
+    tuner = dict(tuner)
+    preset = tuner.pop('preset', 'exact')
     if preset not in tuple(PRESETS):  # a list, too, is none of them
         raise ConfigError(
-            f'`side_path.preset` should be one of {tuple(PRESETS)}, but got '
+            f'`tuner.preset` should be one of {tuple(PRESETS)}, but got '
             f'{preset!r}.'
         )
-    own_taps = side_path.get('save_taps', ())
+    own_taps = tuner.get('save_taps', ())
     if not isinstance(own_taps, (list, tuple)):
         own_taps = [own_taps]
-    presets = PLAIN_PRESETS if plain else PRESETS
-    side_path = {**presets[preset], **side_path}
-    options = TrunkOptions.take_from(side_path)
+    tuner = {**(PLAIN_PRESETS if plain else PRESETS)[preset], **tuner}
+    options = TrunkOptions.of(
+        {
+            key.removeprefix('trunk_'): tuner.pop(key)
+            for key in list(tuner)
+            if key.startswith('trunk_')
+        }
+    )
     if options.weights == 'int8':
-        torchao()  # not to fail at the first forward pass only
+        torchao()  # not to fail at the first load only
     if options.drop_path and 'recompute' in own_taps:
         raise ConfigError(
-            "`side_path.save_taps='recompute'` runs the trunk twice and needs "
-            'it deterministic, but `side_path.trunk_drop_path` is '
+            "`tuner.save_taps='recompute'` runs the trunk twice and needs it "
+            'deterministic, but `tuner.trunk_drop_path` is '
             f'{options.drop_path}. Keep taps, or leave out the drop path.'
         )
-    if options.drop_path and 'recompute' in side_path.get('save_taps', ()):
+    if options.drop_path and 'recompute' in tuner.get('save_taps', ()):
         # The preset's; it can do without.
-        side_path['save_taps'] = side_path['save_taps'][-1]
-    return side_path, options
+        tuner['save_taps'] = tuner['save_taps'][-1]
+    return tuner, options

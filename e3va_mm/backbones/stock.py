@@ -1,4 +1,4 @@
-"""Stock arguments that mean something else over a frozen trunk."""
+"""Building the stock backbone that is to be tuned, from a config."""
 
 import importlib.util
 import inspect
@@ -8,34 +8,27 @@ from collections.abc import Mapping
 
 from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
+from torch import nn
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.registry import MODELS
 from e3va_mm.utils import is_number
 
-# Argument -> the value at which it does nothing.
+# Arguments without effect -> the value at which they ask for nothing. Where
+# gradients travel through the trunk, it has drop path and checkpoints as the
+# stock one; what trains is decided by the tuner either way.
+FREEZING: Mapping[str, object] = dict(
+    frozen_stages=-1, norm_eval=False, frozen_exclude=['all']
+)
 WITHOUT_EFFECT: Mapping[str, object] = dict(
     drop_rate=0,
     attn_drop_rate=0,
     proj_drop_rate=0,
     drop_path_rate=0,
     with_cp=False,
-    frozen_stages=-1,
-    norm_eval=False,
-    frozen_exclude=['all'],
+    **FREEZING,
 )
-
-# The same over a trunk that a gradient travels through: it has drop path and
-# checkpoints as the stock one, but who trains is decided elsewhere.
-FREEZING: Mapping[str, object] = {
-    name: WITHOUT_EFFECT[name]
-    for name in ('frozen_stages', 'norm_eval', 'frozen_exclude')
-}
-
-ALLOWED: Mapping[str, tuple] = dict(
-    # Of position embeddings, by torch's names.
-    interpolate_mode=('nearest', 'bilinear', 'bicubic', 'area'),
-)
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'area')
 # What stock code fails with over arguments that cannot be.
 REFUSALS = (
     ArithmeticError,
@@ -47,15 +40,26 @@ REFUSALS = (
     TypeError,
     ValueError,
 )
+PACKAGES = dict(
+    mmdet='onedl-mmdetection',
+    mmseg='onedl-mmsegmentation',
+    mmpretrain='onedl-mmpretrain',
+)
+
+
+def current_scope() -> str | None:
+    """The framework whose tools are running, if one is."""
+    scope = DefaultScope.get_current_instance()
+    return scope.scope_name if scope else None
 
 
 def init_cfg_of(
     init_cfg: Mapping | None, pretrained: str | None
 ) -> Mapping | None:
-    """Where weights come from, whichever way it is said.
+    """Where weights come from, in the current or the deprecated form.
 
     Raises:
-        ConfigError: If it is said twice, or is no path.
+        ConfigError: If both are set, or ``pretrained`` is no path.
     """
     if pretrained is None:
         return init_cfg
@@ -75,13 +79,13 @@ def init_cfg_of(
     return dict(type='Pretrained', checkpoint=pretrained)
 
 
-def taken_apart(
+def split_config(
     trunk: Mapping, init_cfg: Mapping | None
 ) -> tuple[type | str, dict, Mapping | None]:
-    """The config of a stock backbone inside one of ours.
+    """The parts of a stock backbone's config inside one of ours.
 
     Args:
-        trunk (Mapping): That of the stock backbone.
+        trunk (Mapping): Config of the stock backbone.
         init_cfg (Mapping, optional): That of ours, around it.
 
     Returns:
@@ -99,13 +103,10 @@ def taken_apart(
         )
     stock = dict(trunk)
     kind = stock.pop('type')
-    inner = init_cfg_of(
-        stock.pop('init_cfg', None),
-        # A switch of timm's, not a path.
-        stock.pop('pretrained', None)
-        if not isinstance(stock.get('pretrained'), bool)
-        else None,
-    )
+    pretrained = None
+    if not isinstance(stock.get('pretrained'), bool):  # a switch of timm's
+        pretrained = stock.pop('pretrained', None)
+    inner = init_cfg_of(stock.pop('init_cfg', None), pretrained)
     if inner is not None and init_cfg is not None:
         raise ConfigError(
             '`init_cfg` is set in `backbone` and in `backbone.trunk`; '
@@ -114,66 +115,26 @@ def taken_apart(
     return kind, stock, inner or init_cfg
 
 
-def say_without_effect(
-    owner: str, arguments: Mapping, without: Mapping = WITHOUT_EFFECT
-) -> list[str]:
-    """Log which arguments do nothing here, in one line; their names."""
-    named = [
-        name
-        for name, nothing in without.items()
-        if name in arguments and arguments[name] != nothing
-    ]
-    if named:
-        print_log(
-            f'{", ".join(named)}: without effect on the frozen trunk of '
-            f'{owner}.',
-            logger='current',
-        )
-    return named
-
-
-def registered(name: object) -> type | None:
+def find_class(name: object) -> type | None:
     """The class that a config means by a name, or itself; None if none."""
     if isinstance(name, str) and all(map(str.isidentifier, name.split('.'))):
         return MODELS.get(name)
     return name if isinstance(name, type) else None
 
 
-def build_part(name: str, config: Mapping) -> object:
-    """A part of a backbone, from the config under an argument's name.
-
-    Raises:
-        ConfigError: If an argument is unknown to its class.
-    """
-    try:
-        return MODELS.build(dict(config))
-    except TypeError as error:
-        if 'unexpected keyword argument' not in str(error):
-            raise
-        raise ConfigError(f'`{name}` of the backbone: {error}.') from error
-
-
 def stock_class(name: str | type) -> type:
-    """The class that a config means.
+    """The stock class that a config means.
 
     Raises:
         ConfigError: If there is none, or its package cannot be imported.
     """
-    if isinstance(name, type):
-        return name
     scope = name.partition('.')[0] if isinstance(name, str) else None
-    if scope in ('mmdet', 'mmseg', 'mmpretrain') and not (
-        importlib.util.find_spec(scope)
-    ):
-        package = {
-            'mmdet': 'mmdetection',
-            'mmseg': 'mmsegmentation',
-        }.get(scope, scope)
+    if scope in PACKAGES and not importlib.util.find_spec(scope):
         raise ConfigError(
             f'The trunk {name} needs {scope}, which is not installed: `pip '
-            f'install onedl-{package}`.'
+            f'install {PACKAGES[scope]}`.'
         )
-    found = registered(name)
+    found = find_class(name)
     if found is None:
         raise ConfigError(
             f'There is no backbone {name!r} to take as a trunk (`trunk.type`, '
@@ -187,17 +148,16 @@ def stock_class(name: str | type) -> type:
 def build_stock(
     kind: type | str,
     arguments: Mapping,
-    drop_path: float = 0.0,
-    without: Mapping = WITHOUT_EFFECT,
-) -> object:
-    """The stock backbone, without what has no effect.
+    drop_path: float | None = None,
+) -> nn.Module:
+    """The stock backbone, without the arguments that have no effect.
 
     Args:
         kind (type | str): The stock class, or its name in a config.
         arguments (Mapping): Of the stock class.
-        drop_path (float): Stochastic depth. Defaults to 0.
-        without (Mapping): Arguments that do nothing. With its own
-            ``drop_path_rate`` among those that do, ``drop_path`` is not read.
+        drop_path (float, optional): Stochastic depth of a trunk without a
+            graph; None for one that gradients travel through, which takes
+            that of ``arguments``.
 
     Raises:
         ConfigError: If an argument is unknown or refused by the class, or
@@ -212,48 +172,65 @@ def build_stock(
             f'{cls.__name__}, which is the trunk. It takes '
             f'{", ".join(parameters)}.'
         )
-    given = {k: v for k, v in arguments.items() if k not in without}
-    if 'drop_path_rate' not in without:
-        pass
-    elif 'drop_path_rate' in parameters:
-        given['drop_path_rate'] = drop_path
+    without = FREEZING if drop_path is None else WITHOUT_EFFECT
+    ignored = [
+        name
+        for name, nothing in without.items()
+        if name in arguments and arguments[name] != nothing
+    ]
+    if ignored:
+        print_log(
+            f'{", ".join(ignored)}: without effect on the trunk '
+            f'{cls.__name__}, of which the tuner says what trains.',
+            logger='current',
+        )
+    own = {k: v for k, v in arguments.items() if k not in without}
+    if drop_path is not None and 'drop_path_rate' in parameters:
+        own['drop_path_rate'] = drop_path
     elif drop_path:
         raise ConfigError(
-            f'`side_path.trunk_drop_path` is {drop_path}, but '
-            f'{cls.__name__} has no `drop_path_rate`. Leave it out.'
+            f'`tuner.trunk_drop_path` is {drop_path}, but {cls.__name__} has '
+            'no `drop_path_rate`. Leave it out.'
         )
     try:
-        _check_values(given, parameters)
-        return cls(**given)
+        _check_values(own, parameters)
+        return cls(**own)
     except REFUSALS as error:
-        own = ', '.join(
+        changed = ', '.join(
             f'{name}={value!r}'
-            for name, value in given.items()
+            for name, value in own.items()
             if value is not parameters.get(name, REFUSALS)
         )
         raise ConfigError(
             f'The trunk {cls.__module__}.{cls.__name__} refuses its '
             f'arguments: {error or type(error).__name__}. Of these, other '
-            f'than by default are {own}.'
+            f'than by default are {changed}.'
         ) from error
 
 
-def _check_values(given: Mapping, parameters: Mapping) -> None:
+def _check_values(own: Mapping, parameters: Mapping) -> None:
     """Refuse what stock code takes and fails with in the first step."""
-    for name, value in given.items():
-        allowed = ALLOWED.get(name)
-        if allowed and value not in allowed:
+    for name, value in own.items():
+        if name == 'interpolate_mode' and value not in INTERPOLATIONS:
             raise ValueError(
-                f'`{name}` should be one of {allowed}, but is {value!r}'
+                f'`{name}` should be one of {INTERPOLATIONS}, but is {value!r}'
             )
-        default = parameters.get(name)
         if (
-            is_number(default)
+            is_number(parameters.get(name))
             and isinstance(value, (bool, float))
             and not is_number(value)
         ):
             # True, which is 1 for Python, and NaN.
             raise ValueError(f'`{name}` should be a number, but is {value}')
+        if (
+            name in ('depths', 'num_heads', 'strides')
+            and isinstance(value, (list, tuple))
+            and not all(type(each) is int and each > 0 for each in value)
+        ):
+            raise ValueError(
+                f'`{name}` should hold a whole number above zero for each '
+                f'stage, but is {value!r}'
+            )
 
 
 def _parameters(cls: type) -> tuple[dict[str, object], bool]:
@@ -274,9 +251,3 @@ def _parameters(cls: type) -> tuple[dict[str, object], bool]:
         if not open_ended:
             break  # nothing is passed on
     return names, open_ended
-
-
-def current_scope() -> str | None:
-    """The framework whose tools are running, if one is."""
-    scope = DefaultScope.get_current_instance()
-    return scope.scope_name if scope else None

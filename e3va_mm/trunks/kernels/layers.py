@@ -39,7 +39,7 @@ class Product:
             return linear(input.to(dtype), *cast(self.layer, dtype))
 
 
-class Wide:
+class FullPrecision:
     """A module that computes in the type it is given, whatever autocast says.
 
     The residual stream starts, and stays, in single precision.

@@ -1,15 +1,14 @@
-"""A stock backbone with something added: adoption and loading."""
+"""Loading of tuned backbones: the whole trunk arrives, or an error."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from e3va_mm.backbones.trunk_storage import TrunkStorage
+from e3va_mm.backbones.trunk_weights import TrunkWeights
 from e3va_mm.errors import CheckpointError, ConfigError
 from e3va_mm.trunks import Trunk
 from e3va_mm.utils.files import file_sha256
@@ -24,39 +23,39 @@ from e3va_mm.weights.adapter_file import CHECKPOINT, RECORD
 from e3va_mm.weights.unwrapping import converting
 
 
-class TrunkBackbone(TunedModule, BaseModule):
-    """Adopts the children of a stock backbone and loads their weights.
+class LoadsTrunk(TunedModule):
+    """Brings the trunk's weights, from wherever they are, whole or not at all.
 
-    The stock modules become children under their stock names, so that state
-    dicts, optimizer keys and hooks see a stock backbone plus one child more,
-    ``ADDED``. Output norms keep their stock names (``norm0``...) but are no
-    part of the trunk: files of classifiers do not have them.
+    Output norms keep their stock names (``norm0``...) but are no part of the
+    trunk: files of classifiers do not have them.
 
-    Args:
-        trunk (Trunk): Reader of the stock family.
-        stock (nn.Module): The stock backbone, cut after its last output.
-        out_stages (Sequence[int]): Stages that have an output, ascending.
-        allow_random_trunk (bool): Allow training with a trunk that has not
-            received weights. Defaults to False.
-        init_cfg (Mapping, optional): ``dict(type='Pretrained',
-            checkpoint=...)`` with a path or URL of trunk weights.
-
-    Raises:
-        ConfigError: If ``init_cfg`` asks for what is not there.
+    Attributes:
+        storage (TrunkWeights): Where the trunk's weights came from.
+        allow_random_trunk (bool): Whether to train with a trunk that has not
+            received weights.
     """
 
-    # The child that no stock backbone has, and what messages call it.
-    ADDED: str
-    ADDED_IN_WORDS: str
+    # The child that no stock backbone has.
+    child: str
 
-    def __init__(
+    def _begin(
         self,
         trunk: Trunk,
-        stock: nn.Module,
-        out_stages: Sequence[int],
-        allow_random_trunk: bool = False,
-        init_cfg: Mapping | None = None,
+        storage: TrunkWeights,
+        allow_random_trunk: bool,
+        init_cfg: Mapping | None,
+        brought: bool,
     ) -> None:
+        """Begin to be more than a stock backbone.
+
+        Args:
+            trunk (Trunk): What reads the stock backbone.
+            storage (TrunkWeights): New.
+            allow_random_trunk (bool): See the class.
+            init_cfg (Mapping, optional): ``dict(type='Pretrained',
+                checkpoint=...)`` with a path or URL of trunk weights.
+            brought (bool): Whether the stock class has brought weights itself.
+        """
         if init_cfg is not None and not (
             isinstance(init_cfg, Mapping)
             and isinstance(init_cfg.get('checkpoint'), (str, os.PathLike))
@@ -67,43 +66,43 @@ class TrunkBackbone(TunedModule, BaseModule):
                 "dict(type='Pretrained', checkpoint=PATH_OR_URL), but got "
                 f'{init_cfg}.'
             )
-        super().__init__(init_cfg=init_cfg)
-        self._adopt(stock)
+        # By these the stock class draws weights, where there is no file.
+        self._stock_init_cfg = vars(self).get('init_cfg')
+        self.init_cfg = None if init_cfg is None else dict(init_cfg)
+        self._is_init = False
         self.trunk = trunk
-        self.out_stages = tuple(out_stages)
+        self.out_stages = tuple(trunk.out_stages)
         self.allow_random_trunk = allow_random_trunk
-        self.storage = TrunkStorage()
+        self.storage = storage
         self._reading: str | None = None
+        if brought:
+            storage.source = f'{trunk.stock_class.__name__} itself'
+            storage.take(trunk, self.state_dict())
+        if trunk.options.weights != 'int8' or brought:
+            # In 8 bits only once weights are there: DDP copies them before.
+            storage.store(trunk)
+        self.register_state_dict_post_hook(_put_source_weights)
+        self.register_load_state_dict_post_hook(_store)
 
     @property
     def trunk_source(self) -> str | None:
-        """Where the trunk's weights came from; None while they are random."""
+        """See :class:`TunedModule`."""
         return self.storage.source
 
     @property
     def trunk_address(self) -> str | None:
-        """Path or URL that the trunk's weights can be read from again."""
+        """See :class:`TunedModule`."""
         return self.storage.address
-
-    def _adopt(self, stock: nn.Module) -> None:
-        """Take over the children, parameters and buffers of ``stock``."""
-        for name, child in stock.named_children():
-            self.add_module(name, child)
-        for name, parameter in stock.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in stock.named_buffers(recurse=False):
-            persistent = name not in stock._non_persistent_buffers_set
-            self.register_buffer(name, buffer, persistent)
 
     def output_norms(self) -> Iterator[tuple[str, nn.Module]]:
         """Names and modules of the stock parts that only outputs go through.
 
         Norms, but for those that the next stage of the trunk reads too.
         """
-        if not self.trunk.norm_goes_on():
+        if not self.trunk.norm_goes_on:
             paths = [
-                *(self.trunk.output_norm(self, s) for s in self.out_stages),
-                *self.trunk.output_parts(self),
+                *(self.trunk.output_norm(s) for s in self.out_stages),
+                *self.trunk.output_parts(),
             ]
             for path in filter(None, paths):
                 yield path, self.get_submodule(path)
@@ -120,8 +119,7 @@ class TrunkBackbone(TunedModule, BaseModule):
         if self.init_cfg is None and self.storage.source is not None:
             pass  # the stock class has brought weights itself
         elif self.init_cfg is None:
-            self.storage.unstore(self.trunk, self)
-            self.trunk.init_random(self)
+            self._draw()
             print_log(
                 f'The trunk of {type(self).__name__} is random: no '
                 '`init_cfg`.',
@@ -135,6 +133,19 @@ class TrunkBackbone(TunedModule, BaseModule):
             if RECORD not in state:
                 self.storage.address = source
         self._is_init = True
+
+    def _draw(self) -> None:
+        """Draw the trunk's weights as the stock class does."""
+        self.storage.make_room(self.trunk)
+        # Stock code draws all that is below it; the tuner has its own.
+        tuner = self._modules.pop(self.child)
+        self.init_cfg = self._stock_init_cfg
+        try:
+            super().init_weights()
+        finally:
+            self._modules[self.child] = tuner
+            self.init_cfg = None
+        self.storage.store(self.trunk)
 
     @contextmanager
     def _reads(self, source: str) -> Iterator[dict[str, Tensor]]:
@@ -173,20 +184,16 @@ class TrunkBackbone(TunedModule, BaseModule):
             if key.split('.')[0] not in owned
         }
 
-    def declared(self) -> Iterator[nn.Parameter]:
-        """What trains whatever the model, and must receive gradients."""
-        raise NotImplementedError
-
     def trained_stock(self) -> set[str]:
         """Names of what changes in training, output norms left out.
 
         Of the stock backbone's state alone, parameters and buffers.
         """
-        return set()
+        raise NotImplementedError
 
     def own_names(self) -> set[str]:
         """Names of the children that are no part of the trunk."""
-        return {self.ADDED, *(name for name, _ in self.output_norms())}
+        return {self.child, *(name for name, _ in self.output_norms())}
 
     def trunk_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Names and modules of the children of the stock backbone."""
@@ -226,13 +233,13 @@ class TrunkBackbone(TunedModule, BaseModule):
                 {key: fitted[key] for key in trunk}
             ):
                 self.storage.address = None
-            self.storage.unstore(self.trunk, self)
+            self.storage.take(self.trunk, fitted)
         elif self.trunk.options.weights != 'int8':
             # The trunk, which others may run on, stays stored as it is.
             stored = {**own, **dict(self.named_parameters())}
             fitted.update({key: stored[key] for key in trunk})
         else:  # cannot be loaded as it is stored
-            self.storage.unstore(self.trunk, self)
+            self.storage.make_room(self.trunk)
         for key in found:
             del state_dict[prefix + key]
         state_dict.update({prefix + key: v for key, v in fitted.items()})
@@ -255,7 +262,7 @@ class TrunkBackbone(TunedModule, BaseModule):
         trunk = {} if adapter else self._stock_part(own)
         frozen = self.trunk_part(own) if adapter else trunk
         trained = {k: v for k, v in own.items() if k not in frozen}
-        added = f'{self.ADDED}.'
+        added = f'{self.child}.'
         has_trunk = any(key in trunk for key in found)
         has_added = adapter or any(key.startswith(added) for key in found)
         if not has_trunk and not has_added:
@@ -288,7 +295,7 @@ class TrunkBackbone(TunedModule, BaseModule):
             kept = ', '.join(key for key in norms if key not in found)
             if any(key.startswith(added) for key in own):
                 notes.append(
-                    f'{self.ADDED_IN_WORDS}: not in the file, keeps its values'
+                    f'{self.child}: not in the file, keeps its values'
                 )
             if kept:
                 notes.append(
@@ -302,7 +309,7 @@ class TrunkBackbone(TunedModule, BaseModule):
         report = match_state(
             expected,
             found,
-            expected_leftovers=self.trunk.leftovers(self),
+            expected_leftovers=self.trunk.leftovers(),
             what=f'backbone under {prefix!r}' if prefix else 'backbone',
             source=source,
             hint=explain,
@@ -357,7 +364,7 @@ class TrunkBackbone(TunedModule, BaseModule):
             f'{record.source or "its stock class"}. Instead there is:\n  '
             + '\n  '.join(refusals or ['nothing to read it from'])
             + '\nThe likely cause is another checkpoint in `init_cfg`, '
-            'another size of pictures or windows in the config, or a file '
+            'another size of images or windows in the config, or a file '
             'that was moved or changed. Put the file of the trunk where it '
             'was or beside the adapter file, or set '
             '`model.backbone.init_cfg.checkpoint` to it.'
@@ -384,4 +391,22 @@ class TrunkBackbone(TunedModule, BaseModule):
 
     def _share_open(self, wanted: str) -> bool:
         """Run on the trunk of another backbone, where that is possible."""
-        return False
+        raise NotImplementedError
+
+
+def _put_source_weights(
+    module: LoadsTrunk, state: dict, prefix: str, metadata: dict
+) -> None:
+    """Checkpoints hold the weights that came, not how they are stored."""
+    own = {
+        key.removeprefix(prefix): value
+        for key, value in state.items()
+        if key.startswith(prefix)
+    }
+    loaded = module.storage.as_loaded(module.trunk, own)
+    state.update({prefix + key: value for key, value in loaded.items()})
+
+
+def _store(module: LoadsTrunk, incompatible: object) -> None:
+    """What was loaded is stored as the options of the trunk say."""
+    module.storage.store(module.trunk)

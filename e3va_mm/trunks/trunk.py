@@ -1,4 +1,4 @@
-"""Reading any stock backbone while its own forward runs."""
+"""Reading a stock backbone while its own forward runs."""
 
 import copy
 import itertools
@@ -15,45 +15,72 @@ from e3va_mm.errors import ConfigError
 from e3va_mm.numerics.autocast import autocast_dtype, autocast_to
 from e3va_mm.numerics.products import is_traced
 from e3va_mm.numerics.stored_weights import linear_layers
-from e3va_mm.trunks.base import (
+from e3va_mm.trunks.kernels import kernel_of
+from e3va_mm.trunks.kernels.layers import FeedForward, FullPrecision, install
+from e3va_mm.trunks.kernels.window_attention import PatchMerging
+from e3va_mm.trunks.layout import Layout, find, length_of
+from e3va_mm.trunks.options import TrunkOptions
+from e3va_mm.trunks.stages import (
     Downsampling,
     OnEnd,
     OnTap,
     Size,
     StageEnd,
     StageSpec,
-    Trunk,
-    plain_attributes,
 )
-from e3va_mm.trunks.kernels.attention import ENGINES
-from e3va_mm.trunks.kernels.feed_forward import (
-    FeedForward,
-    GatedFeedForward,
-    Product,
-    Wide,
-    install,
-)
-from e3va_mm.trunks.layout import Layout, find, length_of
-from e3va_mm.trunks.options import TrunkOptions
 from e3va_mm.utils import is_whole
 from e3va_mm.weights import to_stock_state
 
-GATED = 'mmpretrain.models.utils.swiglu_ffn.SwiGLUFFN'
 NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+# What a stock backbone knows of training and of its own outputs alone.
+NO_SETTINGS = (
+    'attn_drop_rate',
+    'convert_weights',
+    'drop_path_rate',
+    'drop_rate',
+    'final_norm',
+    'frozen_stages',
+    'norm_eval',
+    'out_indices',
+    'out_origin',
+    'out_type',
+    'output_cls_token',
+    'pretrained',
+    'training',
+    'with_cp',
+)
 
 
-class StockTrunk(Trunk):
-    """Runs a stock forward and reads it with forward hooks.
+def plain_attributes(module: nn.Module) -> dict[str, object]:
+    """Numbers, texts and tuples that a module computes with, by name."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if key not in NO_SETTINGS
+        and not key.startswith('_')
+        and isinstance(value, (bool, int, float, str, tuple))
+    }
 
-    The stock backbone stays what it is, but for its children: it shares their
-    dictionaries with the holder, so that either sees what the other does.
+
+class Trunk:
+    """Reads one stock backbone by its layout; knows no tuner.
+
+    It owns nothing. Its forward pass is the stock class's own, which hooks
+    read: taps as soon as they are there, and the end of each stage.
 
     Args:
-        stock (nn.Module): The stock backbone.
+        stock (nn.Module): The stock backbone. What lies past its last output
+            is cut off.
         layout (Layout): Where its blocks, taps and outputs are.
         out_indices (Sequence[int]): Stages, or blocks of a plain trunk, that
             have an output; ascending.
         options (TrunkOptions, optional): How the frozen modules compute.
+
+    Attributes:
+        stock_class (type): The stock class.
+        blocks (list[Sequence[str]]): Paths of the blocks of each stage.
+        out_stages (Sequence[int]): Stages that have an output.
+        settings (dict): What the stock class itself computes with.
 
     Raises:
         ConfigError: If the layout does not fit, or an output is not there.
@@ -67,6 +94,7 @@ class StockTrunk(Trunk):
         options: TrunkOptions | None = None,
     ) -> None:
         self.stock = stock
+        self.stock_class = type(stock)
         self.layout = layout
         self.options = options or TrunkOptions()
         self.out_indices = tuple(out_indices)
@@ -91,19 +119,19 @@ class StockTrunk(Trunk):
             self.out_stages = self.out_indices
         outputs = () if layout.plain else self.out_stages
         layout.check(stock, len(self.blocks), outputs)
-        self._cut()
+        before = set(stock.state_dict())
+        if layout.cut is not None:
+            self._cut(self.out_indices[-1])
+        self._removed = before - set(stock.state_dict())
+        self.settings = plain_attributes(stock)
+        # Those fit what a file holds; here that is done before it is checked.
+        self._load_hooks = [*stock._load_state_dict_pre_hooks.values()]
+        stock._load_state_dict_pre_hooks.clear()
+        # Height and width of the newest image, where the stock class runs.
+        self.pixels: Size = (0, 0)
 
-    def _cut(self) -> None:
-        """Nothing past the last output stays, where the stock loop allows."""
-        before = set(self.stock.state_dict())
-        if self.layout.cut is not None:
-            self._cut_behind(self.out_indices[-1])
-        self.removed = before - set(self.stock.state_dict())
-        # Its own outputs would be made for nothing.
-        self.stock.out_indices = ()
-        self.stock.training = False
-
-    def _cut_behind(self, last: int) -> None:
+    def _cut(self, last: int) -> None:
+        """Leave nothing behind the last output."""
         whole = self.stock.get_submodule(self.layout.cut)
         count = len(whole)
         del whole[last + 1 :]
@@ -126,51 +154,48 @@ class StockTrunk(Trunk):
         ):
             whole[last].downsample = None
 
-    def share(self, holder: nn.Module) -> None:
-        """Let the stock backbone run on the holder's children."""
-        for name in ('_modules', '_parameters', '_buffers'):
-            setattr(self.stock, name, getattr(holder, name))
-
-    def prepare(self, holder: nn.Module) -> None:
-        """See :class:`Trunk`."""
-        self.share(holder)
-        for path in [*self.layout.embedding, *self._between()]:
-            module = find(self.stock, path)
+    def install_kernels(self) -> None:
+        """Let the frozen modules compute without a graph, as options say."""
+        embedding = (find(self.stock, path) for path in self.layout.embedding)
+        between = (module for _, module in self._between())
+        for module in [*embedding, *between]:
             if isinstance(module, nn.Module):
-                install(module, Wide, self.options)
-        for _, block in self.body(holder):
+                kind = kernel_of(module) or FullPrecision
+                install(module, kind, self.options)
+        for _, block in self.body():
             for module in block.modules():
-                kind = self._engine(module)
+                kind = kernel_of(module)
                 if kind is not None:
                     install(module, kind, self.options)
                 elif isinstance(module, FFN):
                     install(module.layers, FeedForward, self.options)
 
-    def _engine(self, module: nn.Module) -> type | None:
-        """What computes instead of a module, if anything does."""
-        if type(module) is nn.Linear:
-            return Product
-        # A subclass with a forward of its own is another thing.
-        owner = next(c for c in type(module).__mro__ if 'forward' in vars(c))
-        name = f'{owner.__module__}.{owner.__qualname__}'
-        return GatedFeedForward if name == GATED else ENGINES.get(name)
-
-    def _between(self) -> Iterator[str]:
-        """Paths of the downsamplings."""
-        for stage in range(len(self.blocks) - 1):
-            for template in self.layout.downsampling:
-                yield self.layout.path(template, stage)
-
-    def body(self, holder: nn.Module) -> list[tuple[str, nn.Module]]:
-        """See :class:`Trunk`."""
+    def body(self) -> list[tuple[str, nn.Module]]:
+        """Paths and modules of the blocks."""
         return [
             (path, self.stock.get_submodule(path))
-            for blocks in self.blocks
-            for path in blocks
+            for path in itertools.chain(*self.blocks)
         ]
 
-    def stages(self, holder: nn.Module) -> list[StageSpec]:
-        """See :class:`Trunk`."""
+    def stored_parts(self) -> list[tuple[str, nn.Module]]:
+        """Paths and modules whose linear layers are stored as options say."""
+        merging = (
+            (path, module)
+            for path, module in self._between()
+            if isinstance(module, nn.Module)
+            and kernel_of(module) is PatchMerging
+        )
+        return [*self.body(), *merging]
+
+    def _between(self) -> Iterator[tuple[str, object]]:
+        """Paths and modules of the downsamplings."""
+        for stage in range(len(self.blocks) - 1):
+            for template in self.layout.downsampling:
+                path = self.layout.path(template, stage)
+                yield path, find(self.stock, path)
+
+    def stages(self) -> list[StageSpec]:
+        """The stages that lead to the last output."""
         return [
             StageSpec(
                 length_of(find(self.stock, f'{b[0]}.{self.layout.channels}')),
@@ -180,43 +205,64 @@ class StockTrunk(Trunk):
             for b in self.blocks
         ]
 
-    # -- running ------------------------------------------------------------
+    def with_stages(self, ends: Sequence[int]) -> 'Trunk':
+        """The same trunk with other stages, where it has one resolution.
 
-    def settings(self, holder: nn.Module) -> dict[str, object]:
-        """See :class:`Trunk`."""
-        return plain_attributes(self.stock)
-
-    def with_stages(self, ends: Sequence[int]) -> 'StockTrunk':
-        """See :class:`Trunk`."""
+        Args:
+            ends (Sequence[int]): The number of blocks up to each stage's end.
+        """
         other = copy.copy(self)
         other.blocks = _split([*itertools.chain(*self.blocks)], ends)
         return other
 
+    # -- running ------------------------------------------------------------
+
     def run(
         self,
-        holder: nn.Module,
         image: Tensor,
         last: int,
         taps: Sequence[str],
         on_tap: OnTap,
         on_end: OnEnd | None = None,
     ) -> None:
-        """See :class:`Trunk`."""
+        """Run the stages up to ``last``.
+
+        Args:
+            image (Tensor): (B, 3, H, W).
+            last (int): The last stage to run.
+            taps (Sequence[str]): Which taps of a block are wanted.
+            on_tap (Callable): Given each tap as soon as it is there.
+            on_end (Callable, optional): Given each stage's end, before the
+                next begins.
+        """
         inner = self.options.dtype(self._weight())
         if inner not in (torch.bfloat16, torch.float16):
             inner = None
-        # The side path is none of the trunk's business.
+        # The side path keeps the autocast that it came with.
         outer = autocast_dtype(image)
         on_tap = _under(on_tap, image, outer)
         on_end = on_end and _under(on_end, image, outer)
         with (
+            self._without_outputs(),
             self._hooked(image, last, taps, on_tap, on_end),
             autocast_to(image, inner),
         ):
             try:
-                self.stock.forward(image)
+                self.stock_class.forward(self.stock, image)
             except _LastStage:
                 pass
+
+    @contextmanager
+    def _without_outputs(self) -> Iterator[None]:
+        """The stock forward makes no outputs and is in eval mode."""
+        own = vars(self.stock)
+        before = {k: own[k] for k in ('out_indices', 'training') if k in own}
+        own.update(out_indices=(), training=False)
+        try:
+            yield
+        finally:
+            own.pop('out_indices')
+            own.update(before)
 
     def _weight(self) -> Tensor:
         """What says in which type blocks compute."""
@@ -240,12 +286,13 @@ class StockTrunk(Trunk):
 
         def embedded(module, args, output):
             if isinstance(output, (tuple, list)) and len(output) == 2:
+                self.check_embedding(output[0], image)
                 grid['size'] = tuple(output[1])
 
         if self.layout.embedding:
             first = self.stock.get_submodule(self.layout.embedding[0])
             handles.append(first.register_forward_hook(embedded))
-        picture = tuple(image.shape[-2:])
+        pixels = tuple(image.shape[-2:])
         for stage, paths in enumerate(self.blocks[: last + 1]):
             for index, path in enumerate(paths):
                 block = self.stock.get_submodule(path)
@@ -259,7 +306,7 @@ class StockTrunk(Trunk):
             def end(module, args, output, stage=stage):
                 if on_end is not None:
                     size = grid.get('size') if self.layout.plain else None
-                    on_end(stage, self._end(output, args, size, picture))
+                    on_end(stage, self._end(output, args, size, pixels))
                 # Writers of graphs cannot see a forward that ends midway.
                 if stage == last and not is_traced():
                     raise _LastStage
@@ -283,23 +330,25 @@ class StockTrunk(Trunk):
         for tap in taps:
             path, _, call = self.layout.taps[tap].partition('#')
             wanted.setdefault(path, {})[int(call or 1)] = tap
-        often = {
-            path: sum(
+        for path, calls in wanted.items():
+            often = sum(
                 path == inner.partition('#')[0]
                 for inner in self.layout.taps.values()
             )
-            for path in wanted
-        }
-        for path, calls in wanted.items():
             done = itertools.count()
 
-            def hook(module, args, output, path=path, calls=calls, done=done):
+            def hook(
+                module, args, output, calls=calls, done=done, often=often
+            ):
                 # Blocks call a module as often each time they run.
-                tap = calls.get(next(done) % often[path] + 1)
+                tap = calls.get(next(done) % often + 1)
                 if tap is not None:
                     taken(tap, output)
 
             yield block.get_submodule(path).register_forward_hook(hook)
+
+    def check_embedding(self, tokens: Tensor, image: Tensor) -> None:
+        """Refuse an image that the stock forward would fail with."""
 
     def _tap(
         self, block: nn.Module, tap: str, value: Tensor, grid: Size | None
@@ -315,38 +364,39 @@ class StockTrunk(Trunk):
             return value.flatten(1, 2)
         return value.flatten(2).transpose(1, 2)
 
+    def _map_size(self, maps: Tensor) -> Size:
+        shape = maps.shape
+        return tuple(shape[1:3] if self.layout.channels_last else shape[2:])
+
     def _end(
         self,
         output: Tensor | tuple,
         args: tuple,
         grid: Size | None,
-        picture: Size,
+        pixels: Size,
     ) -> StageEnd:
         """What the last block of a stage gave, with its grid."""
         value = output[0] if isinstance(output, (tuple, list)) else output
         if value.ndim == 4:
-            size = (
-                value.shape[1:3]
-                if self.layout.channels_last
-                else (value.shape[2:])
-            )
-            return StageEnd(self._tokens(value).contiguous(), tuple(size))
-        size = grid or grid_of(args, value, self.extra_tokens, picture)
+            tokens = self._tokens(value).contiguous()
+            return StageEnd(tokens, self._map_size(value))
+        size = grid or grid_of(args, value, self.extra_tokens, pixels)
         return StageEnd(value, size)
 
     @property
     def extra_tokens(self) -> int:
-        """Tokens before those of the picture."""
+        """Tokens before those of the image."""
         if self.layout.extra_tokens is None:
             return 0
         return find(self.stock, self.layout.path(self.layout.extra_tokens))
 
     # -- between and behind stages ------------------------------------------
 
-    def downsampling(
-        self, holder: nn.Module, stage: int, size: Size
-    ) -> Downsampling | None:
-        """See :class:`Trunk`."""
+    def downsampling(self, stage: int, size: Size) -> Downsampling | None:
+        """What lies between a stage of grid ``size`` and the next.
+
+        None if the next stage has the same tokens.
+        """
         if self.layout.plain:
             return None
         modules = [
@@ -354,6 +404,13 @@ class StockTrunk(Trunk):
             for template in self.layout.downsampling
         ]
         modules = [m for m in modules if isinstance(m, nn.Module)]
+        if len(modules) == 1 and isinstance(modules[0].forward, PatchMerging):
+            merging = modules[0].forward
+            return Downsampling(
+                lambda tokens, norm=True: merging.gather(tokens, size, norm),
+                merging.weight,
+                lambda batch: merging.bands(size, batch),
+            )
 
         def gather(tokens: Tensor, norm: bool = True) -> Tensor:
             if norm:
@@ -384,79 +441,78 @@ class StockTrunk(Trunk):
             parts = output if isinstance(output, (tuple, list)) else [output]
             tokens = self._tokens(parts[0])
             if parts[0].ndim == 4:
-                shape = parts[0].shape
-                size = tuple(
-                    shape[1:3] if self.layout.channels_last else shape[2:]
-                )
+                size = self._map_size(parts[0])
             else:
                 size = _size_among(parts[1:], tokens.shape[1])
         return tokens
 
+    @property
     def highway_goes_on(self) -> bool:
-        """See :class:`Trunk`."""
+        """Whether there is a way for it from one stage to the next."""
         return self.layout.plain or bool(self.layout.downsampling)
 
-    def output_norm(self, holder: nn.Module, stage: int) -> str | None:
-        """See :class:`Trunk`."""
+    def output_norm(self, stage: int) -> str | None:
+        """Path of the stock norm at the output of a stage, if there is one."""
         if self.layout.output_norm is None:
             return None
         path = self.layout.path(self.layout.output_norm, stage)
         norm = find(self.stock, path)
-        return path if _is_norm(norm) else None
+        has_weights = isinstance(norm, nn.Module) and any(
+            True for _ in norm.parameters(recurse=False)
+        )
+        return path if has_weights else None
 
+    @property
     def norm_goes_on(self) -> bool:
-        """See :class:`Trunk`."""
+        """Whether the next stage of the trunk reads what that norm gives."""
         return self.layout.norm_goes_on
 
-    def gives_maps(self, holder: nn.Module) -> bool:
-        """See :class:`Trunk`."""
+    def output_parts(self) -> Sequence[str]:
+        """Paths of what else outputs alone go through."""
+        return ()
+
+    @property
+    def gives_maps(self) -> bool:
+        """Whether outputs are maps (B, C, H, W), norms tokens' own."""
         return not (
             self.layout.pools and getattr(self.stock, self.layout.pools)
         )
 
     def output(
         self,
-        holder: nn.Module,
         total: Tensor,
         end: StageEnd,
-        norm,
-    ) -> Tensor:
-        """The mean over a map, normalised: (B, C)."""
+        norm: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor | list[Tensor]:
+        """An output that is no map, here the normalised mean (B, C).
+
+        Args:
+            total (Tensor): (B, extra + H * W, C), trunk and highway.
+            end (StageEnd): The trunk's end of the stage.
+            norm (Callable, optional): That of :meth:`output_norm`.
+        """
         pooled = total.mean(1)
         return pooled if norm is None else norm(pooled)
 
     # -- files --------------------------------------------------------------
 
-    def init_random(self, holder: nn.Module) -> None:
-        """See :class:`Trunk`."""
-        # Stock code draws all that is below it; what is added has its own.
-        added = holder._modules.pop(holder.ADDED)
-        # What a whole model notes about its initialisation.
-        notes = vars(holder).get('_params_init_info')
-        if notes is not None:
-            self.stock._params_init_info = notes
-        try:
-            self.stock.init_weights()
-        finally:
-            holder._modules[holder.ADDED] = added
-            vars(self.stock).pop('_params_init_info', None)
-
     def to_stock_state(
         self, checkpoint: Mapping
     ) -> tuple[dict[str, Tensor], str]:
-        """See :class:`Trunk`."""
+        """State with stock names from any known format, and its name."""
         return to_stock_state(checkpoint)
 
     def adapt_state(
         self, expected: Mapping[str, Tensor], found: dict[str, Tensor]
     ) -> list[str]:
-        """Let the stock class's own hooks fit what a file holds.
+        """Fit tensors in place where stock loading does; say what was done.
 
-        What they take out, and index buffers that follow from the
-        configuration, stay as they were constructed.
+        The stock class's own hooks fit what a file holds. What they take out,
+        and index buffers that follow from the configuration, stay as they
+        were constructed.
         """
         before = dict(found)
-        for hook in self.stock._load_state_dict_pre_hooks.values():
+        for hook in self._load_hooks:
             hook(found, '', {}, False, [], [], [])
         for key, ours in expected.items():
             theirs = found.get(key)
@@ -475,13 +531,16 @@ class StockTrunk(Trunk):
             return []
         return [f'{len(changed)} position tables resized: {changed[0]}, ...']
 
-    def leftovers(self, holder: nn.Module) -> list[str]:
-        """Heads, masks, other outputs' norms, what lies past the last."""
+    def leftovers(self) -> list[str]:
+        """Regular expressions of keys that a fitting file may have too.
+
+        Heads, masks, other outputs' norms, what lies past the last.
+        """
         patterns = [
             r'(head|fc|fc_norm|head_drop|classifier)\..*',
             r'mask_token',
             r'.*\.attn_mask',
-            *map(re.escape, self.removed),
+            *map(re.escape, self._removed),
         ]
         if self.layout.output_norm is not None:
             norm = re.escape(self.layout.output_norm.removesuffix('?'))
@@ -489,19 +548,39 @@ class StockTrunk(Trunk):
             patterns.append(norm + r'\.(weight|bias)')
         return patterns
 
+    def describe(self, state: Mapping[str, Tensor]) -> dict[str, object]:
+        """The size of a variant, by the names of its config, if known."""
+        return {}
+
     def explain_mismatch(
         self, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
     ) -> str:
-        """See :class:`Trunk`."""
+        """The likely cause when a file does not fit."""
+        ours, theirs = self.describe(expected), self.describe(found)
+        if ours != theirs:
+            ours, theirs = (
+                ', '.join(f'{k}={v}' for k, v in each.items())
+                for each in (ours, theirs)
+            )
+            return (
+                f'The file holds a {self.stock_class.__name__} with {theirs}; '
+                f'the config asks for {ours}. Take the weights of the variant '
+                'in the config, or change the config.'
+            )
+        if ours:
+            return (
+                'The trunk is of the right variant: either tensors were lost, '
+                'or the file was trained with other options of the tuner.'
+            )
         return (
-            f'The config asks for a {type(self.stock).__name__}. Take the '
+            f'The config asks for a {self.stock_class.__name__}. Take the '
             'weights of the same class and variant, bring those of another '
             'project to its names with the model converters of the '
             'frameworks or of tools/model_converters, or change the config.'
         )
 
 
-class TimmTrunk(StockTrunk):
+class TimmTrunk(Trunk):
     """timm's backbones behind ``TIMMBackbone``, with timm's own files."""
 
     def to_stock_state(
@@ -523,9 +602,9 @@ class TimmTrunk(StockTrunk):
             renamed[next((n for n in names if n in ours), key)] = value
         return renamed, 'timm'
 
-    def leftovers(self, holder: nn.Module) -> list[str]:
+    def leftovers(self) -> list[str]:
         """Also the classifier's norm."""
-        return [*super().leftovers(holder), r'(timm_model\.)?norm\..*']
+        return [*super().leftovers(), r'(timm_model\.)?norm\..*']
 
 
 class _LastStage(Exception):
@@ -549,12 +628,6 @@ def _under(
     return run
 
 
-def _is_norm(module: object) -> bool:
-    return isinstance(module, nn.Module) and any(
-        True for _ in module.parameters(recurse=False)
-    )
-
-
 def _size_among(args: Sequence, length: int) -> Size | None:
     """The grid (H, W) of ``length`` tokens among positional arguments."""
     pairs = [a for a in args if isinstance(a, (tuple, list, torch.Size))]
@@ -569,16 +642,14 @@ def _size_among(args: Sequence, length: int) -> Size | None:
     return None
 
 
-def grid_of(
-    inputs: Sequence, value: Tensor, extra: int, picture: Size
-) -> Size:
-    """The grid (H, W) of the picture's tokens.
+def grid_of(inputs: Sequence, value: Tensor, extra: int, pixels: Size) -> Size:
+    """The grid (H, W) of the image's tokens.
 
     Args:
         inputs (Sequence): What a block was called with, which may tell it.
         value (Tensor): (B, extra + H * W, C) or (B, H, W, C).
-        extra (int): Tokens before those of the picture.
-        picture (tuple[int, int]): Height and width in pixels.
+        extra (int): Tokens before those of the image.
+        pixels (tuple[int, int]): Height and width of the image.
 
     Raises:
         ConfigError: If there is none.
@@ -586,22 +657,16 @@ def grid_of(
     if value.ndim == 4:
         return tuple(value.shape[1:3])
     length = value.shape[1] - extra
-    return _size_among(inputs, length) or _grid(picture, length)
-
-
-def _grid(picture: Size, length: int) -> Size:
-    """The grid of ``length`` square patches of a picture.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    height = round(math.sqrt(length * picture[0] / picture[1]))
+    found = _size_among(inputs, length)
+    if found is not None:
+        return found
+    height = round(math.sqrt(length * pixels[0] / pixels[1]))
     if not height or length % height:
         raise ConfigError(
-            f'A picture of {picture[0]}x{picture[1]} pixels gave {length} '
+            f'An image of {pixels[0]}x{pixels[1]} pixels gave {length} '
             'tokens, which are no grid of its shape. If the trunk puts tokens '
-            'before those of the picture, name their number in '
-            '`layout.extra_tokens`; else pad pictures to a multiple of the '
+            'before those of the image, name their number in '
+            '`layout.extra_tokens`; else pad images to a multiple of the '
             'patch size.'
         )
     return height, length // height

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from e3va_mm.errors import ConfigError
-from e3va_mm.trunks.base import Trunk
-from e3va_mm.trunks.families import EXAMPLE, FAMILIES, VITS
+from e3va_mm.trunks.families import EXAMPLE, FAMILIES, SWINS, VITS
 from e3va_mm.trunks.layout import Layout
 from e3va_mm.trunks.options import TrunkOptions
-from e3va_mm.trunks.reader import StockTrunk, TimmTrunk
+from e3va_mm.trunks.swin import SwinTrunk
+from e3va_mm.trunks.trunk import TimmTrunk, Trunk
 from e3va_mm.trunks.vit import SamTrunk, VitTrunk
 
 
@@ -61,7 +61,11 @@ def build_trunk(
     if layout is None and family in VITS:
         kind = SamTrunk if family == 'mmpretrain.ViTSAM' else VitTrunk
         return kind(stock, FAMILIES[family], out_indices, options, family)
-    kind = TimmTrunk if hasattr(stock, 'timm_model') else StockTrunk
+    kind = Trunk
+    if hasattr(stock, 'timm_model'):
+        kind = TimmTrunk
+    elif family in SWINS:
+        kind = SwinTrunk
     return kind(stock, layout or FAMILIES[family], out_indices, options)
 
 

@@ -6,6 +6,4 @@ usage='bash tools/dist_test.sh CONFIG CHECKPOINT GPUS [arguments of tools/test.p
 . "$(dirname "${BASH_SOURCE[0]}")/distributed.sh"
 
 (($# >= 3)) || fail "CONFIG, CHECKPOINT and GPUS should be given, but got '$*'."
-file CONFIG "$1"
-file CHECKPOINT "$2"
 launch "$3" test "$1" "$2" "${@:4}"

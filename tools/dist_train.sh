@@ -6,5 +6,4 @@ usage='bash tools/dist_train.sh CONFIG GPUS [arguments of tools/train.py]'
 . "$(dirname "${BASH_SOURCE[0]}")/distributed.sh"
 
 (($# >= 2)) || fail "CONFIG and GPUS should be given, but got '$*'."
-file CONFIG "$1"
 launch "$2" train "$1" "${@:3}"

@@ -7,6 +7,4 @@ usage='bash tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [arguments 
 
 (($# >= 4)) ||
     fail "PARTITION, JOB_NAME, CONFIG and CHECKPOINT should be given, but got '$*'."
-file CONFIG "$3"
-file CHECKPOINT "$4"
 submit "$1" "$2" test "$3" "$4" "${@:5}"

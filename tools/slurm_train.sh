@@ -7,5 +7,4 @@ usage='bash tools/slurm_train.sh PARTITION JOB_NAME CONFIG WORK_DIR [arguments o
 
 (($# >= 4)) ||
     fail "PARTITION, JOB_NAME, CONFIG and WORK_DIR should be given, but got '$*'."
-file CONFIG "$3"
 submit "$1" "$2" train "$3" --work-dir "$4" "${@:5}"

@@ -1,39 +1,72 @@
 """Registries of the scope ``e3va_mm``, children of mmengine's.
 
 A config names our classes with the scope, ``type='e3va_mm.X'``; mmengine then
-imports this module and the package in ``locations``, so that no config needs
-``custom_imports``.
+imports this module and, at the first lookup, the package in ``locations``, so
+that no config needs ``custom_imports``.
+
+Raises:
+    E3VAError: If a framework is installed twice, or mmengine is missing.
 """
+
+from typing import Any
 
 from e3va_mm.frameworks.distributions import check_distributions
 
-# Before mmengine, which may be missing or a mixture of two distributions.
-check_distributions()
+check_distributions()  # before mmengine, which may be a mixture of two
 
 from mmengine import registry as mmengine  # noqa: E402
-from mmengine.registry import Registry  # noqa: E402
 
-from e3va_mm.frameworks.torchvision import declare_missing_ops  # noqa: E402
 
-# Before a framework is imported, which may import torchvision.
-declare_missing_ops()
+def install() -> None:
+    """Change the frameworks as docs/frameworks.md lists it.
 
-# manage backbones, side paths and their parts
-MODELS = Registry(
+    Called by the first lookup in one of the registries below; call it before
+    a framework is imported or a checkpoint is read without one. More calls
+    change nothing.
+    """
+    # Here, or mmengine would hide that an import failed: it takes this module
+    # for missing then.
+    from e3va_mm.frameworks.install import install
+
+    install(read=_read_checkpoint, check=_check_adapter)
+
+
+def _read_checkpoint(address: str, map_location: Any = None) -> dict:
+    from e3va_mm.weights import read_checkpoint
+
+    return read_checkpoint(address, map_location)
+
+
+def _check_adapter(model: Any, state: dict) -> None:
+    from e3va_mm.weights import check_adapter
+
+    check_adapter(model, state)
+
+
+class _Registry(mmengine.Registry):
+    """A registry whose first lookup calls :func:`install`."""
+
+    def import_from_location(self) -> None:
+        install()
+        super().import_from_location()
+
+
+# manage backbones, tuners and their parts
+MODELS = _Registry(
     'model',
     parent=mmengine.MODELS,
     scope='e3va_mm',
     locations=['e3va_mm.models'],
 )
 # manage data sets
-DATASETS = Registry(
+DATASETS = _Registry(
     'dataset',
     parent=mmengine.DATASETS,
     scope='e3va_mm',
     locations=['e3va_mm.multi_task'],
 )
 # manage hooks
-HOOKS = Registry(
+HOOKS = _Registry(
     'hook',
     parent=mmengine.HOOKS,
     scope='e3va_mm',
@@ -44,7 +77,7 @@ HOOKS = Registry(
     ],
 )
 # manage constructors of optimizer wrappers
-OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+OPTIM_WRAPPER_CONSTRUCTORS = _Registry(
     'optimizer wrapper constructor',
     parent=mmengine.OPTIM_WRAPPER_CONSTRUCTORS,
     scope='e3va_mm',

@@ -11,16 +11,16 @@ import torch.distributed as dist
 from torch.torch_version import TorchVersion
 
 from e3va_mm.errors import E3VAError
-from e3va_mm.frameworks.torchvision import declare_missing_ops
 from e3va_mm.measure.live_bytes import OLDEST_TORCH
+from e3va_mm.registry import install
 from e3va_mm.utils import end_process_group
 
 # A logger of the frameworks may hold a stream that a test had captured; each
 # line would print the whole stack.
 logging.raiseExceptions = False
 
-# Tests import the frameworks in any order.
-declare_missing_ops()
+# Tests import the frameworks in any order, and read checkpoints before models.
+install()
 
 if TorchVersion(torch.__version__) < OLDEST_TORCH:
 

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+import e3va_mm.checkpoint  # noqa: F401  checkpoints run no code
 from e3va_mm.errors import CheckpointError, ConfigError, E3VAError
 from e3va_mm.utils.files import MIB, write_whole
 from e3va_mm.weights import (

@@ -42,6 +42,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+import e3va_mm.checkpoint  # noqa: F401  checkpoints run no code
 from e3va_mm.comparison import (
     METHODS,
     SIDE_PATHS,

@@ -21,8 +21,7 @@ from mmengine.device import get_device
 # Runs from a plain clone too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# Registers the safe checkpoint loaders.
-from e3va_mm import checkpoint as _  # noqa: F401
+import e3va_mm.checkpoint  # noqa: F401  checkpoints run no code
 from e3va_mm.errors import CheckpointError, ConfigError, E3VAError
 
 

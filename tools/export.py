@@ -20,6 +20,7 @@ import torch
 from mmengine.config import Config, DictAction
 from torch import nn
 
+import e3va_mm.checkpoint  # noqa: F401  checkpoints run no code
 from e3va_mm.errors import CheckpointError, ConfigError, E3VAError
 from e3va_mm.export import (
     Network,
@@ -31,7 +32,6 @@ from e3va_mm.export import (
 from e3va_mm.measure.inputs import image_size, set_image_size
 from e3va_mm.models import SidePathBackbone
 
-# Registers the safe checkpoint loaders, too.
 from e3va_mm.weights import match_state, read_checkpoint
 
 

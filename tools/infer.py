@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # Before the frameworks, which its checks and remedies are for.
-import e3va_mm.registry  # noqa: F401  isort: skip
+import e3va_mm.checkpoint  # noqa: F401  isort: skip
 from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.progress import track

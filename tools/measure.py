@@ -30,6 +30,7 @@ from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.progress import Progress
 
+import e3va_mm.checkpoint  # noqa: F401  checkpoints run no code
 from e3va_mm.errors import ConfigError, E3VAError
 from e3va_mm.frameworks.memory import keep_freed_memory
 from e3va_mm.measure import VARIANTS, TrainingStep, variant_config

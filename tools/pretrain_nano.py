@@ -36,7 +36,7 @@ from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import e3va_mm.registry  # noqa: F401 (before a framework is imported)
+import e3va_mm.checkpoint  # noqa: F401 (before a framework is imported)
 from e3va_mm.datasets.digits import (
     CLASSES,
     digit_partition,

@@ -26,8 +26,6 @@ from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import Runner
 
-# Registers the safe checkpoint loaders, for stock backbones as well.
-from e3va_mm import checkpoint  # noqa: F401
 from e3va_mm.engine.hooks import (
     ProgressBarHook,
     ResumeCheckHook,
@@ -40,6 +38,7 @@ from e3va_mm.preflight import (
     check_batch,
     explain_data_failure,
 )
+from e3va_mm.registry import install
 from e3va_mm.utils import end_process_group
 from e3va_mm.weights.newest import newest_whole
 
@@ -144,6 +143,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
 def _exit_code(run: Callable, args: argparse.Namespace) -> int:
     """Run a tool; print an error that the user can mend."""
     code = 0
+    install()
     try:
         run(args)
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ FRAMEWORK = f"""
 import sys
 sys.path.append({str(Path(__file__).parents[2])!r})
 try:
-    import e3va_mm.registry
+    import e3va_mm.checkpoint
 except Exception:
     pass
 import """

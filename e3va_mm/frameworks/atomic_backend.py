@@ -11,7 +11,6 @@ from e3va_mm.utils.files import write_whole
 ATOMIC = 'e3va_mm_atomic'
 
 
-@register_backend(ATOMIC)
 class AtomicLocalBackend(LocalBackend):
     """mmengine's backend of local files, with atomic writes.
 
@@ -37,6 +36,11 @@ class AtomicLocalBackend(LocalBackend):
     ) -> None:
         """Write text; arguments and errors as :meth:`put`."""
         self.put(obj.encode(encoding), filepath)
+
+
+def register_atomic_backend() -> None:
+    """Let configs and hooks name it, ``backend_args=dict(backend=ATOMIC)``."""
+    register_backend(ATOMIC, AtomicLocalBackend)
 
 
 def remove_parts(folder: Path, patterns: Iterable[str]) -> None:

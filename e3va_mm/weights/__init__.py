@@ -1,14 +1,14 @@
-from e3va_mm.frameworks.torchvision import declare_missing_ops
 from e3va_mm.weights.adapter_file import (
     AdapterFile,
     TrunkRecord,
     adapter_of,
+    check_adapter,
     fingerprint,
     trunk_records,
 )
-from e3va_mm.weights.loaders import read_checkpoint, register_safe_loaders
+from e3va_mm.weights.file_formats import read_adapter
 from e3va_mm.weights.matching import LoadReport, match_state
-from e3va_mm.weights.reading import read_adapter
+from e3va_mm.weights.reading import read_checkpoint
 from e3va_mm.weights.source_weights import SourceWeights
 from e3va_mm.weights.stock_state import to_stock_state
 from e3va_mm.weights.swin_names import describe_swin, to_stock_keys
@@ -21,19 +21,15 @@ __all__ = [
     'TrunkRecord',
     'VIT_TARGETS',
     'adapter_of',
+    'check_adapter',
     'describe_swin',
     'describe_vit',
     'fingerprint',
     'match_state',
     'read_adapter',
     'read_checkpoint',
-    'register_safe_loaders',
     'to_stock_keys',
     'to_stock_state',
     'to_vit_keys',
     'trunk_records',
 ]
-
-register_safe_loaders()
-# What configs import first, with the frameworks' own tools too.
-declare_missing_ops()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from mmengine.logging import print_log
@@ -224,7 +224,9 @@ class AdapterFile:
             ).to_tensor()
             for prefix, record in self.trunks.items()
         }
-        meta = dict(e3va_mm_version=self.version, cfg=self.config)
+        meta = _AdapterMeta(
+            str(path), e3va_mm_version=self.version, cfg=self.config
+        )
         if self.dataset_meta:
             meta['dataset_meta'] = self.dataset_meta
         return dict(state_dict={**self.tensors, **records}, meta=meta)
@@ -275,6 +277,25 @@ class AdapterFile:
             config=config,
             dataset_meta=(self.dataset_meta or {}).get(name),
         )
+
+
+class _AdapterMeta(dict):
+    """The ``meta`` of an adapter file: what resumes asks for its epoch."""
+
+    def __init__(self, path: str, **meta: Any) -> None:
+        super().__init__(meta)
+        self._path = path
+
+    def __missing__(self, key: str) -> NoReturn:
+        if key in ('epoch', 'iter'):
+            raise CheckpointError(
+                f'{self._path} is an adapter file, which does not hold the '
+                'state of a run and of its optimizer that a resume needs. '
+                'Resume from a full checkpoint (`epoch_N.pth` or '
+                '`iter_N.pth`), or start anew from these weights: '
+                f'`resume=False`, `load_from={self._path!r}`.'
+            )
+        raise KeyError(key)
 
 
 def adapter_of(

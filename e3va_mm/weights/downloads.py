@@ -12,7 +12,7 @@ from mmengine.dist import barrier, get_dist_info
 from mmengine.logging import print_log
 
 from e3va_mm.errors import CheckpointError
-from e3va_mm.weights.reading import read_file
+from e3va_mm.weights.file_formats import read_file
 
 # The convention of PyTorch and OpenMMLab: the first digits of the SHA-256 at
 # the end of the name. Eight digits that read as a date are not a hash.
@@ -27,7 +27,7 @@ def read_url(url: str, map_location: Any, folder: str | None = None) -> dict:
 
     Args:
         url: The http or https URL.
-        map_location: As for :func:`.reading.read_file`.
+        map_location: As for :func:`.file_formats.read_file`.
         folder: The cache. Defaults to ``checkpoints`` in the folder that
             ``torch.hub.get_dir()`` gives.
 

@@ -6,7 +6,6 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-import e3va_mm.registry  # noqa: F401  torchvision, before mmpretrain
 from e3va_mm.apis import MultiTaskInferencer
 from e3va_mm.apis.pictures import Pictures
 from e3va_mm.errors import CheckpointError, ConfigError, DataError

@@ -7,7 +7,6 @@ import cv2
 import numpy as np
 import pytest
 
-import e3va_mm.registry  # noqa: F401  torchvision, before mmpretrain
 from tests.test_tools.test_train_test import run
 
 pytest.importorskip('mmpretrain')

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 # Before timm and mmpretrain, which import torchvision.
-import e3va_mm.registry  # noqa: F401
 from e3va_mm.errors import CheckpointError, ConfigError
 from e3va_mm.weights import VIT_TARGETS, describe_vit, to_vit_keys
 

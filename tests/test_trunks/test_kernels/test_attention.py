@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import e3va_mm.registry  # noqa: F401  torchvision, before mmpretrain
 from e3va_mm.measure import LiveBytes
 from e3va_mm.trunks import TrunkOptions
 from e3va_mm.trunks.kernels import attention

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-import e3va_mm.registry  # noqa: F401  torchvision, before mmpretrain
 from e3va_mm.trunks.kernels.rotary import (
     fit_rotations,
     mark_official,

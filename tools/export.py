@@ -31,7 +31,6 @@ from e3va_mm.export import (
 )
 from e3va_mm.measure.inputs import image_size, set_image_size
 from e3va_mm.models import SidePathBackbone
-
 from e3va_mm.weights import match_state, read_checkpoint
 
 

@@ -2,17 +2,18 @@
 
 import copy
 import importlib.util
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
+from mmengine.optim import (
+    DefaultOptimWrapperConstructor,
+    build_optim_wrapper,
+)
 from mmengine.registry import MODELS, DefaultScope
 
-from e3va_mm.engine.optim import cover_layer_decay
+from e3va_mm.frameworks import optimizers
 from tests.trunk_cases import VIT
 
 pytest.importorskip('mmpretrain')
@@ -168,31 +169,48 @@ def test_heads_as_in_the_stock_groups_side_path_at_the_base_rate(name):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_models_without_a_side_path_keep_the_stock_groups(name):
+def test_models_without_a_side_path_keep_the_stock_groups(name, monkeypatch):
     scope, model, optimizer = config_of(name)
-    # In force from here on.
-    groups_of(scope, ours(name, copy.deepcopy(model)), optimizer)
-    built, found = groups_of(scope, copy.deepcopy(model), optimizer)
-    registered = constructor_of(scope, optimizer['constructor'])
-    stock = registered.__mro__[2]
-    assert stock.__module__.startswith(f'{scope}.engine')
-    assert registered.__name__ == stock.__name__
-    options = copy.deepcopy(optimizer)
-    del options['constructor']
-    constructor = stock(options, options.pop('paramwise_cfg'))
-    names = {id(p): k for k, p in built.named_parameters()}
-    for group in constructor(built).optimizer.param_groups:
-        for parameter in group['params']:
-            own = found[names[id(parameter)]]
-            assert {k: v for k, v in own.items() if k != 'params'} == {
-                k: v for k, v in group.items() if k != 'params'
-            }
+    _, found = groups_of(scope, copy.deepcopy(model), optimizer)
+    monkeypatch.setattr(
+        DefaultOptimWrapperConstructor,
+        '__call__',
+        optimizers._stock_call,
+    )
+    _, stock = groups_of(scope, copy.deepcopy(model), optimizer)
+    assert found.keys() == stock.keys()
+    for key, group in stock.items():
+        assert figures(found[key]) == figures(group)
     assert any(g['lr'] < optimizer['optimizer']['lr'] for g in found.values())
 
 
-def constructor_of(scope, name):
-    registry = sys.modules[f'{scope}.registry'].OPTIM_WRAPPER_CONSTRUCTORS
-    return registry.module_dict[name]
+def test_a_tuner_inside_trains_at_the_base_rate_too():
+    scope, model, optimizer = config_of([*CASES][0])
+    del model['backbone']['type']
+    model['backbone'] = dict(
+        type='e3va_mm.PETLBackbone',
+        trunk=dict(type='mmseg.BEiT', **model['backbone']),
+        method=dict(type='e3va_mm.Adapter'),
+        allow_random_trunk=True,
+    )
+    built, groups = groups_of(scope, model, optimizer)
+    assert {g['lr'] for g in groups.values()} == {optimizer['optimizer']['lr']}
+    assert groups.keys() == {
+        n for n, p in built.named_parameters() if p.requires_grad
+    }
+
+
+class OwnGroups(DefaultOptimWrapperConstructor):
+    def add_params(self, params, module, **kwargs):
+        params.append(dict(params=[*module.parameters()], lr=7.0))
+
+
+def test_a_constructor_with_groups_of_its_own_keeps_them():
+    _, model, optimizer = config_of('mmpretrain')
+    built = MODELS.build(ours('mmpretrain', model))
+    options = dict(optimizer=optimizer['optimizer'])
+    wrapper = OwnGroups(options, dict(any=1))(built)
+    assert [g['lr'] for g in wrapper.optimizer.param_groups] == [7.0]
 
 
 @pytest.mark.parametrize('name', ['mmpretrain', [*CASES][0]])
@@ -212,7 +230,7 @@ def test_a_key_that_names_the_side_path_scales_it(name):
 def test_one_line_in_the_log(monkeypatch):
     said = []
     monkeypatch.setattr(
-        'e3va_mm.engine.optim.layer_decay.print_log',
+        'e3va_mm.frameworks.optimizers.print_log',
         lambda line, logger: said.append(line),
     )
     scope, model, optimizer = config_of('mmpretrain')
@@ -221,8 +239,8 @@ def test_one_line_in_the_log(monkeypatch):
     groups_of(scope, ours('mmpretrain', model), optimizer)
     assert said == [
         'LearningRateDecayOptimWrapperConstructor: no layer of the frozen '
-        'trunk has a rate to decay; side path and heads train at the base '
-        'learning rate.'
+        'trunk has a rate to decay; what the tuner adds and heads train at '
+        'the base learning rate.'
     ]
 
 
@@ -231,54 +249,3 @@ def test_without_weight_decay():
     del optimizer['optimizer']['weight_decay']
     _, groups = groups_of(scope, ours([*CASES][2], model), optimizer)
     assert {g['weight_decay'] for g in groups.values()} == {0.01}  # AdamW's
-
-
-def test_more_calls_change_nothing():
-    cover_layer_decay()
-    name = 'LearningRateDecayOptimWrapperConstructor'
-    before = constructor_of('mmpretrain', name)
-    cover_layer_decay()
-    assert constructor_of('mmpretrain', name) is before
-
-
-def test_a_framework_that_cannot_be_imported_is_left_alone(monkeypatch):
-    import mmpretrain.registry as half_installed
-
-    def fails():
-        raise RuntimeError('operator torchvision::nms does not exist')
-
-    registry = half_installed.OPTIM_WRAPPER_CONSTRUCTORS
-    monkeypatch.setattr(registry, 'import_from_location', fails)
-    cover_layer_decay()
-
-
-# Our backbone is there before the framework's optimizers, and after them.
-ORDER = """
-import sys
-import e3va_mm.registry
-{first}
-import torch
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
-import mmdet.registry
-assert ('mmdet.engine.optimizers' in sys.modules) is {imported}
-init_default_scope('mmdet')
-model = torch.nn.Module()
-model.backbone = MODELS.build(dict(
-    type='e3va_mm.E3VASwinTransformer', embed_dims=32, depths=(1, 1),
-    num_heads=(1, 2), strides=(4, 2), out_indices=(0, 1)))
-wrapper = build_optim_wrapper(model, dict(
-    optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.5),
-    constructor='LearningRateDecayOptimizerConstructor',
-    paramwise_cfg=dict(decay_rate=0.5, num_layers=6)))
-assert {{group['lr'] for group in wrapper.optimizer.param_groups}} == {{1.0}}
-"""
-
-
-@pytest.mark.parametrize('first', ['', 'import mmdet.engine.optimizers'])
-def test_either_may_be_imported_first(first):
-    code = ORDER.format(first=first, imported=bool(first))
-    done = subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr

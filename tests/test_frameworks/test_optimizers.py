@@ -5,7 +5,6 @@ import torch
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-import e3va_mm.models  # noqa: F401  (puts the constructor in force)
 from e3va_mm.registry import MODELS
 from tests.helpers import TINY, build_e3va, build_stock
 from tests.trunk_cases import build_ours

@@ -7,7 +7,6 @@ import os
 import numpy as np
 import pytest
 import torch
-from mmengine.runner import checkpoint as mm_checkpoint
 from mmengine.runner import load_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,7 +20,6 @@ from e3va_mm.weights import (
     fingerprint,
     read_adapter,
     read_checkpoint,
-    register_safe_loaders,
     trunk_records,
 )
 from tests.adapted_models import segmentor, trained, trunk_file
@@ -382,10 +380,3 @@ def test_the_backbone_alone(mit, tmp_path):
     for key, value in other.backbone.state_dict().items():
         assert torch.equal(value, expected[key]), key
     assert torch.equal(other.decode_head.conv_seg.weight, head)
-
-
-def test_the_check_is_installed_once():
-    before = mm_checkpoint.load_state_dict
-    register_safe_loaders()
-    assert mm_checkpoint.load_state_dict is before
-    assert before.__module__ == 'mmengine.runner.checkpoint'  # by its name

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from e3va_mm.errors import CheckpointError
-from e3va_mm.weights import read_checkpoint, reading
+from e3va_mm.weights import file_formats, read_checkpoint
 from tests.test_weights import toy_runner as toy_module
 from tests.test_weights.samples import refusal_of, saved, weights
 from tests.test_weights.toy_runner import toy_runner
@@ -203,7 +203,9 @@ def test_metadata_of_safetensors_are_no_program_either(tmp_path):
 
 def test_a_config_is_left_out_with_a_warning(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(reading, 'print_log', lambda *a, **_: said.append(*a))
+    monkeypatch.setattr(
+        file_formats, 'print_log', lambda *a, **_: said.append(*a)
+    )
     meta = dict(config='a = 1', cfg='a = 2', epoch=3)
     path = saved(tmp_path / 'a.pth', dict(state_dict=weights(), meta=meta))
     assert read_checkpoint(path)['meta'] == dict(cfg='a = 2', epoch=3)
@@ -238,14 +240,14 @@ def test_expanded_tensors_are_read_up_to_a_bound(tmp_path, monkeypatch):
     assert path.stat().st_size < wide.nbytes
     found = read_checkpoint(path)['state_dict']['a']
     assert torch.equal(found, wide)
-    monkeypatch.setattr(reading, 'EXPANDED', 2 * wide.nbytes)
+    monkeypatch.setattr(file_formats, 'EXPANDED', 2 * wide.nbytes)
     names = dict.fromkeys('abc', wide)
     path = saved(tmp_path / 'b.pth', {'state_dict': names})
     assert 'of 262,144 bytes, more than the file' in refusal_of(path)
 
 
 def test_tied_weights_are_not_expanded(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, 'EXPANDED', 0)
+    monkeypatch.setattr(file_formats, 'EXPANDED', 0)
     tied = torch.rand(64, 64)
     path = saved(tmp_path / 'a.pth', {f'{i}.weight': tied for i in range(9)})
     assert len(read_checkpoint(path)) == 9

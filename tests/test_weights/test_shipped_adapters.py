@@ -9,7 +9,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 from safetensors import safe_open
 
-from e3va_mm.weights.loaders import ASSETS
+from e3va_mm.weights.reading import ASSETS
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 FILES = sorted(ASSETS.glob('*_e3va_*.safetensors'))

@@ -65,12 +65,12 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['e3va_mm', 'e3va_mm.*']),
     package_data={'e3va_mm': ['assets/*']},
+    entry_points={'console_scripts': ['e3va = e3va_mm.cli:main']},
     # No framework and no torch: a hard requirement would pull one of the two
     # distribution lines over the other, or another build of torch.
     install_requires=requirements('runtime'),
     extras_require={
         'onedl': requirements('mminstall'),
-        'openmmlab': requirements('openmmlab'),
         'digits': requirements('digits'),
         'export': requirements('export'),
         'mmpretrain': requirements('mmpretrain'),

@@ -9,9 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 from mmengine.fileio import load
 
 import e3va_mm
+from e3va_mm.datasets.digits import build_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,45 +62,22 @@ def test_the_wheel_holds_the_package_its_configs_and_tools(wheel):
     assert shipped == {*expected, 'e3va_mm/.mim/model-index.yml'}
 
 
-def metadata(wheel):
-    (name,) = [n for n in wheel.namelist() if n.endswith('/METADATA')]
-    return wheel.read(name).decode()
-
-
 def test_the_wheel_requires_no_framework_and_no_torch(wheel):
-    text = metadata(wheel)
+    (name,) = [n for n in wheel.namelist() if n.endswith('/METADATA')]
+    text = wheel.read(name).decode()
     assert f'Version: {e3va_mm.__version__}\n' in text
-    hard = [
-        line
-        for line in re.findall(r'^Requires-Dist: (.+)$', text, re.M)
-        if 'extra ==' not in line
-    ]
+    required = re.findall('^Requires-Dist: (.+)$', text, re.M)
+    hard = [line for line in required if 'extra ==' not in line]
     assert sorted(hard) == ['numpy', 'rich', 'safetensors']
-
-
-@pytest.mark.parametrize(
-    'extra, distributions',
-    [
-        (
-            'onedl',
-            [
-                'onedl-mmengine',
-                'onedl-mmcv',
-                'onedl-mmdetection',
-                'onedl-mmsegmentation',
-                'opencv-python-headless',
-            ],
-        ),
-        ('openmmlab', ['mmengine', 'mmcv', 'mmdet', 'mmsegmentation']),
-        ('export', ['onnx', 'onnxruntime', 'onnxscript']),
-        ('mmpretrain', ['onedl-mmpretrain', 'timm', 'torchvision']),
-        ('tests', ['pytest', 'pytest-xdist', 'hypothesis', 'scikit-learn']),
-    ],
-)
-def test_extras_name_their_distributions(wheel, extra, distributions):
-    pattern = rf'^Requires-Dist: ([\w-]+).*extra == .{extra}.$'
-    lines = re.findall(pattern, metadata(wheel), re.M)
-    assert set(distributions) <= set(lines)
+    assert 'torch>=2.6; extra == "onedl"' in required
+    for extra, distribution in (
+        ('onedl', 'onedl-mmdetection'),
+        ('export', 'onnxruntime'),
+        ('mmpretrain', 'timm'),
+        ('tests', 'scikit-learn'),
+    ):
+        pattern = rf'{distribution}\b.*; extra == "{extra}"'
+        assert any(re.match(pattern, line) for line in required)
 
 
 def test_mim_finds_every_config():
@@ -148,16 +127,6 @@ def call(site, cwd, *command, hidden=()):
     return output
 
 
-@pytest.fixture(scope='module')
-def digits(site, tmp_path_factory):
-    """Six small pictures, made by the tool of the wheel."""
-    folder = tmp_path_factory.mktemp('digits')
-    counts = [f'--{split}=2' for split in ('train', 'val', 'test')]
-    tool = site / 'e3va_mm' / '.mim' / 'tools' / 'make_digits.py'
-    call(site, folder, tool, '--out=data/digits', '--size=96', *counts)
-    return folder / 'data'
-
-
 # What a user writes to build upon a config of an installed e3va_mm; it holds
 # with every tool, the frameworks' own too.
 BASE = "__import__('e3va_mm').__path__[0] + '/.mim/configs/{}.py'"
@@ -180,9 +149,9 @@ BASE = "__import__('e3va_mm').__path__[0] + '/.mim/configs/{}.py'"
     ],
 )
 def test_a_wheel_trains_from_its_configs_without_the_other_framework(
-    site, digits, tmp_path, config, hidden, steps
+    site, tmp_path, config, hidden, steps
 ):
-    (tmp_path / 'data').symlink_to(digits)
+    build_dataset(tmp_path / 'data' / 'digits', 2, 1, 1, size=96)
     loader = 'dict(num_workers=0, persistent_workers=False, batch_size=2)'
     (tmp_path / 'mine.py').write_text(
         f'_base_ = {BASE.format(config)}\n{steps}\n'
@@ -192,29 +161,15 @@ def test_a_wheel_trains_from_its_configs_without_the_other_framework(
     )
     tool = site / 'e3va_mm' / '.mim' / 'tools' / 'train.py'
     output = call(site, tmp_path, tool, 'mine.py', hidden=(hidden,))
-    assert 'Trainable in the backbone: ' in output
     assert re.search(r'loss: \d+\.\d+', output)
     assert (tmp_path / 'work' / 'last_checkpoint').exists()
 
 
-def test_mmengine_does_not_take_our_configs_by_scope(site, tmp_path):
+def test_mmengine_does_not_take_our_configs_by_scope():
     # It knows its own packages alone: hence BASE. When this fails, the
-    # README can offer `e3va_mm::` as well.
-    (tmp_path / 'mine.py').write_text(
-        "_base_ = 'e3va_mm::_base_/swin_nano.py'\n"
-    )
-    code = """
-import e3va_mm
-from mmengine.config import Config
-print(e3va_mm.__file__)
-try:
-    Config.fromfile('mine.py')
-except AssertionError as error:
-    print(error)
-"""
-    output = call(site, tmp_path, '-c', code)
-    assert f'{site}/e3va_mm/__init__.py\n' in output
-    assert 'does not support to load e3va_mm config' in output
+    # docs can offer `e3va_mm::` as well.
+    with pytest.raises(AssertionError, match='support to load e3va_mm config'):
+        Config._get_cfg_path('e3va_mm::_base_/swin_nano.py', 'mine.py')
 
 
 def test_no_file_of_tools_shadows_a_standard_module():
@@ -222,13 +177,3 @@ def test_no_file_of_tools_shadows_a_standard_module():
     names = {path.stem for path in (ROOT / 'tools').glob('*.py')}
     assert names
     assert names & set(sys.stdlib_module_names) <= {'test'}
-
-
-@pytest.mark.parametrize('name', ['quickstart.sh', 'run_tests.sh'])
-def test_the_commands_are_sound_shell(name):
-    script = ROOT / 'tools' / name
-    process = subprocess.run(
-        ['bash', '-n', str(script)], capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
-    assert 'set -euo pipefail' in script.read_text()

@@ -4,13 +4,12 @@ Handwritten digits scanned from paper (scikit-learn, 1797 samples of 8x8
 pixels) are enlarged, rotated, sheared, coloured and blended into photographs
 that the wheels of scikit-image and scikit-learn carry. Nothing is downloaded.
 
-The material is divided before any picture is made: a digit sample and a
-rectangle of a photograph belong to exactly one of the splits ``pretrain``,
-``train``, ``val`` and ``test`` (:func:`digit_partition`,
-:func:`photograph_regions`). Every picture is a function of (seed, split,
-index) alone, so the bytes do not depend on process or order.
+The material is divided first: a digit sample and a rectangle of a photograph
+belong to exactly one of the splits ``pretrain``, ``train``, ``val`` and
+``test``. Every image is a function of (seed, split, index) alone, so its bytes
+do not depend on process or order.
 
-The same pictures are laid out as COCO, PASCAL VOC and ADE20K::
+The same images are laid out as COCO, PASCAL VOC and ADE20K::
 
     data/digits/
     |-- digits.json                         settings; marks the folder as ours
@@ -30,9 +29,6 @@ the "other" of ADE20K and digit ``d`` is class ``d``.
 import json
 import os
 import shutil
-import tempfile
-import time
-import xml.etree.ElementTree as ET
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -45,69 +41,57 @@ from e3va_mm.errors import ConfigError, DataError
 
 CLASSES = tuple('0123456789')
 SPLITS = ('pretrain', 'train', 'val', 'test')
-
-
-class Photograph(NamedTuple):
-    """A photograph inside an installed wheel, and whom it belongs to."""
-
-    package: str
-    path: str
-    licence: str
-    credit: str
-
-
+_PD, _BY = 'public domain', 'CC BY 2.0'
+#: Name to package, path in it, licence and credit.
 PHOTOGRAPHS = {
-    'astronaut': Photograph(
+    'astronaut': (
         'skimage',
         'data/astronaut.png',
-        'public domain',
+        _PD,
         'NASA (Eileen Collins)',
     ),
-    'chelsea': Photograph(
-        'skimage', 'data/chelsea.png', 'CC0', 'Stefan van der Walt'
-    ),
-    'coffee': Photograph(
-        'skimage',
-        'data/coffee.png',
-        'CC0',
+    'chelsea': ('skimage', 'data/chelsea.png', 'CC0', 'Stefan van der Walt'),
+    'coffee': (
+        *('skimage', 'data/coffee.png', 'CC0'),
         'Rachel Michetti, Pikolo Espresso Bar',
     ),
-    'rocket': Photograph(
-        'skimage', 'data/rocket.jpg', 'public domain', 'SpaceX'
-    ),
-    'china': Photograph(
-        'sklearn', 'datasets/images/china.jpg', 'CC BY 2.0', 'danielbuechele'
-    ),
-    'flower': Photograph(
-        'sklearn', 'datasets/images/flower.jpg', 'CC BY 2.0', 'vultilion'
-    ),
+    'rocket': ('skimage', 'data/rocket.jpg', _PD, 'SpaceX'),
+    'china': ('sklearn', 'datasets/images/china.jpg', _BY, 'danielbuechele'),
+    'flower': ('sklearn', 'datasets/images/flower.jpg', _BY, 'vultilion'),
 }
-
 # Shares of the digit samples of each class, in the order of SPLITS.
 _SHARES = (0.4, 0.3, 0.15, 0.15)
 # Beyond about 30 degrees a 6 and a 9 begin to look alike.
 _MAX_ROTATION = 25.0
-# A digit that would leave less than this share of another visible is not
-# pasted.
+# A digit that would leave less than this share of another is not pasted.
 _MIN_VISIBLE = 0.7
 # Pixels of a glyph: each of the 8x8 values becomes 8x8, with a frame of 2.
 _CELL, _FRAME = 8, 2
-
 _MARKER = 'digits.json'
 _FORMAT = 1
 _ADE_FOLDERS = dict(train='training', val='validation', test='test')
+_VOC_XML = (
+    '<annotation><folder>VOC2007</folder><filename>{name}.jpg</filename>'
+    '<size><width>{size}</width><height>{size}</height><depth>3</depth></size>'
+    '<segmented>1</segmented>{objects}</annotation>'
+)
+# From 1, the last pixel included.
+_VOC_OBJECT = (
+    '<object><name>{name}</name><difficult>0</difficult><bndbox>'
+    '<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>'
+    '</bndbox></object>'
+)
 
 
 class Scene(NamedTuple):
-    """One picture and what is in it.
+    """One image and what is in it.
 
     Attributes:
         image: uint8 (size, size, 3), RGB.
         labels: int64 (n,), the digits.
         masks: bool (n, size, size), the visible pixels of each digit; they
             do not overlap.
-        samples: int64 (n,), indices of the digits in
-            ``sklearn.datasets.load_digits()``.
+        samples: int64 (n,), indices into ``sklearn.datasets.load_digits()``.
         photograph: Key of :data:`PHOTOGRAPHS`.
         crop: (x0, y0, x1, y1) of the background in the photograph.
     """
@@ -130,14 +114,14 @@ def _digits():
 
 @cache
 def _photograph(name):
-    photo = PHOTOGRAPHS[name]
-    path = Path(str(files(photo.package))) / photo.path
+    package, path, *_ = PHOTOGRAPHS[name]
+    path = Path(str(files(package))) / path
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if image is None:
         raise DataError(
             f'Expected the photograph {path} in the installed package '
-            f'"{photo.package}", but it cannot be read. Install '
-            'scikit-image and scikit-learn again.'
+            f'"{package}", but it cannot be read. Install scikit-image and '
+            'scikit-learn again.'
         )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
@@ -161,30 +145,17 @@ def digit_partition():
     return {split: np.sort(np.concatenate(p)) for split, p in parts.items()}
 
 
-@cache
-def photograph_regions():
-    """Divide every photograph into four rectangles, one for each split.
+def photograph_region(split, name):
+    """The half-open rectangle (x0, y0, x1, y1) of a photograph for a split.
 
-    Which quarter a split gets changes from photograph to photograph, so that
-    no split has, say, all the skies.
-
-    Returns:
-        dict[str, dict[str, tuple]]: For each of :data:`SPLITS` and each of
-        :data:`PHOTOGRAPHS` the half-open rectangle (x0, y0, x1, y1) in
-        pixels.
+    Each is a quarter. Which one changes from photograph to photograph, so
+    that no split has, say, all the skies.
     """
-    regions = {split: {} for split in SPLITS}
-    for i, name in enumerate(PHOTOGRAPHS):
-        height, width = _photograph(name).shape[:2]
-        for j, split in enumerate(SPLITS):
-            row, column = divmod((i + j) % 4, 2)
-            regions[split][name] = (
-                column * (width // 2),
-                row * (height // 2),
-                (column + 1) * (width // 2),
-                (row + 1) * (height // 2),
-            )
-    return regions
+    height, width = (n // 2 for n in _photograph(name).shape[:2])
+    quarter = [*PHOTOGRAPHS].index(name) + SPLITS.index(split)
+    row, column = divmod(quarter % 4, 2)
+    x0, y0 = column * width, row * height
+    return x0, y0, x0 + width, y0 + height
 
 
 @cache
@@ -199,17 +170,13 @@ def _glyph(sample):
 def _background(rng, split, size):
     """Crop, enlarge and vary a piece of the split's photographs."""
     name = list(PHOTOGRAPHS)[rng.integers(len(PHOTOGRAPHS))]
-    x0, y0, x1, y1 = photograph_regions()[split][name]
-    limit = min(x1 - x0, y1 - y0)
-    side = int(limit * rng.uniform(0.6, 1))
+    x0, y0, x1, y1 = photograph_region(split, name)
+    side = int(min(x1 - x0, y1 - y0) * rng.uniform(0.6, 1))
     x0 += int(rng.integers(x1 - x0 - side + 1))
     y0 += int(rng.integers(y1 - y0 - side + 1))
     crop = _photograph(name)[y0 : y0 + side, x0 : x0 + side]
-    image = cv2.resize(
-        crop,
-        (size, size),
-        interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC,
-    )
+    method = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
+    image = cv2.resize(crop, (size, size), interpolation=method)
     image = image.astype(np.float32) / 255
     if rng.random() < 0.5:
         image = image[:, ::-1]
@@ -219,26 +186,19 @@ def _background(rng, split, size):
 
 
 def _place(rng, sample, size, digit_size):
-    """Draw position and shape of a digit; its ink on the picture."""
+    """Draw position and shape of a digit; its ink on the image."""
     height = np.exp(rng.uniform(*np.log(digit_size)))
     angle = np.deg2rad(rng.uniform(-_MAX_ROTATION, _MAX_ROTATION))
     aspect, shear = rng.uniform(0.85, 1.2), rng.uniform(-0.15, 0.15)
-    scale = height / (8 * _CELL)
     cos, sin = np.cos(angle), np.sin(angle)
-    matrix = (
-        np.array([[cos, -sin], [sin, cos]])
-        @ np.array([[aspect, shear], [0, 1]])
-        * scale
-    )
+    shape = np.array([[aspect, shear], [0, 1]])
+    matrix = np.array([[cos, -sin], [sin, cos]]) @ shape * height / 64
     margin = min(0.6 * height, size / 2)
     centre = rng.uniform(margin, size - margin, 2)
     middle = (8 + 2 * _FRAME) * _CELL / 2 - 0.5
-    offset = centre - matrix @ [middle, middle]
+    matrix = np.column_stack([matrix, centre - matrix @ [middle, middle]])
     return cv2.warpAffine(
-        _glyph(sample),
-        np.column_stack([matrix, offset]),
-        (size, size),
-        flags=cv2.INTER_LINEAR,
+        _glyph(sample), matrix, (size, size), flags=cv2.INTER_LINEAR
     )
 
 
@@ -250,8 +210,7 @@ def _colour(rng, under):
     if not 0 <= level + contrast <= 1:
         contrast = -contrast
     tint = rng.uniform(-0.3, 0.3, 3)
-    colour = level + contrast + tint - tint @ luma
-    return np.clip(colour, 0, 1).astype(np.float32)
+    return np.clip(level + contrast + tint - tint @ luma, 0, 1)
 
 
 def make_scene(
@@ -263,22 +222,20 @@ def make_scene(
     digit_size=(24, 72),
     samples=None,
 ):
-    """Make one picture: a pure function of its arguments.
+    """Make one image: a pure function of its arguments.
 
     Args:
-        split (str): One of :data:`SPLITS`: whose digit samples and regions
-            of photographs are used.
-        index (int): Number of the picture within the split.
+        split (str): One of :data:`SPLITS`.
+        index (int): Number of the image within the split.
         size (int): Height and width in pixels. Defaults to 224.
         seed (int): Defaults to 0.
         objects (tuple[int, int]): Fewest and most digits that are tried; a
             digit that would hide too much of another is left out. Defaults
             to (2, 6).
         digit_size (tuple[float, float]): Least and greatest height of a
-            digit in pixels, drawn on a logarithmic scale. Defaults to
-            (24, 72).
-        samples (Sequence[int], optional): Use these digit samples only.
-            Defaults to all samples of the split.
+            digit in pixels. Defaults to (24, 72).
+        samples (Sequence[int], optional): Digit samples to choose from.
+            Defaults to all of the split.
 
     Returns:
         Scene: At least one digit.
@@ -293,12 +250,10 @@ def make_scene(
         ink = _place(rng, sample, size, digit_size)
         cover = (ink * rng.uniform(0.8, 1)).astype(np.float32)[..., None]
         mask = ink > 0.5
-        colour = _colour(rng, image[mask])
+        colour = _colour(rng, image[mask]).astype(np.float32)
         rest = [m & ~mask for m in masks]
-        if any(
-            r.sum() < _MIN_VISIBLE * a
-            for r, a in zip(rest, areas, strict=True)
-        ):
+        visible = [r.sum() for r in rest]
+        if np.any(np.array(visible) < _MIN_VISIBLE * np.array(areas)):
             continue
         chosen.append(sample)
         masks = [*rest, mask]
@@ -307,28 +262,19 @@ def make_scene(
     noise = rng.standard_normal(image.shape, dtype=np.float32)
     image += noise * np.float32(rng.uniform(0, 0.02))
     image = np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
-    chosen = np.array(chosen)
-    return Scene(
-        image, _digits()[1][chosen], np.stack(masks), chosen, name, crop
-    )
+    labels = _digits()[1][chosen]
+    return Scene(image, labels, np.stack(masks), np.array(chosen), name, crop)
 
 
 def mask_box(mask):
-    """Tight box of a mask.
+    """Tight box (x0, y0, x1, y1) of a mask, half-open.
 
     Args:
         mask (np.ndarray): bool (h, w), not empty.
-
-    Returns:
-        tuple[int, int, int, int]: (x0, y0, x1, y1) in pixels, half-open.
     """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return (
-        int(columns[0]),
-        int(rows[0]),
-        int(columns[-1]) + 1,
-        int(rows[-1]) + 1,
-    )
+    x0, y0, x1, y1 = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return int(x0), int(y0), int(x1), int(y1)
 
 
 def build_dataset(out, train=400, val=200, test=200, size=224, seed=0):
@@ -340,111 +286,74 @@ def build_dataset(out, train=400, val=200, test=200, size=224, seed=0):
 
     Args:
         out (str | Path): The folder to make.
-        train (int): Pictures of the split. Defaults to 400.
+        train (int): Images of the split. Defaults to 400.
         val (int): Defaults to 200.
         test (int): Defaults to 200.
-        size (int): Height and width of the pictures. Defaults to 224.
+        size (int): Height and width of the images. Defaults to 224.
         seed (int): Defaults to 0.
 
     Returns:
         bool: True if the set was built, False if it was there already.
 
     Raises:
-        ConfigError: If a number of pictures is below 1, ``size`` is below
+        ConfigError: If a number of images is below 1, ``size`` is below
             96 or ``seed`` is negative.
         DataError: If ``out`` is something that this function did not make.
     """
     counts = dict(train=train, val=val, test=test)
     if min(counts.values()) < 1 or size < 96 or seed < 0:
         raise ConfigError(
-            'Expected at least 1 picture in each split, size of at least 96 '
+            'Expected at least 1 image in each split, size of at least 96 '
             f'and seed of at least 0, but got {counts}, size {size} and seed '
             f'{seed}. Change these arguments.'
         )
     settings = dict(format=_FORMAT, **counts, size=size, seed=seed)
     out = Path(out).absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
-    if _is_complete(out, settings):
-        return False
-    partial = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not (out / _MARKER).is_file():
+            raise DataError(
+                f'Expected {out} to be absent, empty, or a digits data set '
+                f'made by this program (it would hold {_MARKER}), but it is '
+                'something else and is left alone. Choose another folder, or '
+                'move this one away.'
+            )
+        if _is_complete(out, settings):
+            return False
+    partial = out.with_name(f'.{out.name}.part')
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.chmod(0o755)
-        for split, count in counts.items():
-            _write_split(partial, split, count, size, seed)
-        _write_lists(partial, counts)
+        lists = {
+            split: _write_split(partial, split, count, size, seed)
+            for split, count in counts.items()
+        }
+        lists['trainval'] = lists['train'] + lists['val']
+        for part, stems in lists.items():
+            for task in ('Main', 'Segmentation'):
+                path = f'VOC2007/ImageSets/{task}/{part}.txt'
+                _write(partial, '\n'.join(stems).encode() + b'\n', path)
+        settings['files'] = _count_files(partial)
         (partial / _MARKER).write_text(json.dumps(settings, indent=2) + '\n')
-        replaced = partial.with_name(f'{partial.name}.old')
         if out.exists():
-            out.rename(replaced)
+            shutil.rmtree(out)
         partial.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return True
 
 
-def _remove_abandoned(out):
-    """Remove what killed builds left; a live one takes well under an hour."""
-    for left in out.parent.glob(f'.{out.name}.*'):
-        if time.time() - left.stat().st_mtime > 3600:
-            shutil.rmtree(left, ignore_errors=True)
+def _count_files(folder):
+    return sum(path.is_file() for path in folder.rglob('*/*'))
 
 
 def _is_complete(out, settings):
-    """Whether ``out`` holds this very set; False if it may be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    marker = out / _MARKER
-    if not marker.is_file():
-        raise DataError(
-            f'Expected {out} to be absent, empty, or a digits data set made '
-            f'by this program (it would hold {_MARKER}), but it is something '
-            'else and is left alone. Choose another folder, or move this one '
-            'away.'
-        )
     try:
-        found = json.loads(marker.read_text())
+        found = json.loads((out / _MARKER).read_text())
     except ValueError:
         return False
-    return found == settings and all(
-        (out / name).is_file() for name in _expected_files(settings)
-    )
+    return found == {**settings, 'files': _count_files(out)}
 
 
-def _stem(split, index):
-    return f'{split}_{index:06d}'
-
-
-def _picture_paths(split, stem):
-    """Paths of a picture and of its semantic map in all layouts."""
-    ade = _ADE_FOLDERS[split]
-    images = (
-        f'coco/{split}/{stem}.jpg',
-        f'VOC2007/JPEGImages/{stem}.jpg',
-        f'ade20k/images/{ade}/{stem}.jpg',
-    )
-    maps = (
-        f'VOC2007/SegmentationClass/{stem}.png',
-        f'ade20k/annotations/{ade}/{stem}.png',
-    )
-    return images, maps
-
-
-def _expected_files(settings):
-    for split in _ADE_FOLDERS:
-        yield f'coco/annotations/instances_{split}.json'
-        for index in range(settings[split]):
-            stem = _stem(split, index)
-            yield f'VOC2007/Annotations/{stem}.xml'
-            for paths in _picture_paths(split, stem):
-                yield from paths
-    for task in ('Main', 'Segmentation'):
-        for part in (*_ADE_FOLDERS, 'trainval'):
-            yield f'VOC2007/ImageSets/{task}/{part}.txt'
-
-
-def _write_shared(root, paths, content):
+def _write(root, content, *paths):
     """Write a file once; the other paths are hard links where possible."""
     first, *others = [root / path for path in paths]
     for path in (first, *others):
@@ -457,135 +366,85 @@ def _write_shared(root, paths, content):
             shutil.copyfile(first, path)
 
 
-def _encode(suffix, image, *options):
-    done, buffer = cv2.imencode(suffix, image, options)
-    if not done:
-        raise DataError(
-            f'Expected OpenCV to encode {suffix} files, but it cannot. '
-            'Install opencv-python-headless again.'
-        )
-    return buffer.tobytes()
-
-
 def _write_split(root, split, count, size, seed):
-    """Write pictures, semantic maps and annotations of a split."""
-    scale = size / 224
-    images, annotations = [], []
-    licences = sorted({p.licence for p in PHOTOGRAPHS.values()})
+    """Write images, maps and annotations; the names of the images."""
+    from pycocotools import mask as coco_mask
+
+    scale, ade = size / 224, _ADE_FOLDERS[split]
+    images, annotations, voc = [], [], 'VOC2007'
+    licences = sorted({licence for *_, licence, _ in PHOTOGRAPHS.values()})
     for index in range(count):
-        stem = _stem(split, index)
+        stem = f'{split}_{index:06d}'
         scene = make_scene(
             split, index, size, seed, digit_size=(24 * scale, 72 * scale)
         )
-        picture_paths, map_paths = _picture_paths(split, stem)
-        _write_shared(
+        quality = (cv2.IMWRITE_JPEG_QUALITY, 92)
+        _write(
             root,
-            picture_paths,
-            _encode(
-                '.jpg', scene.image[..., ::-1], cv2.IMWRITE_JPEG_QUALITY, 92
-            ),
+            cv2.imencode('.jpg', scene.image[..., ::-1], quality)[1].tobytes(),
+            f'coco/{split}/{stem}.jpg',
+            f'{voc}/JPEGImages/{stem}.jpg',
+            f'ade20k/images/{ade}/{stem}.jpg',
         )
-        _write_shared(root, map_paths, _encode('.png', _semantic_map(scene)))
-        _write_voc(root / 'VOC2007/Annotations' / f'{stem}.xml', scene)
-        photo = PHOTOGRAPHS[scene.photograph]
+        _write(
+            root,
+            cv2.imencode('.png', semantic_map(scene))[1].tobytes(),
+            f'{voc}/SegmentationClass/{stem}.png',
+            f'ade20k/annotations/{ade}/{stem}.png',
+        )
+        *_, licence, credit = PHOTOGRAPHS[scene.photograph]
         images.append(
             dict(
                 id=index + 1,
                 file_name=f'{stem}.jpg',
                 width=size,
                 height=size,
-                license=licences.index(photo.licence) + 1,
+                license=licences.index(licence) + 1,
                 photograph=scene.photograph,
-                credit=photo.credit,
+                credit=credit,
             )
         )
+        objects = ''
         for label, mask in zip(scene.labels, scene.masks, strict=True):
+            x0, y0, x1, y1 = mask_box(mask)
+            objects += _VOC_OBJECT.format(
+                x0 + 1, y0 + 1, x1, y1, name=CLASSES[label]
+            )
+            # Run lengths, because a polygon has no holes.
+            rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+            rle['counts'] = rle['counts'].decode('ascii')
             annotations.append(
                 dict(
                     id=len(annotations) + 1,
                     image_id=index + 1,
                     category_id=int(label) + 1,
                     iscrowd=0,
-                    **_coco_shape(mask),
+                    bbox=[x0, y0, x1 - x0, y1 - y0],
+                    area=int(mask.sum()),
+                    segmentation=rle,
                 )
             )
-    path = root / f'coco/annotations/instances_{split}.json'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps(
-            dict(
-                info=dict(
-                    description='Digits in the wild', split=split, seed=seed
-                ),
-                licenses=[
-                    dict(id=i, name=name)
-                    for i, name in enumerate(licences, start=1)
-                ],
-                categories=[
-                    dict(id=i, name=name, supercategory='digit')
-                    for i, name in enumerate(CLASSES, start=1)
-                ],
-                images=images,
-                annotations=annotations,
-            )
-        )
+        xml = _VOC_XML.format(name=stem, size=size, objects=objects)
+        _write(root, xml.encode(), f'{voc}/Annotations/{stem}.xml')
+    categories = [
+        dict(id=i, name=name, supercategory='digit')
+        for i, name in enumerate(CLASSES, start=1)
+    ]
+    content = dict(
+        info=dict(description='Digits in the wild', split=split, seed=seed),
+        licenses=[dict(id=i, name=n) for i, n in enumerate(licences, start=1)],
+        categories=categories,
+        images=images,
+        annotations=annotations,
     )
+    path = f'coco/annotations/instances_{split}.json'
+    _write(root, json.dumps(content).encode(), path)
+    return [image['file_name'][:-4] for image in images]
 
 
-def _semantic_map(scene):
+def semantic_map(scene):
+    """Background 0 and digit ``d`` as ``d + 1``, uint8 (size, size)."""
     semantic = np.zeros(scene.image.shape[:2], np.uint8)
     for label, mask in zip(scene.labels, scene.masks, strict=True):
         semantic[mask] = label + 1
     return semantic
-
-
-def _coco_shape(mask):
-    """Box, area and mask; run lengths, because a polygon has no holes."""
-    from pycocotools import mask as coco_mask
-
-    x0, y0, x1, y1 = mask_box(mask)
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    rle['counts'] = rle['counts'].decode('ascii')
-    return dict(
-        bbox=[x0, y0, x1 - x0, y1 - y0], area=int(mask.sum()), segmentation=rle
-    )
-
-
-def _write_voc(path, scene):
-    """Write the boxes as VOC does: from 1, the last pixel included."""
-    height, width, depth = scene.image.shape
-    root = ET.Element('annotation')
-    ET.SubElement(root, 'folder').text = 'VOC2007'
-    ET.SubElement(root, 'filename').text = f'{path.stem}.jpg'
-    node = ET.SubElement(root, 'size')
-    for key, value in (('width', width), ('height', height), ('depth', depth)):
-        ET.SubElement(node, key).text = str(value)
-    ET.SubElement(root, 'segmented').text = '1'
-    for label, mask in zip(scene.labels, scene.masks, strict=True):
-        node = ET.SubElement(root, 'object')
-        ET.SubElement(node, 'name').text = CLASSES[label]
-        ET.SubElement(node, 'difficult').text = '0'
-        node = ET.SubElement(node, 'bndbox')
-        x0, y0, x1, y1 = mask_box(mask)
-        for key, value in (
-            ('xmin', x0 + 1),
-            ('ymin', y0 + 1),
-            ('xmax', x1),
-            ('ymax', y1),
-        ):
-            ET.SubElement(node, key).text = str(value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ET.ElementTree(root).write(path)
-
-
-def _write_lists(root, counts):
-    lists = {
-        split: [_stem(split, i) for i in range(count)]
-        for split, count in counts.items()
-    }
-    lists['trainval'] = lists['train'] + lists['val']
-    for task in ('Main', 'Segmentation'):
-        folder = root / 'VOC2007/ImageSets' / task
-        folder.mkdir(parents=True)
-        for part, stems in lists.items():
-            (folder / f'{part}.txt').write_text('\n'.join(stems) + '\n')

@@ -3,40 +3,27 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
-import mmengine
 import numpy as np
 import torch
-from mmcv.transforms import BaseTransform
-from mmengine.dataset import Compose
-from mmengine.hooks import CheckpointHook
-from mmengine.optim import OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-)
+from torch.utils.data import DataLoader, Dataset
 
 from e3va_mm.engine.hooks.resume_check_hook import ResumeCheckHook
+from e3va_mm.engine.optimizers import iterations_per_update, optimizers_of
 from e3va_mm.errors import CheckpointError, ConfigError
 from e3va_mm.registry import HOOKS
+from e3va_mm.utils.configs import class_name
 from e3va_mm.utils.wrappers import unwrapped
 
 # In a checkpoint: where the run was, and gradients that wait for an update.
 RECORD, GRADIENTS = 'e3va_mm_exact_resume', 'e3va_mm_gradients'
-# What keeps something from step to step that no checkpoint holds, by the
-# names of classes: hooks, modules and transforms of the frameworks.
-FORGETFUL_HOOKS = ('EarlyStoppingHook', 'SwAVHook')
-FORGETFUL_MODULES = ('BatchSyncRandomResize', 'DropBlock', 'DynamicRoIHead')
-FORGETFUL_TRANSFORMS = ('Albu', 'CachedMixUp', 'CachedMosaic')
-# Generators of their own, which one seed for all does not reach.
-GENERATORS = (
-    np.random.Generator,
-    np.random.RandomState,
-    random.Random,
-    torch.Generator,
+# Parts of the frameworks that keep something which no checkpoint holds.
+FORGETFUL = (
+    *('EarlyStoppingHook', 'SwAVHook'),
+    *('ReduceOnPlateauLR', 'ReduceOnPlateauMomentum'),
+    *('BatchSyncRandomResize', 'DropBlock', 'DynamicRoIHead'),
+    *('Albu', 'CachedMixUp', 'CachedMosaic'),
 )
 
 
@@ -55,9 +42,9 @@ class ExactResumeHook(ResumeCheckHook):
     * gradients that wait for an update (``accumulative_counts``) are part of
       the checkpoint.
 
-    A run with the hook draws other random numbers than one without. What
-    cannot be exact is refused. Beyond its sight are hooks, transforms and
-    modules of your own that keep something outside the state dict.
+    A run with the hook draws other random numbers than one without. What is
+    known not to be exact is refused. Parts of your own have to keep what they
+    remember in the state dict, and no generator of their own.
 
     It does what :class:`ResumeCheckHook` does, too.
 
@@ -75,101 +62,112 @@ class ExactResumeHook(ResumeCheckHook):
 
     def __init__(self) -> None:
         self._batches: _Batches | None = None
-        self._resumed: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] = dict(passes=0, began=0)
         self._gradients: dict[str, Tensor] = {}
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Take from a checkpoint to resume from where the run was."""
         super().after_load_checkpoint(runner, checkpoint)
-        if runner._resume:
-            source = runner._load_from or 'the latest checkpoint'
-            record = checkpoint['meta'].get(RECORD)
-            if record is None:
-                raise CheckpointError(
-                    f'{source} was written without ExactResumeHook, so nobody '
-                    'knows which random numbers come next. Leave the hook out '
-                    'to go on from it, or resume from a checkpoint of a run '
-                    'that has had the hook from its start.'
-                )
-            if record['pending'] and GRADIENTS not in checkpoint:
-                raise CheckpointError(
-                    f'{source} was written between two updates of the weights '
-                    f'by {record["run"]["processes"]} processes, whose '
-                    'gradients it does not hold. Resume from one whose '
-                    'iteration is a multiple of '
-                    '`optim_wrapper.accumulative_counts`, and save at such '
-                    'iterations only (`interval` of the CheckpointHook).'
-                )
-            _compare(source, record['run'], _facts(runner))
-            self._resumed = record
-            self._gradients = checkpoint.get(GRADIENTS, {})
+        if not runner._resume:
+            return
+        source = runner._load_from or 'The latest checkpoint'
+        record = checkpoint['meta'].get(RECORD)
+        if record is None:
+            raise CheckpointError(
+                f'{source} was written without ExactResumeHook. Leave the '
+                'hook out, or resume from a checkpoint of a run that has had '
+                'it from its start.'
+            )
+        if record['pending'] and GRADIENTS not in checkpoint:
+            raise CheckpointError(
+                f'{source} was written between two updates of the weights by '
+                'several processes, whose gradients it does not hold. Resume '
+                'from an iteration that is a multiple of '
+                '`optim_wrapper.accumulative_counts`, and let the `interval` '
+                'of the CheckpointHook be one.'
+            )
+        changes = [
+            f'{name} {record["run"].get(name)!r}, now {value!r}'
+            for name, value in _facts(runner).items()
+            if record['run'].get(name) != value
+        ]
+        if changes:
+            raise CheckpointError(
+                f'{source} cannot be continued exactly: it was written with '
+                f'{"; ".join(changes)}. Set these as they were, or leave '
+                'ExactResumeHook out.'
+            )
+        self._resumed = record
+        self._gradients = checkpoint.get(GRADIENTS, {})
 
     def before_train(self, runner: Runner) -> None:
-        """Refuse what cannot be exact; bring back what waits for an update."""
+        """Bring back the gradients that wait for an update."""
         _check(runner)
         model = unwrapped(runner.model)
         for name, gradient in self._gradients.items():
             parameter = model.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
-        if self._gradients:
-            runner.logger.info(
-                'The gradients since the last update of the weights are back: '
-                'none is lost.'
-            )
         self._gradients = {}
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Go to where the run was, and count its iterations on."""
+        loop, loader = runner.train_loop, runner.train_dataloader
+        skip = 0
+        # Not before: other hooks look at the data set before training.
         if self._batches is None:
-            # Not before: other hooks look at the data set before training.
-            self._batches = _take_over(runner, self._resumed)
-        loop, skip = runner.train_loop, self._batches.skip
+            passes, began = self._resumed['passes'], self._resumed['began']
+            numbers = runner.seed, runner.rank
+            skip = runner.iter - began
+            self._batches = _Batches(
+                loader.batch_sampler, numbers, passes, began, skip
+            )
+            # A loader refuses new parts once built; it has no iterator yet.
+            vars(loader).update(
+                batch_sampler=self._batches,
+                dataset=_SeededDataset(loader.dataset),
+            )
+            if isinstance(loop, IterBasedTrainLoop):
+                for sampler in _samplers(loader):
+                    if hasattr(sampler, 'set_epoch'):
+                        sampler.set_epoch(passes)
+                loop.dataloader_iterator._epoch = passes
+                # The batch sampler begins where it should.
+                loop.dataloader_iterator.skip_iter = lambda num_iters: None
         if isinstance(loop, EpochBasedTrainLoop):
-            self._batches.began = runner.iter - skip
-            if skip:
-                run_iter = loop.run_iter
-                loop.run_iter = lambda idx, batch: run_iter(idx + skip, batch)
-        self._looked_at = False
+            run_iter = type(loop).run_iter
+            loop.run_iter = lambda i, batch: run_iter(loop, i + skip, batch)
 
-    def before_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None
-    ) -> None:
+    def before_train_iter(self, runner: Runner, *args, **kwargs) -> None:
         """Give the iteration its random numbers."""
-        if not self._looked_at:  # what other hooks have switched, too
-            _check_parts(runner)
-            self._looked_at = True
         seed_all((runner.seed, runner.rank, runner.iter))
-
-    def after_train_epoch(self, runner: Runner) -> None:
-        """Say that the next iteration begins a new epoch."""
-        if isinstance(runner.train_loop, EpochBasedTrainLoop):
-            vars(runner.train_loop).pop('run_iter', None)
-            self._batches.began = runner.iter
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Write down where the run is."""
         super().before_save_checkpoint(runner, checkpoint)
         if 'optimizer' not in checkpoint or self._batches is None:
             return
-        optimizer = runner.optim_wrapper
-        pending = optimizer.inner_count % _accumulation(runner) != 0 and any(
-            p.grad is not None for p in runner.model.parameters()
-        )
-        checkpoint['meta'][RECORD] = dict(
-            run=_facts(runner),
-            began=self._batches.began,
-            passes=self._batches.passes,
-            pending=pending,
-        )
-        # Each process has its own; only the first one saves.
-        if pending and runner.world_size == 1:
-            checkpoint[GRADIENTS] = {
+        meta, starts = checkpoint['meta'], self._batches.starts
+        # The loader may have begun with the next pass.
+        passes = max(p for p in starts if starts[p] < max(meta['iter'], 1))
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            passes = meta['epoch']
+        gradients = {}
+        if runner.optim_wrapper.inner_count % iterations_per_update(runner):
+            named = unwrapped(runner.model).named_parameters()
+            gradients = {
                 name: parameter.grad.detach().cpu()
-                for name, parameter in (
-                    unwrapped(runner.model).named_parameters()
-                )
+                for name, parameter in named
                 if parameter.grad is not None
             }
+        meta[RECORD] = dict(
+            run=_facts(runner),
+            passes=passes,
+            began=starts[passes],
+            pending=bool(gradients),
+        )
+        # Each process has its own; only the first one saves.
+        if gradients and runner.world_size == 1:
+            checkpoint[GRADIENTS] = gradients
 
 
 def seed_all(numbers: Sequence[int]) -> None:
@@ -185,23 +183,6 @@ def seed_all(numbers: Sequence[int]) -> None:
     random.seed(int(seeds[2]))
 
 
-def _take_over(runner: Runner, resumed: dict[str, Any] | None) -> '_Batches':
-    """Have batches drawn from where a run was, with their seeds."""
-    loop, loader = runner.train_loop, runner.train_dataloader
-    batches = _Batches(loader.batch_sampler, (runner.seed, runner.rank))
-    if resumed is not None:
-        batches.began = resumed['began']
-        batches.passes = resumed['passes']
-        batches.skip = runner.iter - batches.began
-    # A loader refuses new parts once it is built; it has no iterator yet.
-    vars(loader).update(
-        batch_sampler=batches, dataset=_SeededDataset(loader.dataset)
-    )
-    if isinstance(loop, IterBasedTrainLoop):
-        loop.dataloader_iterator = _Endless(loop, batches)
-    return batches
-
-
 class _Sample(NamedTuple):
     """What a data set is asked for: an index, and what its seeds come from."""
 
@@ -212,22 +193,36 @@ class _Sample(NamedTuple):
 class _Batches:
     """A batch sampler whose samples know their seeds, from any batch on.
 
+    Args:
+        batches: The batch sampler of the run.
+        numbers: What all seeds follow from.
+        passes: How many passes over the data came before.
+        began: Number of the iteration that the first pass here began with.
+        skip: Batches that it leaves out.
+
     Attributes:
-        began: Number of the iteration that the current pass over the data
-            began with.
-        passes: How many came before it, in a loop of iterations.
-        skip: Batches that the next pass leaves out.
+        starts: By number of the pass, the iteration that it began with.
     """
 
-    def __init__(self, batches: BatchSampler, numbers: tuple[int, ...]):
+    def __init__(
+        self,
+        batches: Any,
+        numbers: tuple[int, ...],
+        passes: int = 0,
+        began: int = 0,
+        skip: int = 0,
+    ) -> None:
         self.batches = batches
+        self.sampler = getattr(batches, 'sampler', None)
+        self.batch_size = getattr(batches, 'batch_size', None)
         self.numbers = numbers
-        self.began = self.passes = self.skip = 0
+        self.starts = {passes: began}
+        self.first = began + skip
 
     def __iter__(self) -> Iterator[list[_Sample]]:
-        first, self.skip = self.began + self.skip, 0
+        passes = max(self.starts)
         batches = iter(self.batches)
-        for i in count(self.began):
+        for i in count(self.starts[passes]):
             numbers = *self.numbers, i
             # Some samplers draw from the global generators. With a 0 at the
             # end they would draw what the iteration itself draws.
@@ -235,8 +230,9 @@ class _Batches:
             try:
                 batch = next(batches)
             except StopIteration:
+                self.starts[passes + 1] = i
                 return
-            if i >= first:
+            if i >= self.first:
                 yield [
                     _Sample(index, (*numbers, place))
                     for place, index in enumerate(batch, 2)
@@ -244,11 +240,6 @@ class _Batches:
 
     def __len__(self) -> int:
         return len(self.batches)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith('__') or name == 'batches':
-            raise AttributeError(name)
-        return getattr(self.batches, name)
 
 
 class _SeededDataset(Dataset):
@@ -279,42 +270,6 @@ class _SeededDataset(Dataset):
         setattr(self.dataset, name, value)
 
 
-class _Endless:
-    """Pass after pass over the data, for a loop of iterations.
-
-    Takes the place of mmengine's, which goes to where a run was by itself.
-    """
-
-    def __init__(self, loop: IterBasedTrainLoop, batches: _Batches) -> None:
-        self._loop = loop
-        self._batches = batches
-        self._iterator: Iterator | None = None
-
-    def __iter__(self) -> '_Endless':
-        return self
-
-    def __next__(self) -> Any:
-        if self._iterator is None:
-            self._begin()
-        try:
-            return next(self._iterator)
-        except StopIteration:
-            self._batches.passes += 1
-            self._batches.began = self._loop.iter
-            self._begin()
-            return next(self._iterator)
-
-    def _begin(self) -> None:
-        loader = self._loop.dataloader
-        for sampler in _samplers(loader):
-            if hasattr(sampler, 'set_epoch'):
-                sampler.set_epoch(self._batches.passes)
-        self._iterator = iter(loader)
-
-    def skip_iter(self, num_iters: int) -> None:
-        """Nothing: the batch sampler begins where it should."""
-
-
 def _samplers(loader: DataLoader) -> list[Any]:
     """What draws the indices of a loader, from the outside inwards."""
     found = [loader.batch_sampler]
@@ -326,169 +281,50 @@ def _samplers(loader: DataLoader) -> list[Any]:
 def _facts(runner: Runner) -> dict[str, Any]:
     """What must be the same for the same random numbers and batches."""
     loader = runner.train_dataloader
-    samplers = _samplers(loader)
+    sampler = _samplers(loader)[-1]
     return dict(
         seed=runner._randomness_cfg.get('seed'),
-        sampler=type(samplers[-1]).__name__,
-        sampler_seed=getattr(samplers[-1], 'seed', None),
+        sampler=type(sampler).__name__,
+        sampler_seed=getattr(sampler, 'seed', None),
         samples=len(loader.dataset),
         batch_size=getattr(loader.batch_sampler, 'batch_size', None),
-        accumulative_counts=_accumulation(runner),
+        accumulative_counts=iterations_per_update(runner),
         processes=runner.world_size,
     )
 
 
-def _compare(source: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changes = [
-        f'{name} {before.get(name)!r}, now {value!r}'
-        for name, value in now.items()
-        if before.get(name) != value
-    ]
-    if changes:
-        raise CheckpointError(
-            f'{source} cannot be continued exactly: it was written with '
-            f'{"; ".join(changes)}. Set these as they were, or leave '
-            'ExactResumeHook out.'
-        )
-
-
-def _accumulation(runner: Runner) -> int:
-    wrapper = runner.optim_wrapper
-    return getattr(wrapper, '_accumulative_counts', 1)
-
-
 def _check(runner: Runner) -> None:
-    """Refuse what cannot be exact."""
-    if not isinstance(runner, Runner):
-        _refuse(
-            f"mmengine's Runner, but got {type(runner).__name__}",
-            'leave out `runner_type`',
-        )
+    """Refuse a run that cannot be exact."""
+    loop = type(runner.train_loop)
+    forgetful = {*_class_names(runner.cfg.to_dict())} & {*FORGETFUL}
     if runner._randomness_cfg.get('seed') is None:
-        _refuse(
-            'a seed, but `randomness.seed` is not set',
-            'set `randomness=dict(seed=0)`',
-        )
-    if type(runner.train_loop) not in (
-        EpochBasedTrainLoop,
-        IterBasedTrainLoop,
-    ):
-        _refuse(
+        need = 'a seed. Set `randomness=dict(seed=0)`'
+    elif loop not in (EpochBasedTrainLoop, IterBasedTrainLoop):
+        need = (
             'EpochBasedTrainLoop or IterBasedTrainLoop, but got '
-            f'`train_cfg.type={type(runner.train_loop).__name__}`',
-            'use one of the two',
+            f'`train_cfg.type={loop.__name__}`'
         )
-    if isinstance(runner.train_loop, IterBasedTrainLoop) and not hasattr(
-        runner.train_loop.dataloader_iterator, 'skip_iter'
-    ):
-        # Its loop has an iterator from the start, and with workers samples.
-        _refuse(
-            'mmengine>=0.10.8, whose loops of iterations load nothing before '
-            f'they run, but got {mmengine.__version__}',
-            "update it: pip install 'onedl-mmengine>=0.10.8'",
+    elif len(optimizers_of(runner)) > 1:
+        need = 'one optimizer, but `optim_wrapper` has several'
+    elif forgetful:
+        need = (
+            f'a config without {", ".join(sorted(forgetful))}, as no '
+            'checkpoint holds what it remembers'
         )
-    if isinstance(runner.optim_wrapper, OptimWrapperDict):
-        _refuse(
-            'one optimizer, but `optim_wrapper` has several',
-            'use one optimizer with groups (`paramwise_cfg`)',
-        )
-    for scheduler in runner.param_schedulers or ():
-        if getattr(scheduler, 'need_val_args', False):
-            _refuse(
-                'schedules that do not look at metrics, but got '
-                f'{type(scheduler).__name__}',
-                'use another `param_scheduler`',
-            )
-    _check_data(runner.train_dataloader)
-    _check_parts(runner)
-    _check_savers(runner)
-
-
-def _check_data(loader: DataLoader) -> None:
-    if isinstance(loader.dataset, IterableDataset):
-        _refuse(
-            'a data set with indices, but got '
-            f'`train_dataloader.dataset.type={type(loader.dataset).__name__}`',
-            'use one with `__getitem__` and `__len__`',
-        )
-    if loader.batch_sampler is None:
-        _refuse(
-            'batches, but `train_dataloader.batch_size` is None',
-            'set it',
-        )
-
-
-def _check_parts(runner: Runner) -> None:
-    for kind, parts, names in (
-        ('sampler', _samplers(runner.train_dataloader), ()),
-        ('hook', runner.hooks, FORGETFUL_HOOKS),
-        ('module', unwrapped(runner.model).modules(), FORGETFUL_MODULES),
-        (
-            'transform',
-            _transforms(runner.train_dataloader.dataset),
-            FORGETFUL_TRANSFORMS,
-        ),
-    ):
-        for part in parts:
-            own = any(isinstance(v, GENERATORS) for v in vars(part).values())
-            if own or any(c.__name__ in names for c in type(part).__mro__):
-                what = (
-                    'has random numbers of its own'
-                    if own
-                    else 'remembers what checkpoints do not hold'
-                )
-                _refuse(
-                    f'parts whose state is in the checkpoint, but the {kind} '
-                    f'{type(part).__name__} {what}',
-                    'leave it out',
-                )
-
-
-def _transforms(dataset: Any) -> Iterator[Any]:
-    """The transforms of a data set, those inside of wrappers included."""
-    for inner in getattr(dataset, 'datasets', ()):
-        yield from _transforms(inner)
-    if hasattr(dataset, 'dataset'):
-        yield from _transforms(dataset.dataset)
-    yield from _below(getattr(dataset, 'pipeline', ()))
-
-
-def _below(value: Any) -> Iterator[Any]:
-    """Transforms in a list, and in each other."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _below(each)
-    elif callable(value) and hasattr(value, '__dict__'):
-        yield value
-        for inner in vars(value).values():
-            if isinstance(inner, (list, tuple, dict, BaseTransform, Compose)):
-                yield from _below(inner)
-
-
-def _check_savers(runner: Runner) -> None:
-    """Of several processes each has gradients, and one saves."""
-    counts = _accumulation(runner)
-    if counts == 1 or runner.world_size == 1:
+    else:
         return
-    for hook in runner.hooks:
-        if isinstance(hook, CheckpointHook) and hook.interval > 0:
-            steps = hook.interval
-            if hook.by_epoch:
-                steps *= len(runner.train_dataloader)
-            if steps % counts:
-                _refuse(
-                    'checkpoints after updates of the weights, for several '
-                    'processes do not save what waits for one, but got one '
-                    f'every {steps} iterations, and an update every {counts}',
-                    'choose an `interval` of the CheckpointHook that is a '
-                    'multiple of `accumulative_counts`',
-                )
-
-
-def _refuse(problem: str, remedy: str) -> None:
     raise ConfigError(
-        f'ExactResumeHook needs {problem}. To resume exactly, {remedy}; '
-        'without the hook all is as in mmengine.'
+        f'ExactResumeHook needs {need}. Without the hook all is as in '
+        'mmengine.'
     )
+
+
+def _class_names(config: Any) -> Iterator[str]:
+    """The classes that a config names, at any depth."""
+    if isinstance(config, dict):
+        if 'type' in config:
+            yield class_name(config)
+        config = [*config.values()]
+    if isinstance(config, (list, tuple)):
+        for each in config:
+            yield from _class_names(each)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from e3va_mm.engine.hooks.resume_check_hook import optimizers_of
+from e3va_mm.engine.optimizers import optimizers_of
 from e3va_mm.errors import ConfigError
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils.paths import check_patterns, parameters_of, select

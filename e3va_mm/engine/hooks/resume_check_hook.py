@@ -3,11 +3,10 @@ from functools import partial
 from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import nn
-from torch.optim import Optimizer
 
+from e3va_mm.engine.optimizers import optimizers_of
 from e3va_mm.errors import CheckpointError
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils.listing import listed
@@ -137,15 +136,3 @@ def optimized_names(runner: Runner) -> list[str]:
     if held and names.keys() >= {*held}:
         return [names[parameter] for parameter in held]
     return trainable_names(model)
-
-
-def optimizers_of(runner: Runner) -> list[Optimizer]:
-    """What steps; nothing where that is not torch's."""
-    wrapper = runner.optim_wrapper
-    wrappers = (
-        list(wrapper.optim_wrappers.values())
-        if isinstance(wrapper, OptimWrapperDict)
-        else [wrapper]
-    )
-    found = [getattr(each, 'optimizer', None) for each in wrappers]
-    return found if all(isinstance(o, Optimizer) for o in found) else []

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from e3va_mm.engine.hooks.resume_check_hook import optimizers_of
+from e3va_mm.engine.optimizers import optimizers_of
 from e3va_mm.errors import TrainingError
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils.batches import images_of

@@ -30,7 +30,9 @@ class StopHook(Hook):
 
 def run(config, work_dir, resume=False, stop=None, **options):
     """Train to the end or to ``stop``; the runner."""
-    config = Config.fromfile(config)
+    if not isinstance(config, Config):
+        config = Config.fromfile(config)
+    config = copy.deepcopy(config)
     config.merge_from_dict(options)
     config.work_dir = str(work_dir)
     config.resume = resume
@@ -46,6 +48,8 @@ def run(config, work_dir, resume=False, stop=None, **options):
     with (
         mock.patch.object(Config, 'pretty_text', '# left out'),
         mock.patch('gc.collect'),
+        # mmengine waits two seconds between passes over finite data.
+        mock.patch('time.sleep'),
     ):
         runner = Runner.from_cfg(config)
         stopped = False

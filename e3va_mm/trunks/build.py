@@ -9,7 +9,8 @@ from e3va_mm.trunks.families import EXAMPLE, FAMILIES, SWINS, VITS
 from e3va_mm.trunks.layout import Layout
 from e3va_mm.trunks.options import TrunkOptions
 from e3va_mm.trunks.swin import SwinTrunk
-from e3va_mm.trunks.trunk import TimmTrunk, Trunk
+from e3va_mm.trunks.timm import TimmTrunk
+from e3va_mm.trunks.trunk import Trunk
 from e3va_mm.trunks.vit import SamTrunk, VitTrunk
 
 

@@ -3,8 +3,7 @@
 import copy
 import itertools
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +14,7 @@ from e3va_mm.errors import ConfigError
 from e3va_mm.numerics.autocast import autocast_dtype, autocast_to
 from e3va_mm.numerics.products import is_traced
 from e3va_mm.numerics.stored_weights import linear_layers
+from e3va_mm.trunks.files import TrunkFiles
 from e3va_mm.trunks.kernels import kernel_of
 from e3va_mm.trunks.kernels.layers import FeedForward, FullPrecision, install
 from e3va_mm.trunks.kernels.window_attention import PatchMerging
@@ -29,7 +29,6 @@ from e3va_mm.trunks.stages import (
     StageSpec,
 )
 from e3va_mm.utils import is_whole
-from e3va_mm.weights import to_stock_state
 
 NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 # What a stock backbone knows of training and of its own outputs alone.
@@ -62,7 +61,7 @@ def plain_attributes(module: nn.Module) -> dict[str, object]:
     }
 
 
-class Trunk:
+class Trunk(TrunkFiles):
     """Reads one stock backbone by its layout; knows no tuner.
 
     It owns nothing. Its forward pass is the stock class's own, which hooks
@@ -122,7 +121,7 @@ class Trunk:
         before = set(stock.state_dict())
         if layout.cut is not None:
             self._cut(self.out_indices[-1])
-        self._removed = before - set(stock.state_dict())
+        self.removed = before - set(stock.state_dict())
         self.settings = plain_attributes(stock)
         # Those fit what a file holds; here that is done before it is checked.
         self._load_hooks = [*stock._load_state_dict_pre_hooks.values()]
@@ -493,118 +492,6 @@ class Trunk:
         """
         pooled = total.mean(1)
         return pooled if norm is None else norm(pooled)
-
-    # -- files --------------------------------------------------------------
-
-    def to_stock_state(
-        self, checkpoint: Mapping
-    ) -> tuple[dict[str, Tensor], str]:
-        """State with stock names from any known format, and its name."""
-        return to_stock_state(checkpoint)
-
-    def adapt_state(
-        self, expected: Mapping[str, Tensor], found: dict[str, Tensor]
-    ) -> list[str]:
-        """Fit tensors in place where stock loading does; say what was done.
-
-        The stock class's own hooks fit what a file holds. What they take out,
-        and index buffers that follow from the configuration, stay as they
-        were constructed.
-        """
-        before = dict(found)
-        for hook in self._load_hooks:
-            hook(found, '', {}, False, [], [], [])
-        for key, ours in expected.items():
-            theirs = found.get(key)
-            gone = key in before and theirs is None
-            index = not ours.is_floating_point() and (
-                theirs is None or theirs.shape != ours.shape
-            )
-            if gone or index:
-                found[key] = ours
-        changed = [
-            key
-            for key, value in before.items()
-            if key in found and found[key].shape != value.shape
-        ]
-        if not changed:
-            return []
-        return [f'{len(changed)} position tables resized: {changed[0]}, ...']
-
-    def leftovers(self) -> list[str]:
-        """Regular expressions of keys that a fitting file may have too.
-
-        Heads, masks, other outputs' norms, what lies past the last.
-        """
-        patterns = [
-            r'(head|fc|fc_norm|head_drop|classifier)\..*',
-            r'mask_token',
-            r'.*\.attn_mask',
-            *map(re.escape, self._removed),
-        ]
-        if self.layout.output_norm is not None:
-            norm = re.escape(self.layout.output_norm.removesuffix('?'))
-            norm = norm.replace(re.escape('{stage}'), r'\d+')
-            patterns.append(norm + r'\.(weight|bias)')
-        return patterns
-
-    def describe(self, state: Mapping[str, Tensor]) -> dict[str, object]:
-        """The size of a variant, by the names of its config, if known."""
-        return {}
-
-    def explain_mismatch(
-        self, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
-    ) -> str:
-        """The likely cause when a file does not fit."""
-        ours, theirs = self.describe(expected), self.describe(found)
-        if ours != theirs:
-            ours, theirs = (
-                ', '.join(f'{k}={v}' for k, v in each.items())
-                for each in (ours, theirs)
-            )
-            return (
-                f'The file holds a {self.stock_class.__name__} with {theirs}; '
-                f'the config asks for {ours}. Take the weights of the variant '
-                'in the config, or change the config.'
-            )
-        if ours:
-            return (
-                'The trunk is of the right variant: either tensors were lost, '
-                'or the file was trained with other options of the tuner.'
-            )
-        return (
-            f'The config asks for a {self.stock_class.__name__}. Take the '
-            'weights of the same class and variant, bring those of another '
-            'project to its names with the model converters of the '
-            'frameworks or of tools/model_converters, or change the config.'
-        )
-
-
-class TimmTrunk(Trunk):
-    """timm's backbones behind ``TIMMBackbone``, with timm's own files."""
-
-    def to_stock_state(
-        self, checkpoint: Mapping
-    ) -> tuple[dict[str, Tensor], str]:
-        """Also from the names that timm gives the whole classifier."""
-        state, form = to_stock_state(checkpoint)
-        ours = self.stock.state_dict()
-        if any(key in ours for key in state):
-            return state, form
-        renamed = {}
-        for key, value in state.items():
-            # Lists of stages are taken apart, ViTs wrapped as a whole.
-            names = (
-                f'timm_model.{key}',
-                f'timm_model.{key.replace(".", "_", 1)}',
-                f'timm_model.model.{key}',
-            )
-            renamed[next((n for n in names if n in ours), key)] = value
-        return renamed, 'timm'
-
-    def leftovers(self) -> list[str]:
-        """Also the classifier's norm."""
-        return [*super().leftovers(), r'(timm_model\.)?norm\..*']
 
 
 class _LastStage(Exception):

@@ -56,7 +56,7 @@ from e3va_mm.comparison import (
 from e3va_mm.comparison.report import COSTS, HEADINGS
 from e3va_mm.errors import ConfigError, E3VAError
 from e3va_mm.utils.files import write_whole
-from e3va_mm.weights.adapter_file import without_trunks
+from e3va_mm.weights import without_trunks
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG_LINES = 15

@@ -19,8 +19,9 @@ from e3va_mm.weights import (
     match_state,
     read_checkpoint,
 )
-from e3va_mm.weights.adapter_file import CHECKPOINT, RECORD
-from e3va_mm.weights.unwrapping import converting
+from e3va_mm.weights.adapter_file import RECORD
+from e3va_mm.weights.adapters import CHECKPOINT
+from e3va_mm.weights.state_dicts import converting
 
 
 class LoadsTrunk(TunedModule):

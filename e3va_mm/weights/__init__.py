@@ -1,16 +1,15 @@
-from e3va_mm.weights.adapter_file import (
-    AdapterFile,
-    TrunkRecord,
+from e3va_mm.weights.adapter_file import AdapterFile, TrunkRecord
+from e3va_mm.weights.adapters import (
     adapter_of,
     check_adapter,
-    fingerprint,
     trunk_records,
+    without_trunks,
 )
-from e3va_mm.weights.file_formats import read_adapter
+from e3va_mm.weights.fingerprint import fingerprint
 from e3va_mm.weights.matching import LoadReport, match_state
-from e3va_mm.weights.reading import read_checkpoint
+from e3va_mm.weights.reading import read_adapter, read_checkpoint
 from e3va_mm.weights.source_weights import SourceWeights
-from e3va_mm.weights.stock_state import to_stock_state
+from e3va_mm.weights.state_dicts import to_stock_state
 from e3va_mm.weights.swin_names import describe_swin, to_stock_keys
 from e3va_mm.weights.vit_names import VIT_TARGETS, describe_vit, to_vit_keys
 
@@ -32,4 +31,5 @@ __all__ = [
     'to_stock_state',
     'to_vit_keys',
     'trunk_records',
+    'without_trunks',
 ]

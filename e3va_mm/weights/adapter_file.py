@@ -8,30 +8,24 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
-from e3va_mm.errors import CheckpointError, ConfigError
-from e3va_mm.utils.files import file_sha256, write_whole
-from e3va_mm.utils.tuned import tuned_backbones
+from e3va_mm.errors import CheckpointError
+from e3va_mm.utils.files import write_whole
 from e3va_mm.version import __version__
-from e3va_mm.weights.matching import match_state
-from e3va_mm.weights.unwrapping import part_of
+from e3va_mm.weights.fingerprint import checksum
+from e3va_mm.weights.state_dicts import part_of
 
 FORMAT = '1'
 # All metadata of ours begin so: no single damaged byte hides what a file is.
 _MARK = 'e3va_mm.'
 # Below the prefix of a backbone, in the state dict that a file is read as.
 RECORD = 'side_path.trunk_record'
-# What a trunk's ``trunk_source`` says of a file that it does not know.
-CHECKPOINT = 'the checkpoint'
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ class TrunkRecord:
     Attributes:
         source: Path or URL that its weights are read from; None for a stock
             class that brings them itself.
-        fingerprint: That of its weights, see :func:`fingerprint`.
+        fingerprint: That of its weights, see :func:`.fingerprint`.
         sha256: Of the source, where that is a local file.
         file: The adapter file that says so; empty while it is not read.
         part: What the file holds, ``'model'`` or ``'backbone'``.
@@ -115,30 +109,25 @@ class AdapterFile:
             .clone(memory_format=torch.contiguous_format)
             for key, value in self.tensors.items()
         }
-        metadata = {_MARK + key: text for key, text in self._texts().items()}
-        metadata[_MARK + 'sha256'] = _checksum(tensors, metadata)
-        content = save(tensors, {'format': 'pt', **metadata})
-        write_whole(Path(path), content)
-        return len(content)
-
-    def _texts(self) -> dict[str, str]:
+        kept = ('source', 'fingerprint', 'sha256')
         trunks = {
-            prefix: dict(
-                source=record.source,
-                fingerprint=record.fingerprint,
-                sha256=record.sha256,
-            )
+            prefix: {name: getattr(record, name) for name in kept}
             for prefix, record in self.trunks.items()
         }
-        return dict(
+        texts = dict(
             format=FORMAT,
             version=self.version,
             part=self.part,
             config=self.config,
-            dataset_meta=json.dumps(_plain(self.dataset_meta or {})),
+            dataset_meta=json.dumps(_jsonable(self.dataset_meta or {})),
             trainable=json.dumps(self.trainable),
             trunks=json.dumps(trunks),
         )
+        metadata = {_MARK + key: text for key, text in texts.items()}
+        metadata[_MARK + 'sha256'] = checksum(tensors, metadata)
+        content = save(tensors, {'format': 'pt', **metadata})
+        write_whole(Path(path), content)
+        return len(content)
 
     @classmethod
     def parse(
@@ -158,13 +147,13 @@ class AdapterFile:
         if not marked:
             return None
         expected = marked.pop(_MARK + 'sha256', None)
-        if _checksum(tensors, marked) != expected:
+        if checksum(tensors, marked) != expected:
             raise CheckpointError(
                 f'{path} is damaged: the checksum of the adapter file is '
                 'wrong. Fetch or copy the file again and compare its size '
                 'with the original.'
             )
-        texts = {k.removeprefix(_MARK): v for k, v in marked.items()}
+        texts = part_of(marked, _MARK)
         if texts.get('format') != FORMAT:
             raise CheckpointError(
                 f'{path} is an adapter file of the format '
@@ -192,16 +181,14 @@ class AdapterFile:
             meta['classes'] = tuple(meta['classes'])
         if isinstance(meta.get('palette'), list):
             meta['palette'] = [tuple(color) for color in meta['palette']]
+        trunks = json.loads(texts['trunks'])
+        for record in trunks.values():
+            for name in ('source', 'fingerprint', 'sha256'):
+                if not isinstance(record[name] or '', str):
+                    raise TypeError(f'{name} is {record[name]!r}')
         return cls(
             tensors=tensors,
-            trunks={
-                prefix: TrunkRecord(
-                    source=_text(record['source'], True),
-                    fingerprint=_text(record['fingerprint']),
-                    sha256=_text(record['sha256'], True),
-                )
-                for prefix, record in json.loads(texts['trunks']).items()
-            },
+            trunks={p: TrunkRecord(**each) for p, each in trunks.items()},
             trainable=tuple(json.loads(texts['trainable'])),
             config=texts['config'],
             dataset_meta=meta,
@@ -224,9 +211,8 @@ class AdapterFile:
             ).to_tensor()
             for prefix, record in self.trunks.items()
         }
-        meta = _AdapterMeta(
-            str(path), e3va_mm_version=self.version, cfg=self.config
-        )
+        meta = _Meta(e3va_mm_version=self.version, cfg=self.config)
+        meta.path = str(path)
         if self.dataset_meta:
             meta['dataset_meta'] = self.dataset_meta
         return dict(state_dict={**self.tensors, **records}, meta=meta)
@@ -279,203 +265,24 @@ class AdapterFile:
         )
 
 
-class _AdapterMeta(dict):
+class _Meta(dict):
     """The ``meta`` of an adapter file: what resumes asks for its epoch."""
 
-    def __init__(self, path: str, **meta: Any) -> None:
-        super().__init__(meta)
-        self._path = path
+    path = ''
 
     def __missing__(self, key: str) -> NoReturn:
         if key in ('epoch', 'iter'):
             raise CheckpointError(
-                f'{self._path} is an adapter file, which does not hold the '
+                f'{self.path} is an adapter file, which does not hold the '
                 'state of a run and of its optimizer that a resume needs. '
                 'Resume from a full checkpoint (`epoch_N.pth` or '
                 '`iter_N.pth`), or start anew from these weights: '
-                f'`resume=False`, `load_from={self._path!r}`.'
+                f'`resume=False`, `load_from={self.path!r}`.'
             )
         raise KeyError(key)
 
 
-def adapter_of(
-    model: nn.Module,
-    trunks: Mapping[str, TrunkRecord],
-    state: Mapping[str, Tensor] | None = None,
-    config: str = '',
-    dataset_meta: Mapping[str, Any] | None = None,
-) -> AdapterFile:
-    """The adapter file of a model.
-
-    Args:
-        model (nn.Module): The model.
-        trunks (Mapping[str, TrunkRecord]): Those of :func:`trunk_records`.
-        state (Mapping[str, Tensor], optional): Its state dict, where that is
-            not the one to save, as with EMA.
-        config (str): The text of its config.
-        dataset_meta (Mapping, optional): The data set's, with class names.
-
-    Returns:
-        AdapterFile: What :meth:`AdapterFile.write` writes.
-    """
-    return AdapterFile(
-        tensors=without_trunks(
-            model, model.state_dict() if state is None else state
-        ),
-        trunks=dict(trunks),
-        trainable=tuple(
-            name
-            for name, value in model.named_parameters()
-            if value.requires_grad
-        ),
-        config=config,
-        dataset_meta=dataset_meta,
-    )
-
-
-def trunk_records(
-    model: nn.Module,
-    sources: Mapping[str, str | None] | None = None,
-    state: Mapping[str, Tensor] | None = None,
-) -> dict[str, TrunkRecord]:
-    """What the trunks of a model are, and where they come from.
-
-    Args:
-        model (nn.Module): The model, its trunks with their weights.
-        sources (Mapping[str, str], optional): Paths or URLs by the prefix of
-            the backbone, for trunks that do not know theirs.
-        state (Mapping[str, Tensor], optional): Its state dict, where it is
-            sharded over processes.
-
-    Raises:
-        ConfigError: If no backbone has a side path, or if the weights of a
-            trunk cannot be read again.
-    """
-    records = {}
-    for prefix, backbone in tuned_backbones(model):
-        source = backbone.trunk_address or (sources or {}).get(prefix)
-        if source is None and backbone.trunk_source in (
-            None,
-            CHECKPOINT,
-        ):
-            raise ConfigError(
-                'Expected a path or URL that the weights of the trunk under '
-                f'{prefix!r} are read from, for the adapter file does not '
-                f'hold them, but they are {_origin(backbone)}. Set '
-                "`model.backbone.init_cfg=dict(type='Pretrained', "
-                'checkpoint=...)` to the file with exactly these weights.'
-            )
-        trunk = (
-            backbone.trunk_state()
-            if state is None
-            else backbone.trunk_part(part_of(state, prefix))
-        )
-        records[prefix] = TrunkRecord(
-            source=source,
-            fingerprint=fingerprint(trunk),
-            sha256=file_sha256(source),
-        )
-    if not records:
-        raise ConfigError(
-            'An adapter file is what trains beside a frozen trunk, but no '
-            f'backbone of this {type(model).__name__} has a side path. Set '
-            "`model.backbone.type='e3va_mm.E3VASwinTransformer'`, or use "
-            'the CheckpointHook.'
-        )
-    return records
-
-
-def _origin(backbone: nn.Module) -> str:
-    return 'random' if backbone.trunk_source is None else 'of a checkpoint'
-
-
-def without_trunks(
-    model: nn.Module, state: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """What of a model's state is not a frozen trunk's."""
-    trunks = set()
-    for prefix, backbone in tuned_backbones(model):
-        own = part_of(state, prefix)
-        trunks |= {prefix + key for key in backbone.trunk_part(own)}
-    return {key: value for key, value in state.items() if key not in trunks}
-
-
-def check_adapter(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Refuse an adapter file that does not fit the whole of a model.
-
-    mmengine's loader only logs what is missing in neck and heads, or too
-    much. A state dict of another origin passes.
-
-    Args:
-        model (nn.Module): The model that is about to load it.
-        state (Mapping[str, Tensor]): The state dict as it was read.
-
-    Raises:
-        CheckpointError: If a tensor is missing, has another shape, or is
-            left over.
-    """
-    records = {
-        key.removesuffix(RECORD): TrunkRecord.from_tensor(value)
-        for key, value in state.items()
-        if key.endswith(RECORD)
-    }
-    if not records:
-        return
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    record = next(iter(records.values()))
-    expected = without_trunks(model, model.state_dict())
-    if record.part == 'backbone':
-        expected = {
-            key: value
-            for key, value in expected.items()
-            if key.startswith(tuple(records))
-        }
-    report = match_state(
-        expected,
-        {key: v for key, v in state.items() if not key.endswith(RECORD)},
-        what=f'{type(model).__name__} without its trunk',
-        source=record.file,
-        hint='Take the config that the adapter file was trained with '
-        '(`tools/adapter.py inspect FILE --config`).',
-    )
-    print_log(str(report), logger='current')
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values, however these are stored.
-
-    Args:
-        tensors (Mapping[str, Tensor]): The weights; floating-point values
-            count in single precision.
-    """
-    digest = sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu()
-        wide = torch.float32 if value.is_floating_point() else torch.int64
-        _add(digest, name, value.to(wide))
-    return digest.hexdigest()
-
-
-def _checksum(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
-    digest = sha256(json.dumps(sorted(texts.items())).encode())
-    for name in sorted(tensors):
-        _add(digest, f'{name} {tensors[name].dtype}', tensors[name].cpu())
-    return digest.hexdigest()
-
-
-def _add(digest: Any, name: str, value: Tensor) -> None:
-    digest.update(f'{name} {tuple(value.shape)}\n'.encode())
-    digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
-
-
-def _text(value: Any, optional: bool = False) -> str | None:
-    if isinstance(value, str) or (optional and value is None):
-        return value
-    raise TypeError(f'expected a text, but got {value!r}')
-
-
-def _plain(meta: Mapping[str, Any]) -> dict[str, Any]:
+def _jsonable(meta: Mapping[str, Any]) -> dict[str, Any]:
     """What JSON gives back as it was, but for tuples and arrays."""
 
     def default(value: Any) -> Any:

@@ -19,7 +19,7 @@ from e3va_mm.weights.file_formats import read_file
 _HASH = re.compile(r'-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$')
 
 
-def read_url(url: str, map_location: Any, folder: str | None = None) -> dict:
+def read_url(url: str, map_location: Any) -> dict:
     """Download a file once and read it.
 
     In distributed runs the first process of each machine downloads while the
@@ -28,8 +28,6 @@ def read_url(url: str, map_location: Any, folder: str | None = None) -> dict:
     Args:
         url: The http or https URL.
         map_location: As for :func:`.file_formats.read_file`.
-        folder: The cache. Defaults to ``checkpoints`` in the folder that
-            ``torch.hub.get_dir()`` gives.
 
     Returns:
         What the file holds.
@@ -39,25 +37,33 @@ def read_url(url: str, map_location: Any, folder: str | None = None) -> dict:
             does not fit, or if the file cannot be read safely. Such a file
             does not enter the cache.
     """
-    folder = folder or os.path.join(torch.hub.get_dir(), 'checkpoints')
-    cached = Path(folder, os.path.basename(urlparse(url).path))
+    name = os.path.basename(urlparse(url).path)
+    cached = Path(torch.hub.get_dir(), 'checkpoints', name)
     rank, world_size = get_dist_info()
-    content = None
+    first = world_size == 1 or int(os.environ.get('LOCAL_RANK', rank)) == 0
     try:
-        first = world_size == 1 or int(os.environ.get('LOCAL_RANK', rank)) == 0
         if first and not cached.is_file():
-            content = _fetch(url, cached, map_location)
+            return _fetch(url, cached, map_location)
     finally:
         # Also after a failure, or the others would wait for ever.
         barrier()
-    if content is None:
-        content = _read_cached(url, cached, map_location)
-    return content
+    if not cached.is_file():
+        raise CheckpointError(
+            f"{url} cannot be downloaded by this machine's first process. "
+            'See its message.'
+        )
+    try:
+        return read_file(cached, map_location)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f'{error} It is the stored copy of {url}: delete it to download '
+            'it again.'
+        ) from None
 
 
 def _fetch(url: str, cached: Path, map_location: Any) -> dict:
     """Download `url`, read it, and only then put it into the cache."""
-    given = _HASH.search(cached.name)
+    digits = _HASH.search(cached.name)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
@@ -68,7 +74,7 @@ def _fetch(url: str, cached: Path, map_location: Any) -> dict:
             torch.hub.download_url_to_file(
                 url,
                 str(path),
-                hash_prefix=given and given[1],
+                hash_prefix=digits and digits[1],
                 progress=os.isatty(2),
             )
             content = read_file(path, map_location)
@@ -86,18 +92,3 @@ def _fetch(url: str, cached: Path, map_location: Any) -> dict:
             f'it as {cached}.'
         ) from error
     return content
-
-
-def _read_cached(url: str, cached: Path, map_location: Any) -> dict:
-    if not cached.is_file():
-        raise CheckpointError(
-            f"{url} cannot be downloaded by this machine's first process. "
-            'See its message.'
-        )
-    try:
-        return read_file(cached, map_location)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f'{error} It is the stored copy of {url}: delete it to download '
-            'it again.'
-        ) from None

@@ -5,9 +5,7 @@ plain unpickling; safetensors files hold no code at all.
 """
 
 import logging
-import os
 import re
-import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +19,13 @@ from torch import Tensor
 from e3va_mm.errors import CheckpointError
 from e3va_mm.weights import safe_pickle
 from e3va_mm.weights.adapter_file import AdapterFile
-from e3va_mm.weights.unwrapping import state_of
+from e3va_mm.weights.state_dicts import state_of
 
-_FETCH_AGAIN = (
-    'Fetch or copy the file again and compare its size with the original.'
-)
 # Bytes that expanded tensors of a small file may stand for, all together.
 EXPANDED = 64 * 2**20
+FETCH_AGAIN = (
+    'Fetch or copy the file again and compare its size with the original.'
+)
 _UNTRUSTED = (
     'Do not unpickle this file. Ask its author for the weights alone, saved '
     'as .safetensors or as a plain state dict.'
@@ -44,54 +42,23 @@ def read_file(path: Path, map_location: Any) -> dict:
             name; anything else means the CPU.
 
     Returns:
-        What the file holds. A safetensors file gives
-        ``dict(state_dict=..., meta=...)`` with its metadata as ``meta``, an
-        adapter file the same as a checkpoint of mmengine.
+        What the file holds, see :func:`.reading.read_checkpoint`.
 
     Raises:
         CheckpointError: If the file is missing, incomplete, damaged, not a
             checkpoint, or names anything that could run code.
     """
     path, head = _begin(path)
-    if not _is_safetensors(path, head):
-        content = _read_pickle(path, head, map_location)
-        _drop_program(path, content.get('meta'))
-        return content
-    tensors, meta = _read_safetensors(path, map_location)
-    adapter = AdapterFile.parse(path, tensors, meta)
-    if adapter is not None:
-        return adapter.checkpoint(path)
-    _drop_program(path, meta)
-    return {'state_dict': tensors, 'meta': meta}
-
-
-def read_adapter(path: str | os.PathLike) -> AdapterFile:
-    """Read an adapter file as what it is.
-
-    Args:
-        path: The file; ``~`` is expanded.
-
-    Raises:
-        CheckpointError: If it is missing, damaged or no adapter file.
-    """
-    path, head = _begin(Path(path))
-    adapter = None
     if _is_safetensors(path, head):
-        adapter = AdapterFile.parse(path, *_read_safetensors(path, 'cpu'))
-    if adapter is None:
-        raise CheckpointError(
-            f'{path} is no adapter file. `tools/adapter.py extract` makes '
-            'one of a full checkpoint.'
-        )
-    return adapter
-
-
-def _drop_program(path: Path, meta: Any) -> None:
-    """Drop the one text of a checkpoint that mmengine runs in a resume.
-
-    It is the config of a run of mmcv, taken for Python. mmengine itself
-    writes ``cfg``, which a resume leaves alone.
-    """
+        tensors, meta = _read_safetensors(path, map_location)
+        adapter = AdapterFile.parse(path, tensors, meta)
+        if adapter is not None:
+            return adapter.checkpoint(path)
+        content = {'state_dict': tensors, 'meta': meta}
+    else:
+        content = _read_pickle(path, head, map_location)
+    # The config of a run of mmcv. What mmengine writes, `cfg`, is left alone.
+    meta = content.get('meta')
     if isinstance(meta, dict) and meta.pop('config', None) is not None:
         print_log(
             f'{path}: its `meta.config` was left out, for mmengine would run '
@@ -99,38 +66,41 @@ def _drop_program(path: Path, meta: Any) -> None:
             logger='current',
             level=logging.WARNING,
         )
+    return content
+
+
+def read_adapter_file(path: Path) -> AdapterFile | None:
+    """Read an adapter file as what it is; None if it is another file."""
+    path, head = _begin(path)
+    if not _is_safetensors(path, head):
+        return None
+    return AdapterFile.parse(path, *_read_safetensors(path, 'cpu'))
 
 
 def _begin(path: Path) -> tuple[Path, bytes]:
     """The path of a file that is there, and its first bytes."""
+    head = None
     try:
         path = path.expanduser()
-    except RuntimeError as error:  # `~NAME` of nobody
-        raise CheckpointError(f'{path}: {error}') from error
-    try:
-        there = path.is_file()
-    except OSError as error:  # such as a name that is too long
+        if path.is_file():  # and no pipe, which would wait
+            with path.open('rb') as file:
+                head = file.read(64)
+    # A long name, no permission; `~NAME` of nobody.
+    except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f'{str(path)[:200]}: {error.strerror}. Correct the path of the '
-            'checkpoint file.'
+            f'{str(path)[:200]} cannot be read: '
+            f'{getattr(error, "strerror", None) or error}. Check the path of '
+            'the checkpoint file, and its permissions.'
         ) from error
-    if not there:
-        what = 'is a folder' if path.is_dir() else 'does not exist'
+    if head is None:
+        what = 'is no file' if path.exists() else 'does not exist'
         where = '' if path.is_absolute() else f' in {Path.cwd()}'
         raise CheckpointError(
             f'{path} {what}{where}. Correct the path of the checkpoint file, '
             'or make it absolute.'
         )
-    try:
-        with path.open('rb') as file:
-            head = file.read(64)
-    except OSError as error:
-        raise CheckpointError(
-            f'{path} cannot be read: {error.strerror}. Check its permissions '
-            'and the disk that it is on.'
-        ) from error
     if not head:
-        raise CheckpointError(f'{path} is empty (0 bytes). {_FETCH_AGAIN}')
+        raise CheckpointError(f'{path} is empty (0 bytes). {FETCH_AGAIN}')
     return path, head
 
 
@@ -144,23 +114,23 @@ def _is_safetensors(path: Path, head: bytes) -> bool:
 def _read_safetensors(
     path: Path, map_location: Any
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    plain = isinstance(map_location, str | torch.device)
-    device = str(map_location) if plain else 'cpu'
+    known = isinstance(map_location, str | torch.device)
+    device = str(map_location) if known else 'cpu'
     try:
         with safe_open(path, framework='pt', device=device) as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-            meta = dict(file.metadata() or {})
+            return tensors, dict(file.metadata() or {})
     except Exception as error:
         raise CheckpointError(
             f'{path} cannot be read as a safetensors file: {error}. '
-            f'{_FETCH_AGAIN}'
+            f'{FETCH_AGAIN}'
         ) from error
-    return tensors, meta
 
 
 def _read_pickle(path: Path, head: bytes, map_location: Any) -> dict:
     try:
-        _check_archive(path, head)
+        if head.startswith(b'PK'):
+            _check_archive(path)
         content = safe_pickle.load(path, map_location)
     except CheckpointError:
         raise
@@ -174,18 +144,6 @@ def _read_pickle(path: Path, head: bytes, map_location: Any) -> dict:
             'the dict of a checkpoint. Give a state dict, or a dict with one '
             'under `state_dict` or `model`.'
         )
-    _check_states(path, content, str(map_location) == 'meta')
-    return content
-
-
-def _check_states(path: Path, content: dict, bare: bool) -> None:
-    """Refuse what is no state of a model where loaders expect one.
-
-    Args:
-        path: The file.
-        content: What it holds.
-        bare: Whether tensors were asked for without their numbers.
-    """
     state = content.get('state_dict', {})
     if not isinstance(state, dict):
         raise CheckpointError(
@@ -193,16 +151,64 @@ def _check_states(path: Path, content: dict, bare: bool) -> None:
             'the tensors of a model by their names. Save the state dict of '
             'the model there.'
         )
-    for what in _oddities(content, path.stat().st_size, bare):
+    bare = str(map_location) == 'meta'
+    for fault in _faults(content, path.stat().st_size, bare):
         raise CheckpointError(
-            f'{path} holds a tensor {what}. Expected are plain tensors by '
+            f'{path} holds a tensor {fault}. Expected are plain tensors by '
             'their names: save the state dict of the model as it is in '
             'memory, on the CPU.'
         )
+    return content
 
 
-def _oddities(content: dict, size: int, bare: bool) -> Iterator[str]:
-    """What is odd about the tensors of a file of ``size`` bytes."""
+def _check_archive(path: Path) -> None:
+    """Refuse a zip file that torch.save has not written, before reading it.
+
+    torch does not compare checksums; it takes whatever is in memory for a
+    record that is marked as a folder, and a small file could stand for any
+    number of bytes by compressed records.
+    """
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f'{path} is incomplete: it ends after {path.stat().st_size} '
+            f'bytes without the index of a checkpoint. {FETCH_AGAIN}'
+        )
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        whole = sum(r.file_size for r in records) <= path.stat().st_size
+        stored = all(
+            record.compress_type == zipfile.ZIP_STORED
+            and not record.external_attr & 0x10
+            for record in records
+        )
+        damaged = archive.testzip() if whole and stored else None
+    if 'data.pkl' not in {Path(record.filename).name for record in records}:
+        raise CheckpointError(
+            f'{path} is a zip archive, but no checkpoint of torch.save. '
+            'Unpack it and give the checkpoint inside.'
+        )
+    if damaged:
+        raise CheckpointError(
+            f'{path} is damaged: the checksum of its record {damaged} is '
+            f'wrong. {FETCH_AGAIN}'
+        )
+    program = any(Path(r.filename).name == 'constants.pkl' for r in records)
+    if not (whole and stored or program):  # of which torch says what it is
+        raise CheckpointError(
+            f'{path} has records that are compressed, folders, or larger '
+            'than the file, which torch.save does not write. Save the '
+            'weights again.'
+        )
+
+
+def _faults(content: dict, size: int, bare: bool) -> Iterator[str]:
+    """What is wrong with the tensors of a file.
+
+    Args:
+        content: What it holds.
+        size: Its bytes.
+        bare: Whether tensors were asked for without their numbers.
+    """
     # Other parts, as the state of an optimizer, may have numbers for names.
     # The first is what mmengine loads, the second what trunks are read from.
     for state in content.get('state_dict', content), state_of(content):
@@ -214,9 +220,12 @@ def _oddities(content: dict, size: int, bare: bool) -> Iterator[str]:
     # beyond their storages is at most the file's size, or EXPANDED.
     room = max(size, EXPANDED)
     for name, value in _tensors_in(content):
-        what = _oddity(name, value, bare)
-        if what is not None:
-            yield what
+        if value.is_nested or value.layout is not torch.strided:
+            yield f'{name!r} that is nested or sparse'
+        elif value.is_quantized:
+            yield f'{name!r} that is quantised'
+        elif value.is_meta and not bare:
+            yield f'{name!r} without numbers'
         elif not value.is_meta:
             stored = value.untyped_storage().nbytes()
             room -= max(0, value.nbytes - stored)
@@ -231,76 +240,12 @@ def _tensors_in(content: Any) -> Iterator[tuple[Any, Tensor]]:
         name, value = waiting.pop()
         if isinstance(value, Tensor):
             yield name, value
-        elif id(value) not in seen:
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
-            if isinstance(value, dict):
-                waiting += value.items()
-            elif isinstance(value, (list, tuple)):
-                waiting += ((str(i), each) for i, each in enumerate(value))
-
-
-def _oddity(name: Any, value: Tensor, bare: bool) -> str | None:
-    """Why a tensor is no plain array of a file's numbers, if it is none."""
-    if value.is_nested or value.layout is not torch.strided:
-        return f'{name!r} that is nested or sparse'
-    if value.is_quantized:
-        return f'{name!r} that is quantised'
-    if value.is_meta:
-        return None if bare else f'{name!r} without numbers'
-    return None
-
-
-def _check_archive(path: Path, head: bytes) -> None:
-    """Refuse what is no complete file of ``torch.save``, before reading it.
-
-    Old versions of torch hand TorchScript and tar archives to readers that
-    know no ``weights_only``; and torch does not compare the checksums.
-    """
-    if head.startswith(b'PK'):
-        if not zipfile.is_zipfile(path):
-            raise CheckpointError(
-                f'{path} is incomplete: it ends after {path.stat().st_size} '
-                f'bytes without the index of a checkpoint. {_FETCH_AGAIN}'
+            inner = (
+                value if isinstance(value, dict) else dict(enumerate(value))
             )
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            names = {Path(record.filename).name for record in records}
-            plain = not any(
-                record.compress_type != zipfile.ZIP_STORED
-                # Marked as a folder, torch takes whatever is in memory for it.
-                or record.external_attr & 0x10
-                for record in records
-            )
-            claimed = sum(record.file_size for record in records)
-            # Else a small file could stand for any number of bytes.
-            whole = plain and claimed <= path.stat().st_size
-            damaged = archive.testzip() if whole else None
-        if 'constants.pkl' in names:
-            raise CheckpointError(
-                f'{path} is a TorchScript program, not a checkpoint. Give '
-                'the state dict that it was made from.'
-            )
-        if 'data.pkl' not in names:
-            raise CheckpointError(
-                f'{path} is a zip archive, but no checkpoint of torch.save. '
-                'Unpack it and give the checkpoint inside.'
-            )
-        if not whole:
-            raise CheckpointError(
-                f'{path} has records that are compressed, folders, or larger '
-                'than the file, which torch.save does not write. Save the '
-                'weights again.'
-            )
-        if damaged:
-            raise CheckpointError(
-                f'{path} is damaged: the checksum of its record {damaged} is '
-                f'wrong. {_FETCH_AGAIN}'
-            )
-    elif tarfile.is_tarfile(path):
-        raise CheckpointError(
-            f'{path} is a tar archive, which cannot be read safely. Unpack '
-            'it, or save the weights again with a current torch.'
-        )
+            waiting += inner.items()
 
 
 def _explain(error: Exception, head: bytes) -> str:
@@ -312,6 +257,16 @@ def _explain(error: Exception, head: bytes) -> str:
             f'names {forbidden[1]}, which is not on the list of what a '
             'checkpoint may hold; it could run code and was not read. '
             f'{_UNTRUSTED}'
+        )
+    if 'TorchScript' in text:
+        return (
+            'is a TorchScript program, not a checkpoint. Give the state dict '
+            'that it was made from.'
+        )
+    if '.tar format' in text:
+        return (
+            'is a tar archive, which cannot be read safely. Unpack it, or '
+            'save the weights again with a current torch.'
         )
     if 'map_location' in text:
         return (
@@ -328,11 +283,10 @@ def _explain(error: Exception, head: bytes) -> str:
         return (
             f'is a text file (it begins with {start[:40]!r}), most likely an '
             'error page or a Git LFS pointer in place of the checkpoint. '
-            f'{_FETCH_AGAIN}'
+            f'{FETCH_AGAIN}'
         )
     detail = text.split('WeightsUnpickler error:')[-1].strip()
-    first_line = detail.splitlines()[0] if detail else ''
     return (
-        'cannot be read as a checkpoint: '
-        f'{type(error).__name__}: {first_line}. {_FETCH_AGAIN}'
+        f'cannot be read as a checkpoint: {type(error).__name__}: '
+        f'{detail.partition(chr(10))[0]}. {FETCH_AGAIN}'
     )

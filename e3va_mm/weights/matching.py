@@ -7,13 +7,16 @@ trunk that never trains this is not enough: nothing would ever repair it.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from e3va_mm.errors import CheckpointError
+from e3va_mm.utils.listing import listed
 
-_SHOWN = 5
+# Names of a kind in one message.
+SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -23,64 +26,27 @@ class LoadReport:
     Attributes:
         what: What was loaded, such as ``'trunk'``.
         source: The file that it came from.
-        matched: Number of tensors that arrived.
-        total: Number of tensors that were expected.
-        matched_values: Number of scalars in the tensors that arrived.
+        tensors: Number of tensors that arrived, which is all of them.
+        values: Number of scalars in them.
         leftovers: Keys of the file that were expected not to be used.
         notes: Anything else worth a line, such as the format of the file.
     """
 
     what: str
     source: str
-    matched: int
-    total: int
-    matched_values: int
+    tensors: int
+    values: int
     leftovers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         text = (
-            f'{self.what}: {self.matched} of {self.total} tensors '
-            f'({self.matched_values / 1e6:.1f} M values) from {self.source}'
+            f'{self.what}: all {self.tensors} tensors '
+            f'({self.values / 1e6:.1f} M values) from {self.source}'
         )
         if self.leftovers:
-            text += f'; not used: {_first(self.leftovers)}'
+            text += f'; not used: {listed(self.leftovers, SHOWN)}'
         return '\n'.join([text, *self.notes])
-
-
-def _first(items: Sequence[str], separator: str = ', ') -> str:
-    more = len(items) - _SHOWN
-    shown = separator.join(items[:_SHOWN])
-    return f'{shown}{separator}... and {more} more' if more > 0 else shown
-
-
-def _shape(value: torch.Size | Tensor) -> tuple[int, ...] | str:
-    if isinstance(value, Tensor):
-        value = value.shape
-    return tuple(value) if isinstance(value, tuple) else type(value).__name__
-
-
-def _fault(value: Tensor, expected: torch.Size | Tensor) -> str | None:
-    """What is wrong with the numbers of a tensor, None for nothing."""
-    if isinstance(expected, Tensor) and (
-        value.is_floating_point() != expected.is_floating_point()
-        or value.is_complex() != expected.is_complex()
-    ):
-        have, want = (
-            str(each.dtype).removeprefix('torch.')
-            for each in (value, expected)
-        )
-        return f'{have} in the file, {want} expected'
-    if not value.is_floating_point():
-        return None
-    try:
-        numbers = value.detach().float()
-    except RuntimeError:  # packed types, such as two numbers in a byte
-        return f'{value.dtype} cannot be computed with'
-    # The sum takes no memory, but can overflow where no number does.
-    if torch.isfinite(numbers.sum()) or torch.isfinite(numbers).all():
-        return None
-    return 'NaN or infinity'
 
 
 def match_state(
@@ -114,54 +80,78 @@ def match_state(
             without being expected to, or holds numbers of another kind, NaN
             or infinity.
     """
-    missing = [key for key in expected if key not in found]
-    shapes = {
-        key: (_shape(found[key]), _shape(value))
-        for key, value in expected.items()
-        if key in found
-    }
-    misshaped = [
-        f'{key}: {have} in the file, {want} expected'
-        for key, (have, want) in shapes.items()
-        if have != want
-    ]
-    spoilt = [
-        f'{key}: {fault}'
-        for key, (have, want) in shapes.items()
-        if have == want and (fault := _fault(found[key], expected[key]))
-    ]
-    left = [key for key in found if key not in expected]
+    wanted = {key: _shape(value) for key, value in expected.items()}
+    have = {key: _shape(found[key]) for key in wanted if key in found}
+    fitting = [key for key in have if have[key] == wanted[key]]
+    left = [key for key in found if key not in wanted]
     leftovers = [
         key
         for key in left
         if any(re.fullmatch(pattern, key) for pattern in expected_leftovers)
     ]
-    unexpected = [key for key in left if key not in leftovers]
-    matched = len(shapes) - len(misshaped) - len(spoilt)
-
-    if missing or misshaped or spoilt or unexpected:
+    spoilt = {key: _fault(found[key], expected[key]) for key in fitting}
+    spoilt = {key: fault for key, fault in spoilt.items() if fault}
+    faults = {
+        'missing in the file': [key for key in wanted if key not in have],
+        'of another shape': [
+            f'{key}: {have[key]} in the file, {wanted[key]} expected'
+            for key in have
+            if have[key] != wanted[key]
+        ],
+        'with numbers that cannot be': [
+            f'{key}: {fault}' for key, fault in spoilt.items()
+        ],
+        'not expected': [key for key in left if key not in leftovers],
+    }
+    if any(faults.values()):
+        matched = len(fitting) - len(spoilt)
         lines = [
-            f'{source} does not fit the {what}: {matched} of '
-            f'{len(expected)} tensors match.'
+            f'{source} does not fit the {what}: {matched} of {len(expected)} '
+            'tensors match.'
         ]
-        for name, items in (
-            ('missing in the file', missing),
-            ('of another shape', misshaped),
-            ('with numbers that cannot be', spoilt),
-            ('not expected', unexpected),
-        ):
+        for name, items in faults.items():
             if items:
-                shown = _first(items, '\n    ')
-                lines.append(f'  {len(items)} {name}:\n    {shown}')
+                lines.append(f'  {len(items)} {name}:')
+                lines += [f'    {item}' for item in items[:SHOWN]]
+                if len(items) > SHOWN:
+                    lines.append(f'    ... and {len(items) - SHOWN} more')
         lines.append(hint() if callable(hint) else hint)
         raise CheckpointError('\n'.join(filter(None, lines)))
-
     return LoadReport(
         what=what,
         source=source,
-        matched=matched,
-        total=len(expected),
-        matched_values=sum(found[key].numel() for key in expected),
+        tensors=len(fitting),
+        values=sum(found[key].numel() for key in fitting),
         leftovers=tuple(leftovers),
         notes=tuple(notes),
     )
+
+
+def _shape(value: Any) -> tuple[int, ...] | str:
+    """Of a tensor, or a shape itself; the type of anything else."""
+    if isinstance(value, Tensor):
+        value = value.shape
+    return tuple(value) if isinstance(value, tuple) else type(value).__name__
+
+
+def _fault(value: Tensor, expected: torch.Size | Tensor) -> str | None:
+    """What is wrong with the numbers of a tensor, None for nothing."""
+    if isinstance(expected, Tensor) and (
+        value.is_floating_point() != expected.is_floating_point()
+        or value.is_complex() != expected.is_complex()
+    ):
+        have, want = (
+            str(each.dtype).removeprefix('torch.')
+            for each in (value, expected)
+        )
+        return f'{have} in the file, {want} expected'
+    if not value.is_floating_point():
+        return None
+    try:
+        numbers = value.detach().float()
+    except RuntimeError:  # packed types, such as two numbers in a byte
+        return f'{value.dtype} cannot be computed with'
+    # The sum takes no memory, but can overflow where no number does.
+    if torch.isfinite(numbers.sum()) or torch.isfinite(numbers).all():
+        return None
+    return 'NaN or infinity'

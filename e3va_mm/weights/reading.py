@@ -9,8 +9,9 @@ from mmengine.fileio import get_local_path
 
 from e3va_mm.errors import CheckpointError
 from e3va_mm.frameworks.loaders import resolve
+from e3va_mm.weights.adapter_file import AdapterFile
 from e3va_mm.weights.downloads import read_url
-from e3va_mm.weights.file_formats import read_file
+from e3va_mm.weights.file_formats import read_adapter_file, read_file
 
 ASSETS = Path(__file__).resolve().parents[1] / 'assets'
 
@@ -61,6 +62,24 @@ def read_checkpoint(
         with get_local_path(address, backend_args=store) as path:
             return read_file(Path(path), map_location)
     return read_file(Path(address), map_location)
+
+
+def read_adapter(path: str | os.PathLike) -> AdapterFile:
+    """Read an adapter file as what it is.
+
+    Args:
+        path: The file; ``~`` is expanded.
+
+    Raises:
+        CheckpointError: If it is missing, damaged or no adapter file.
+    """
+    adapter = read_adapter_file(Path(path))
+    if adapter is None:
+        raise CheckpointError(
+            f'{path} is no adapter file. `tools/adapter.py extract` makes '
+            'one of a full checkpoint.'
+        )
+    return adapter
 
 
 def _asset(address: str) -> Path:

@@ -2,12 +2,13 @@
 
 A ``.pth`` file is a pickle, and unpickling can run any code. ``torch.load``
 with ``weights_only=True`` runs only what is on a list; :func:`load` replaces
-that list by the one below for the time of one reading.
+that list by the one below for the time of one reading. Every name on it is
+answered by a class or function of this file, so neither mmengine's nor numpy's
+own unpickling code runs.
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,15 +17,13 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OneCycleParamScheduler
-from mmengine.utils import digit_version
 
 
-class _SavedDtype:
+class _Dtype:
     """Stands in for ``numpy.dtype``: numbers and strings, never objects.
 
-    The real class must not be allowed: its ``__setstate__`` lets a file clear
-    the flags of an object dtype, and an array of such a dtype takes any bytes
-    of the file for pointers.
+    The real ``__setstate__`` lets a file clear the flags of an object dtype,
+    and an array of such a dtype takes any bytes of the file for pointers.
     """
 
     def __init__(self, code: str, align: bool = False, copy: bool = False):
@@ -39,7 +38,7 @@ class _SavedDtype:
         self.numpy = self.numpy.newbyteorder(state[1])
 
 
-class _SavedArray:
+class _Array:
     """Stands in for numpy's array constructor; keeps the array it built."""
 
     def __init__(self, *args: Any):
@@ -47,11 +46,10 @@ class _SavedArray:
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, data = state
-        order = 'F' if fortran else 'C'
-        self.array = _saved_values(shape, dtype, data, order)
+        self.array = _values(shape, dtype, data, 'F' if fortran else 'C')
 
 
-class _SavedHistory:
+class _History:
     """Stands in for mmengine's ``HistoryBuffer``; keeps its state.
 
     The real ``__setstate__`` would let a file replace the statistics methods
@@ -62,77 +60,81 @@ class _SavedHistory:
         self.state = state
 
 
-class _SavedOneCycle:
+class _OneCycle:
     """Stands in for ``OneCycleParamScheduler`` as the owner of a method."""
 
 
-def _saved_values(
-    shape: tuple, dtype: _SavedDtype, data: bytes, order: str = 'C'
+def _values(
+    shape: tuple, dtype: _Dtype, data: bytes, order: str = 'C'
 ) -> np.ndarray:
     array = np.ndarray(shape, dtype.numpy, data, order=order)
     if array.nbytes != len(data):
-        raise UnpicklingError(
-            f'a numpy array of {array.nbytes} bytes with {len(data)} bytes '
-            'of data'
-        )
+        raise UnpicklingError('a numpy array with data of another size')
     return array.copy(order=order)
 
 
-def _saved_scalar(dtype: _SavedDtype, data: bytes) -> np.generic:
-    return _saved_values((), dtype, data)[()]
+def _scalar(dtype: _Dtype, data: bytes) -> np.generic:
+    return _values((), dtype, data)[()]
 
 
-def _no_bytes() -> bytes:
-    """Stands in for ``bytes``, which would take any number for a size."""
-    return b''
-
-
-def _saved_method(owner: Any, name: str) -> Callable | None:
-    """Stands in for ``getattr``, which pickles use to name methods.
-
-    Only two uses are known: the statistics methods of a history buffer, which
-    are the class's and not the file's, and the annealing function of a
-    one-cycle schedule.
-    """
-    if owner is _SavedHistory:
+def _method(owner: Any, name: str) -> Callable | None:
+    """Stands in for ``getattr``, by which pickles name methods."""
+    if owner is _History:  # its statistics are the class's, not the file's
         return None
-    if owner is _SavedOneCycle and name in (
-        '_annealing_cos',
-        '_annealing_linear',
-    ):
+    if owner is _OneCycle and name in ('_annealing_cos', '_annealing_linear'):
         return getattr(OneCycleParamScheduler, name)
     raise UnpicklingError(f'GLOBAL getattr is refused for {name!r}')
 
 
-# Found by trying with the checkpoints of mmengine's Runner. Every name is
-# answered by a class or function of this file, so neither mmengine's nor
-# numpy's own unpickling code runs.
+def _empty_bytes() -> bytes:
+    """Stands in for ``bytes``, which would take any number for a size."""
+    return b''  # protocol 2 writes it as bytes()
+
+
+_SCHEDULER = 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'
+# Found by trying with the checkpoints of mmengine's Runner.
 _ALLOWED = [
-    # the message hub's record of losses and learning rates ...
-    (_SavedHistory, 'mmengine.logging.history_buffer.HistoryBuffer'),
-    # ... which names its statistics methods by getattr(HistoryBuffer, ...)
-    (_saved_method, 'builtins.getattr'),
-    # ... as the state of OneCycleLR names its annealing function
-    (
-        _SavedOneCycle,
-        'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler',
-    ),
-    # arrays and scalars (best scores, histories) under the names of numpy 1
-    (_SavedArray, 'numpy.core.multiarray._reconstruct'),
-    (_saved_scalar, 'numpy.core.multiarray.scalar'),
-    # ... and of numpy 2
-    (_SavedArray, 'numpy._core.multiarray._reconstruct'),
-    (_saved_scalar, 'numpy._core.multiarray.scalar'),
-    # the arguments of the four above
-    (_SavedArray, 'numpy.ndarray'),
-    (_SavedDtype, 'numpy.dtype'),
-    # the data of an empty array: protocol 2 writes b'' as bytes()
-    (_no_bytes, 'builtins.bytes'),
+    (_History, 'mmengine.logging.history_buffer.HistoryBuffer'),
+    (_OneCycle, _SCHEDULER),
+    (_method, 'builtins.getattr'),
+    (_empty_bytes, 'builtins.bytes'),
+    (_Array, 'numpy.ndarray'),
+    (_Dtype, 'numpy.dtype'),
+    # the names of numpy 1 and of numpy 2
+    (_Array, 'numpy.core.multiarray._reconstruct'),
+    (_Array, 'numpy._core.multiarray._reconstruct'),
+    (_scalar, 'numpy.core.multiarray.scalar'),
+    (_scalar, 'numpy._core.multiarray.scalar'),
 ]
 
 
+def load(path: Path, map_location: Any) -> Any:
+    """Unpickle a file of ``torch.save``; nothing in it runs.
+
+    Args:
+        path: The file.
+        map_location: As for ``torch.load``.
+
+    Returns:
+        What was saved: tensors, containers, and what mmengine's training
+        checkpoints hold besides.
+
+    Raises:
+        Exception: If the file names anything else (``UnpicklingError``), or
+            whatever a damaged file makes ``torch.load`` fail with.
+    """
+    # Other packages may have added to torch's list, which is global.
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            content = torch.load(path, map_location, weights_only=True)
+    finally:
+        torch.serialization.add_safe_globals(others)
+    return _restore(content, {})
+
+
 _UNFINISHED = object()
-_CONTAINERS = (dict, list, tuple, _SavedArray, _SavedHistory)
 
 
 def _restore(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
@@ -142,7 +144,7 @@ def _restore(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
     same list a billion times. ``done`` keeps, by identity, what has been
     replaced and by what.
     """
-    if not isinstance(value, _CONTAINERS):
+    if not isinstance(value, (dict, list, tuple, _Array, _History)):
         return value
     if id(value) in done:
         found = done[id(value)][1]
@@ -154,71 +156,31 @@ def _restore(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
     if isinstance(value, dict):
         for key in value:
             value[key] = _restore(value[key], done)
-        if hasattr(value, '__dict__'):  # that of an OrderedDict
-            # An attribute of a file's making could hide a method.
-            versions = vars(value).get('_metadata')
-            vars(value).clear()
-            if _are_versions(versions):
-                value._metadata = versions
+        _keep_versions(value)
     elif isinstance(value, list):
         value[:] = [_restore(each, done) for each in value]
     elif type(value) is tuple:
         found = tuple(_restore(each, done) for each in value)
-    elif isinstance(value, _SavedArray):
+    elif isinstance(value, _Array):
         found = value.array
-    elif isinstance(value, _SavedHistory):
+    elif isinstance(value, _History):
+        names = ('_log_history', '_count_history', 'max_length')
         state = _restore(value.state, done)
-        found = HistoryBuffer(
-            state['_log_history'], state['_count_history'], state['max_length']
-        )
+        found = HistoryBuffer(*(state[name] for name in names))
     done[id(value)] = value, found
     return found
 
 
-def _are_versions(value: Any) -> bool:
-    """Whether it is what modules keep beside a state dict."""
-    return isinstance(value, dict) and all(
+def _keep_versions(value: dict) -> None:
+    """Drop attributes of an OrderedDict, by which a file could hide a method.
+
+    But for what modules keep beside a state dict.
+    """
+    attributes = getattr(value, '__dict__', {})
+    versions = attributes.get('_metadata')
+    attributes.clear()
+    if isinstance(versions, dict) and all(
         isinstance(name, str) and isinstance(each, dict)
-        for name, each in value.items()
-    )
-
-
-@contextmanager
-def _only_our_list() -> Iterator[None]:
-    """Allow the names of this file and no other.
-
-    Other packages may have added to torch's list, which is global.
-    """
-    others = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            yield
-    finally:
-        torch.serialization.add_safe_globals(others)
-
-
-def load(path: Path, map_location: Any) -> Any:
-    """Unpickle a file of ``torch.save``; nothing in it runs.
-
-    Args:
-        path: The file. It should be neither a TorchScript program nor a tar
-            archive: old versions of torch hand those to readers that know no
-            ``weights_only``.
-        map_location: As for ``torch.load``.
-
-    Returns:
-        What was saved: tensors, containers, and what mmengine's training
-        checkpoints hold besides. Before torch 2.6 there is no list of names:
-        there only tensors and containers.
-
-    Raises:
-        Exception: If the file names anything else (``UnpicklingError``), or
-            whatever a damaged file makes ``torch.load`` fail with.
-    """
-    # The list needs names for its entries, which torch has since 2.6.
-    if digit_version(torch.__version__) < digit_version('2.6.0'):
-        return torch.load(path, map_location, weights_only=True)
-    with _only_our_list():
-        content = torch.load(path, map_location, weights_only=True)
-    return _restore(content, {})
+        for name, each in versions.items()
+    ):
+        value._metadata = versions

@@ -7,13 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from e3va_mm.errors import CheckpointError
-from e3va_mm.weights.unwrapping import part_of, tensors_of
+from e3va_mm.weights.state_dicts import tensors_of, to_stock_state
 
 _STOCK = re.compile(r'stages\.\d+\.blocks\.\d+\.attn\.w_msa\.')
 _OFFICIAL = re.compile(
     r'layers\.\d+\.blocks\.\d+\.attn\.(qkv|relative_position)'
 )
-
 _RENAMES = (
     (r'^layers\.', 'stages.'),
     (r'\.attn\.', '.attn.w_msa.'),
@@ -22,19 +21,11 @@ _RENAMES = (
     (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
 )
 
-_ACCEPTED = (
-    "official Swin files ('layers.0.blocks.0.attn.qkv.weight', also under "
-    "'model'), MM backbones ('stages.0.blocks.0.attn.w_msa.qkv.weight'), and "
-    'MM classifiers, detectors or segmentors with such a backbone '
-    "('backbone.stages...'), each also under 'state_dict' or with a leading "
-    "'module.'"
-)
-
 
 def _unfold_order(value: Tensor) -> Tensor:
     """Reorder the merged channels of a patch merging, the last dimension.
 
-    The official code concatenates four pictures of C channels, taken at the
+    The official code concatenates four images of C channels, taken at the
     offsets (0, 0), (1, 0), (0, 1), (1, 1). ``nn.Unfold`` gives C groups of
     four offsets, row by row.
     """
@@ -42,24 +33,13 @@ def _unfold_order(value: Tensor) -> Tensor:
     return groups.transpose(-1, -2).flatten(-2)
 
 
-def _from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {}
-    for key, value in state.items():
-        if '.downsample.' in key:
-            value = _unfold_order(value)
-        for old, new in _RENAMES:
-            key = re.sub(old, new, key)
-        renamed[key] = value
-    return renamed
-
-
 def to_stock_keys(
-    state_dict: Mapping[str, Any],
+    checkpoint: Mapping[str, Any],
 ) -> tuple[dict[str, Tensor], str]:
     """Rename the weights of a Swin file to the stock names without prefix.
 
     Args:
-        state_dict: A state dict, or a checkpoint that holds one under
+        checkpoint: A state dict, or a checkpoint that holds one under
             ``state_dict`` or ``model``. Of a whole classifier, detector or
             segmentor only the ``backbone.`` part is taken. It is not changed.
 
@@ -72,29 +52,35 @@ def to_stock_keys(
     Raises:
         CheckpointError: If the file has none of the accepted formats.
     """
-    tensors = tensors_of(state_dict)
-    backbone = part_of(tensors, 'backbone.')
-    state = backbone or tensors
+    state, form = to_stock_state(checkpoint)
     if any(_STOCK.match(key) for key in state):
-        name = 'MM model' if backbone else 'MM backbone'
-    elif any(_OFFICIAL.match(key) for key in state):
-        state, name = _from_official(state), 'official Swin'
-    else:
-        first = list(tensors or state_dict)[:5]
+        return state, form
+    if not any(_OFFICIAL.match(key) for key in state):
+        first = list(tensors_of(checkpoint) or checkpoint)[:5]
         raise CheckpointError(
-            f'These are no weights of a Swin Transformer: the first of '
-            f'{len(tensors)} tensors are {", ".join(first) or "none"}. '
-            f'Accepted are {_ACCEPTED}.'
+            'These are no weights of a Swin Transformer: the first keys are '
+            f'{", ".join(first) or "none"}. Accepted are official Swin files '
+            "('layers.0.blocks.0.attn.qkv.weight'), MM backbones "
+            "('stages.0.blocks.0.attn.w_msa.qkv.weight'), and MM models with "
+            "such a backbone ('backbone.stages...'), each also under 'model' "
+            "or 'state_dict', or with a leading 'module.'."
         )
-    return state, name
+    renamed = {}
+    for key, value in state.items():
+        if '.downsample.' in key:
+            value = _unfold_order(value)
+        for old, new in _RENAMES:
+            key = re.sub(old, new, key)
+        renamed[key] = value
+    return renamed, 'official Swin'
 
 
-def describe_swin(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+def describe_swin(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Infer the size of a Swin Transformer from its stock keys and shapes.
 
     Args:
-        state_dict: Tensors by stock name, as :func:`to_stock_keys` gives.
-            It may be incomplete.
+        state: Tensors by stock name, as :func:`to_stock_keys` gives. It may
+            be incomplete.
 
     Returns:
         Those of ``embed_dims``, ``depths``, ``num_heads`` and ``window_size``
@@ -102,24 +88,22 @@ def describe_swin(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         ``depths`` is the number of stages in the file.
     """
     found: dict[str, Any] = {}
-    embedding = state_dict.get('patch_embed.projection.weight')
+    embedding = state.get('patch_embed.projection.weight')
     if embedding is not None:
         found['embed_dims'] = embedding.shape[0]
-
-    blocks: dict[int, set[int]] = {}
+    depths: dict[int, int] = {}
     heads: dict[int, int] = {}
-    for key, value in state_dict.items():
+    for key, value in state.items():
         match = re.match(r'stages\.(\d+)\.blocks\.(\d+)\.(.*)', key)
         if not match:
             continue
         stage, block = int(match[1]), int(match[2])
-        blocks.setdefault(stage, set()).add(block)
+        depths[stage] = max(depths.get(stage, 0), block + 1)
         if match[3] == 'attn.w_msa.relative_position_bias_table':
             # (2 w - 1)^2 offsets within a window of w by w, for each head
             heads[stage] = value.shape[1]
             found['window_size'] = (round(value.shape[0] ** 0.5) + 1) // 2
-    if blocks:
-        found['depths'] = tuple(max(blocks[s]) + 1 for s in sorted(blocks))
-    if heads:
-        found['num_heads'] = tuple(heads[s] for s in sorted(heads))
+    for name, by_stage in (('depths', depths), ('num_heads', heads)):
+        if by_stage:
+            found[name] = tuple(by_stage[s] for s in sorted(by_stage))
     return found

@@ -117,7 +117,7 @@ def test_the_load_report_says_how_much_matched(stock, tmp_path, monkeypatch):
     path = save('official', stock, tmp_path)
     initialised(path)
     report = '\n'.join(lines)
-    assert f'97 of 97 tensors (1.5 M values) from {path} (' in report
+    assert f'all 97 tensors (1.5 M values) from {path} (' in report
     assert 'not used: ' in report and 'head.weight' in report
     assert 'side path: not in the file, keeps its values' in report
     assert 'output norms: not in the file, keep their values: norm0' in report

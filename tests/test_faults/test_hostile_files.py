@@ -484,7 +484,7 @@ def test_a_trunk_of_odd_weights_is_refused(tmp_path, name, wrap):
 def test_other_floating_types_are_weights(dtype):
     found = {'a': torch.ones(3).to(dtype)}
     report = match_state({'a': torch.ones(3)}, found, what='x', source='y')
-    assert report.matched == 1
+    assert report.tensors == 1
 
 
 def test_a_sum_that_overflows_is_no_infinity():

@@ -14,7 +14,7 @@ from e3va_mm.frameworks.atomic_backend import (
     AtomicLocalBackend,
     remove_parts,
 )
-from e3va_mm.weights import adapter_file
+from e3va_mm.utils import files
 
 
 def backend():
@@ -36,9 +36,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path, monkeypatch):
     path.write_bytes(b'old')
     process = os.fork()
     if not process:
-        adapter_file.os.fsync = lambda file: os.kill(
-            os.getpid(), signal.SIGKILL
-        )
+        files.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
         try:
             backend().put(b'new', path)
         finally:
@@ -72,7 +70,7 @@ def test_mounts_that_do_not_sync_folders(tmp_path, monkeypatch, number):
         synced.append(file)
         real(file)
 
-    monkeypatch.setattr(adapter_file.os, 'fsync', fsync)
+    monkeypatch.setattr(files.os, 'fsync', fsync)
     backend().put(b'new', tmp_path / 'a.pth')
     assert (tmp_path / 'a.pth').read_bytes() == b'new'
     assert len(synced) == 1
@@ -85,7 +83,7 @@ def test_a_file_that_is_not_synced_is_not_written(tmp_path, monkeypatch):
     def fsync(file):
         raise OSError(errno.EINVAL, 'not here')
 
-    monkeypatch.setattr(adapter_file.os, 'fsync', fsync)
+    monkeypatch.setattr(files.os, 'fsync', fsync)
     with pytest.raises(CheckpointError, match='writing failed'):
         backend().put(b'new', tmp_path / 'a.pth')
     assert not list(tmp_path.iterdir())

@@ -12,16 +12,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from e3va_mm.errors import CheckpointError, ConfigError
+from e3va_mm.utils import files
 from e3va_mm.weights import (
     AdapterFile,
     TrunkRecord,
-    adapter_file,
     adapter_of,
     fingerprint,
     read_adapter,
     read_checkpoint,
     trunk_records,
 )
+from e3va_mm.weights.fingerprint import checksum
 from tests.adapted_models import segmentor, trained, trunk_file
 from tests.test_weights.samples import refusal_of, weights
 from tests.test_weights.toy_runner import Toy
@@ -87,7 +88,7 @@ def test_metadata_are_strings_that_others_read(mit):
     assert set(trainable) < keys
     trunk = json.loads(meta['e3va_mm.trunks'])['backbone.']
     assert trunk['source'] == model.backbone.trunk_address
-    assert trunk['sha256'] == adapter_file.file_sha256(trunk['source'])
+    assert trunk['sha256'] == files.file_sha256(trunk['source'])
     assert len(trunk['sha256']) == len(trunk['fingerprint']) == 64
 
 
@@ -201,7 +202,7 @@ def signed(path, **changes):
         meta[f'e3va_mm.{name}'] = text
         if text is None:
             del meta[f'e3va_mm.{name}']
-    meta['e3va_mm.sha256'] = adapter_file._checksum(weights(), meta)
+    meta['e3va_mm.sha256'] = checksum(weights(), meta)
     save_file(weights(), path, meta)
     return path
 
@@ -256,7 +257,7 @@ def fail(*args, **kwargs):
 def test_a_full_disk_leaves_the_older_file(tmp_path, monkeypatch, call):
     path = written(tmp_path / 'a.safetensors')
     before = path.read_bytes()
-    monkeypatch.setattr(adapter_file.os, call, fail)
+    monkeypatch.setattr(files.os, call, fail)
     with pytest.raises(CheckpointError) as error:
         written(path, config='b = 2')
     text = str(error.value)
@@ -271,7 +272,7 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapter_file.os, 'replace', interrupt)
+    monkeypatch.setattr(files.os, 'replace', interrupt)
     with pytest.raises(KeyboardInterrupt):
         written(tmp_path / 'a.safetensors')
     assert not list(tmp_path.iterdir())
@@ -289,8 +290,8 @@ def test_nothing_has_the_name_before_it_is_whole(tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(adapter_file.os, 'replace', note('replace', replace))
-    monkeypatch.setattr(adapter_file.os, 'fsync', note('fsync', fsync))
+    monkeypatch.setattr(files.os, 'replace', note('replace', replace))
+    monkeypatch.setattr(files.os, 'fsync', note('fsync', fsync))
     written(tmp_path / 'a.safetensors')
     # The file, its name, the folder that has the name.
     assert calls == [('fsync', False), ('replace', False), ('fsync', True)]
@@ -299,7 +300,7 @@ def test_nothing_has_the_name_before_it_is_whole(tmp_path, monkeypatch):
 def test_a_model_without_a_side_path_has_none():
     with pytest.raises(ConfigError) as error:
         trunk_records(Toy())
-    assert 'no backbone of this Toy has a side path' in str(error.value)
+    assert 'no backbone of this Toy has a tuner' in str(error.value)
 
 
 def test_a_trunk_that_cannot_be_read_again_is_refused(tmp_path):

@@ -27,30 +27,29 @@ def test_a_complete_match_reports_counts_values_and_leftovers():
     assert report == LoadReport(
         what='trunk',
         source='a.pth',
-        matched=7,
-        total=7,
-        matched_values=84,
+        tensors=7,
+        values=84,
         leftovers=('head.weight', 'norm.bias'),
         notes=('official Swin',),
     )
 
 
 def test_report_reads_as_log_lines():
-    report = LoadReport('trunk', 'a.pth', 173, 173, 27_500_000)
-    text = 'trunk: 173 of 173 tensors (27.5 M values) from a.pth'
+    report = LoadReport('trunk', 'a.pth', 173, 27_500_000)
+    text = 'trunk: all 173 tensors (27.5 M values) from a.pth'
     assert str(report) == text
     left = tuple(f'head.{i}' for i in range(7))
-    report = LoadReport('trunk', 'a.pth', 173, 173, 27_500_000, left, ('B.',))
+    report = LoadReport('trunk', 'a.pth', 173, 27_500_000, left, ('B.',))
     assert str(report) == (
-        f'{text}; not used: head.0, head.1, head.2, head.3, head.4, '
-        '... and 2 more\nB.'
+        f'{text}; not used: head.0, head.1, head.2, head.3, head.4 '
+        'and 2 more\nB.'
     )
 
 
 def test_expected_may_be_given_as_tensors():
     assert match_state(
         _found(), _found(), what='trunk', source='a.pth'
-    ).matched_values == sum(v.numel() for v in _found().values())
+    ).values == sum(v.numel() for v in _found().values())
 
 
 def test_one_error_lists_missing_misshaped_and_unexpected_keys():

@@ -819,47 +819,35 @@ def test_what_a_class_cannot_compute_is_refused(make, target, key, instead):
     text = str(error.value)
     assert text.startswith(f'{target} cannot compute with ')
     assert key in text
-    assert text.endswith(f' in all). Take {instead} for this file.')
+    assert text.endswith(f'. Take {instead} for this file.')
 
 
 @pytest.mark.parametrize(
-    'make, target, text',
+    'make, target, needed',
     [
-        (
-            official,
-            'mmpretrain.ViTSAM',
-            'The file is a plain ViT, without the relative positions of '
-            "mmpretrain.ViTSAM ('blocks.0.attn.rel_pos_h'). Take "
-            'mmpretrain.VisionTransformer for this file.',
-        ),
-        (
-            lambda: eva02(False),
-            EVA02,
-            'The file brings no rotary embeddings ('
-            "'blocks.0.attn.rope.freqs_cos'), and those that "
-            'mmpretrain.ViTEVA02 makes by itself are not those of EVA-02. '
-            'Take the official file, or e3va_mm.E3VABackbone over '
-            'mmpretrain.TIMMBackbone.',
-        ),
+        (official, 'mmpretrain.ViTSAM', 'attn.rel_pos_h'),
+        (lambda: eva02(False), EVA02, 'attn.rope.freqs_cos'),
     ],
 )
-def test_what_a_class_needs(make, target, text):
+def test_what_a_class_needs(make, target, needed):
     with pytest.raises(CheckpointError) as error:
         to_vit_keys(make(), target)
-    assert str(error.value) == text
+    assert str(error.value).startswith(
+        f"The file is no {target}: it lacks 'blocks.0.{needed}', without"
+    )
 
 
 @pytest.mark.parametrize('target', VIT_TARGETS)
 @pytest.mark.parametrize(
     'content, first',
     [
-        ({'conv1.weight': torch.zeros(1)}, '1 tensors are conv1.weight'),
+        ({'conv1.weight': torch.zeros(1)}, 'the first keys are conv1.weight'),
         (
             {'state_dict': {'backbone.stages.0.x': torch.zeros(1)}},
             'backbone.stages.0.x',
         ),
-        ({'meta': 3}, 'the first of 0 tensors are meta'),
-        ({}, 'the first of 0 tensors are none'),
+        ({'meta': 3}, 'the first keys are meta.'),
+        ({}, 'the first keys are none.'),
     ],
 )
 def test_an_unknown_format_names_its_first_keys_and_what_is_accepted(

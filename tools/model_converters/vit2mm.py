@@ -23,7 +23,7 @@ from torch import Tensor
 from e3va_mm.errors import ConfigError, E3VAError
 from e3va_mm.utils.files import write_whole
 from e3va_mm.weights import VIT_TARGETS, read_checkpoint, to_vit_keys
-from e3va_mm.weights.unwrapping import converting
+from e3va_mm.weights.state_dicts import converting
 
 SUFFIXES = ('.pth', '.safetensors')
 

@@ -16,7 +16,7 @@ from e3va_mm.registry import HOOKS
 from e3va_mm.utils.files import MIB, write_whole
 from e3va_mm.utils.tuned import tuned_backbones
 from e3va_mm.utils.wrappers import unwrapped
-from e3va_mm.weights.adapter_file import CHECKPOINT, adapter_of, trunk_records
+from e3va_mm.weights.adapters import CHECKPOINT, adapter_of, trunk_records
 
 # Where the message hub, and with it a checkpoint to resume from, keeps them.
 _KEPT, _BEST, _SOURCES = (
@@ -112,11 +112,10 @@ class AdapterCheckpointHook(Hook):
                 for prefix, backbone in tuned_backbones(model)
                 if backbone.trunk_source == CHECKPOINT
             }
-        state = unwrapped(runner.model).state_dict()
         if is_main_process():
             # Of a run that was killed while it wrote.
             remove_parts(Path(runner.work_dir), ['adapter_*.safetensors'])
-            self._trunks = trunk_records(model, sources, state)
+            self._trunks = trunk_records(model, sources)
             sources = {p: each.source for p, each in self._trunks.items()}
             runner.message_hub.update_info(_SOURCES, sources)
         if self.save_best:

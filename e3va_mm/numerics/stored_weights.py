@@ -31,16 +31,18 @@ def store(module: nn.Module, kind: str | None) -> None:
         for _, layer in linear_layers(module):
             # torchao's own, which cannot be pickled.
             vars(layer).pop('extra_repr', None)
+            weight = layer.weight.detach()
+            # A buffer: what frameworks do with parameters it cannot do.
+            del layer.weight
+            layer.register_buffer('weight', weight, persistent=False)
 
 
 def make_room(module: nn.Module) -> None:
     """Take single precision in place of 8 bits, for weights to be loaded."""
     for _, layer in linear_layers(module):
-        room = torch.empty(
-            layer.weight.shape,
-            dtype=torch.float32,
-            device=layer.weight.device,
-        )
+        weight = layer.weight
+        room = torch.empty(weight.shape, device=weight.device)
+        del layer.weight
         layer.weight = nn.Parameter(room, requires_grad=False)
 
 

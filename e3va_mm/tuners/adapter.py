@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from e3va_mm.registry import MODELS
-from e3va_mm.trunks import Trunk
 from e3va_mm.tuners.base import BlockTuner
-from e3va_mm.tuners.blocks import blocks_of
+from e3va_mm.tuners.blocks import Insertion
 from e3va_mm.tuners.bottleneck import Bottleneck
 from e3va_mm.utils.options import Options, option, whole
 
@@ -43,19 +42,13 @@ class Adapter(BlockTuner):
 
     OPTIONS = AdapterOptions
 
-    def attach(self, trunk: Trunk) -> list[nn.Parameter]:
-        """See :class:`~e3va_mm.tuners.base.Tuner`."""
-        width = self.options.bottleneck
-        for block in blocks_of(trunk):
-            adapters = self.add_adapters(
-                block, block.branches, lambda c: Bottleneck(c, width)
-            )
-            *behind, last = block.branches
-            insertions = {
-                name: BehindResidual(adapters[name]) for name in behind
-            }
-            block.insert({**insertions, last: OnBranch(adapters[last])})
-        return []
+    def make(self, channels: int) -> Bottleneck:
+        """See :class:`~e3va_mm.tuners.base.BlockTuner`."""
+        return Bottleneck(channels, self.options.bottleneck)
+
+    def insertion(self, adapter: nn.Module, last: bool) -> Insertion:
+        """See :class:`~e3va_mm.tuners.base.BlockTuner`."""
+        return OnBranch(adapter) if last else BehindResidual(adapter)
 
 
 class BehindResidual:

@@ -8,7 +8,7 @@ from torch import nn
 from e3va_mm.registry import MODELS
 from e3va_mm.trunks import Trunk
 from e3va_mm.tuners.base import BlockTuner, require, require_all_found
-from e3va_mm.tuners.blocks import blocks_of
+from e3va_mm.tuners.blocks import Block, Insertion
 from e3va_mm.tuners.bottleneck import Bottleneck
 from e3va_mm.utils.options import (
     Options,
@@ -57,25 +57,29 @@ class AdaptFormer(BlockTuner):
 
     OPTIONS = AdaptFormerOptions
 
+    def make(self, channels: int) -> Bottleneck:
+        """See :class:`~e3va_mm.tuners.base.BlockTuner`."""
+        return Bottleneck(channels, self.options.bottleneck)
+
+    def insertion(self, adapter: nn.Module, last: bool) -> Insertion:
+        """See :class:`~e3va_mm.tuners.base.BlockTuner`."""
+        return Beside(adapter, self.options.scale)
+
+    def branches(self, block: Block) -> list[str]:
+        """See :class:`~e3va_mm.tuners.base.BlockTuner`."""
+        wanted = self.options.branches
+        return require(
+            (b for b in block.branches if wanted is None or b in wanted),
+            block.module,
+            f'a branch named by `tuner.branches` {wanted} (it has '
+            f'{", ".join(block.branches)})',
+        )
+
     def attach(self, trunk: Trunk) -> list[nn.Parameter]:
         """See :class:`~e3va_mm.tuners.base.Tuner`."""
-        wanted, scale = self.options.branches, self.options.scale
-        missing = set(wanted or ())
-        for block in blocks_of(trunk):
-            found = require(
-                (b for b in block.branches if wanted is None or b in wanted),
-                block.module,
-                f'a branch named by `tuner.branches` {wanted} (it has '
-                f'{", ".join(block.branches)})',
-            )
-            missing.difference_update(found)
-            adapters = self.add_adapters(
-                block, found, lambda c: Bottleneck(c, self.options.bottleneck)
-            )
-            block.insert(
-                {name: Beside(each, scale) for name, each in adapters.items()}
-            )
-        require_all_found(missing, 'branches')
+        super().attach(trunk)
+        found = {name for adapters in self.blocks for name in adapters}
+        require_all_found(set(self.options.branches or ()) - found, 'branches')
         return []
 
 

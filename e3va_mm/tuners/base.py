@@ -4,7 +4,7 @@ Finding, inserting, declaring and freezing are here and in the backbone; a
 tuner is a file of its own that says what to find and what to insert.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.trunks import Trunk
-from e3va_mm.tuners.blocks import Block
+from e3va_mm.tuners.blocks import Block, Insertion, blocks_of
 from e3va_mm.utils.options import Options
 
 
@@ -76,30 +76,41 @@ class Tuner(nn.Module):
 
 
 class BlockTuner(Tuner):
-    """A tuner with adapters on the branches of every block."""
+    """A tuner with an adapter on some branches of every block."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
         self.blocks = nn.ModuleList()
 
-    def add_adapters(
-        self,
-        block: Block,
-        branches: Sequence[str],
-        make: Callable[[int], nn.Module],
-    ) -> nn.ModuleDict:
-        """Make an adapter for each of some branches of a block.
+    def make(self, channels: int) -> nn.Module:
+        """An adapter for a branch of so many channels."""
+        raise NotImplementedError
 
-        Args:
-            block (Block): The block.
-            branches (Sequence[str]): Names of its branches.
-            make (Callable): Channels -> adapter.
-        """
-        adapters = nn.ModuleDict(
-            {name: make(block.channels) for name in branches}
-        )
-        self.blocks.append(adapters)
-        return adapters
+    def insertion(self, adapter: nn.Module, last: bool) -> Insertion:
+        """What an adapter adds to its branch, the last of a block or not."""
+        raise NotImplementedError
+
+    def branches(self, block: Block) -> Sequence[str]:
+        """Names of the branches that have an adapter. Defaults to all."""
+        return block.branches
+
+    def attach(self, trunk: Trunk) -> list[nn.Parameter]:
+        """See :class:`Tuner`."""
+        for block in blocks_of(trunk):
+            adapters = nn.ModuleDict(
+                {
+                    name: self.make(block.channels)
+                    for name in self.branches(block)
+                }
+            )
+            self.blocks.append(adapters)
+            block.insert(
+                {
+                    name: self.insertion(each, name == block.branches[-1])
+                    for name, each in adapters.items()
+                }
+            )
+        return []
 
 
 def require(things: Iterable, owner: nn.Module, what: str) -> list:

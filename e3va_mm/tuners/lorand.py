@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e3va_mm.registry import MODELS
-from e3va_mm.trunks import Trunk
 from e3va_mm.tuners.adapter import OnBranch
 from e3va_mm.tuners.base import BlockTuner
-from e3va_mm.tuners.blocks import blocks_of
+from e3va_mm.tuners.blocks import Insertion
 from e3va_mm.utils.options import Options, option, whole
 
 
@@ -100,16 +99,12 @@ class LoRand(BlockTuner):
 
     OPTIONS = LoRandOptions
 
-    def attach(self, trunk: Trunk) -> list[nn.Parameter]:
-        """See :class:`~e3va_mm.tuners.base.Tuner`."""
-        rank, branches = self.options.rank, self.options.branches
-        for block in blocks_of(trunk):
-            adapters = self.add_adapters(
-                block,
-                block.branches,
-                lambda c: LoRandAdapter(c, rank, branches),
-            )
-            block.insert(
-                {name: OnBranch(each) for name, each in adapters.items()}
-            )
-        return []
+    def make(self, channels: int) -> LoRandAdapter:
+        """See :class:`~e3va_mm.tuners.base.BlockTuner`."""
+        return LoRandAdapter(
+            channels, self.options.rank, self.options.branches
+        )
+
+    def insertion(self, adapter: nn.Module, last: bool) -> Insertion:
+        """See :class:`~e3va_mm.tuners.base.BlockTuner`."""
+        return OnBranch(adapter)

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e3va_mm.registry import MODELS
-from e3va_mm.trunks import Size, Trunk
+from e3va_mm.trunks import Size
 from e3va_mm.tuners.base import BlockTuner
-from e3va_mm.tuners.blocks import blocks_of
+from e3va_mm.tuners.blocks import Insertion
 from e3va_mm.tuners.grid import GridFilters, on_grid
 from e3va_mm.utils.options import Options, number, option, whole
 
@@ -75,19 +75,15 @@ class Mona(BlockTuner):
 
     OPTIONS = MonaOptions
 
-    def attach(self, trunk: Trunk) -> list[nn.Parameter]:
-        """See :class:`~e3va_mm.tuners.base.Tuner`."""
-        width, dropout = self.options.bottleneck, self.options.dropout
-        for block in blocks_of(trunk):
-            adapters = self.add_adapters(
-                block,
-                block.branches,
-                lambda c: MonaAdapter(c, width, dropout),
-            )
-            block.insert(
-                {name: _OnGrid(each) for name, each in adapters.items()}
-            )
-        return []
+    def make(self, channels: int) -> MonaAdapter:
+        """See :class:`~e3va_mm.tuners.base.BlockTuner`."""
+        return MonaAdapter(
+            channels, self.options.bottleneck, self.options.dropout
+        )
+
+    def insertion(self, adapter: nn.Module, last: bool) -> Insertion:
+        """See :class:`~e3va_mm.tuners.base.BlockTuner`."""
+        return _OnGrid(adapter)
 
 
 class _OnGrid:

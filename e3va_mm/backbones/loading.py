@@ -316,7 +316,7 @@ class LoadsTrunk(TunedModule):
             hint=explain,
             notes=notes,
         )
-        print_log(str(report), logger='current')
+        print_log(report, logger='current')
         return {**own, **{key: found[key] for key in expected}}
 
     def _bring_trunk(self, record: TrunkRecord) -> None:

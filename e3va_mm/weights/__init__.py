@@ -6,7 +6,7 @@ from e3va_mm.weights.adapters import (
     without_trunks,
 )
 from e3va_mm.weights.fingerprint import fingerprint
-from e3va_mm.weights.matching import LoadReport, match_state
+from e3va_mm.weights.matching import match_state
 from e3va_mm.weights.reading import read_adapter, read_checkpoint
 from e3va_mm.weights.source_weights import SourceWeights
 from e3va_mm.weights.state_dicts import to_stock_state
@@ -15,7 +15,6 @@ from e3va_mm.weights.vit_names import VIT_TARGETS, describe_vit, to_vit_keys
 
 __all__ = [
     'AdapterFile',
-    'LoadReport',
     'SourceWeights',
     'TrunkRecord',
     'VIT_TARGETS',

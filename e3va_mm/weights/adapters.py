@@ -140,4 +140,4 @@ def check_adapter(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         hint='Take the config that the adapter file was trained with '
         '(`tools/adapter.py inspect FILE --config`).',
     )
-    print_log(str(report), logger='current')
+    print_log(report, logger='current')

@@ -6,7 +6,6 @@ trunk that never trains this is not enough: nothing would ever repair it.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,36 +18,6 @@ from e3va_mm.utils.listing import listed
 SHOWN = 5
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What arrived from a file. ``str(report)`` is its line in the log.
-
-    Attributes:
-        what: What was loaded, such as ``'trunk'``.
-        source: The file that it came from.
-        tensors: Number of tensors that arrived, which is all of them.
-        values: Number of scalars in them.
-        leftovers: Keys of the file that were expected not to be used.
-        notes: Anything else worth a line, such as the format of the file.
-    """
-
-    what: str
-    source: str
-    tensors: int
-    values: int
-    leftovers: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        text = (
-            f'{self.what}: all {self.tensors} tensors '
-            f'({self.values / 1e6:.1f} M values) from {self.source}'
-        )
-        if self.leftovers:
-            text += f'; not used: {listed(self.leftovers, SHOWN)}'
-        return '\n'.join([text, *self.notes])
-
-
 def match_state(
     expected: Mapping[str, torch.Size | Tensor],
     found: Mapping[str, Tensor],
@@ -58,7 +27,7 @@ def match_state(
     source: str,
     hint: str | Callable[[], str] = '',
     notes: Sequence[str] = (),
-) -> LoadReport:
+) -> str:
     """Check that `found` holds exactly what `expected` asks for.
 
     Args:
@@ -70,10 +39,10 @@ def match_state(
         source: Where `found` comes from, for messages.
         hint: The likely cause of a mismatch, or a function that finds it; it
             is called only where there is a mismatch. Defaults to none.
-        notes: Lines to add to the report. Defaults to none.
+        notes: Lines to add to what is returned. Defaults to none.
 
     Returns:
-        The report of a complete match.
+        What arrived, for the log.
 
     Raises:
         CheckpointError: If a key is missing, has another shape, is left over
@@ -117,14 +86,14 @@ def match_state(
                     lines.append(f'    ... and {len(items) - SHOWN} more')
         lines.append(hint() if callable(hint) else hint)
         raise CheckpointError('\n'.join(filter(None, lines)))
-    return LoadReport(
-        what=what,
-        source=source,
-        tensors=len(fitting),
-        values=sum(found[key].numel() for key in fitting),
-        leftovers=tuple(leftovers),
-        notes=tuple(notes),
+    values = sum(found[key].numel() for key in fitting) / 1e6
+    text = (
+        f'{what}: all {len(fitting)} tensors ({values:.1f} M values) from '
+        f'{source}'
     )
+    if leftovers:
+        text += f'; not used: {listed(leftovers, SHOWN)}'
+    return '\n'.join([text, *notes])
 
 
 def _shape(value: Any) -> tuple[int, ...] | str:

@@ -22,31 +22,24 @@ def resize_relative_tables(
     Returns:
         list[str]: A line on what was done, if anything was.
     """
+    wanted = {k: v.shape for k, v in expected.items() if k.endswith(TABLE)}
+    # A table that all blocks share may become theirs afterwards.
+    shape = next(iter(wanted.values()), None)
     resized = 0
-    wanted = {k: v for k, v in expected.items() if k.endswith(TABLE)}
-    for key in found:
-        # A table that all blocks share may become theirs afterwards.
-        if key.endswith(TABLE) and key not in wanted and wanted:
-            wanted[key] = next(iter(wanted.values()))
-    for key, ours in wanted.items():
-        theirs = found.get(key)
-        if (
-            theirs is not None
-            and theirs.ndim == 2
-            and theirs.shape != ours.shape
-            and theirs.shape[1] == ours.shape[1]
-        ):
-            table = _spread(
-                theirs[:-EXTRA].float().numpy(),
-                round((len(ours) - EXTRA) ** 0.5),
+    for key, table in found.items():
+        rows, heads = wanted.get(key, shape) or (0, 0)
+        fits = table.ndim == 2 and table.shape[1] == heads
+        if key.endswith(TABLE) and fits and len(table) != rows:
+            spread = _spread(
+                table[:-EXTRA].float().numpy(), round((rows - EXTRA) ** 0.5)
             )
             found[key] = torch.cat(
-                [torch.from_numpy(table).to(theirs), theirs[-EXTRA:]]
+                [torch.from_numpy(spread).to(table), table[-EXTRA:]]
             )
             resized += 1
-    if not resized:
-        return []
-    return [f'{resized} tables of relative positions resized']
+    return (
+        [f'{resized} tables of relative positions resized'] if resized else []
+    )
 
 
 def _spread(table: np.ndarray, side: int) -> np.ndarray:
@@ -56,10 +49,9 @@ def _spread(table: np.ndarray, side: int) -> np.ndarray:
     old = round(len(table) ** 0.5)
     places = _distances(old // 2, side // 2)
     new = np.arange(-(side // 2), side // 2 + 1)
-    square = table.reshape(old, old, -1)
     heads = [
-        RectBivariateSpline(places, places, square[..., head])(new, new)
-        for head in range(square.shape[2])
+        RectBivariateSpline(places, places, head)(new, new)
+        for head in table.T.reshape(-1, old, old)
     ]
     return np.stack(heads, -1).reshape(side * side, -1).astype(np.float32)
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from e3va_mm.errors import CheckpointError
-
-MIB = 2**20
+from e3va_mm.utils.sizes import MIB
 
 
 class SourceWeights(Mapping[str, Tensor]):
@@ -42,10 +41,10 @@ class SourceWeights(Mapping[str, Tensor]):
             # None where no folder could be written to.
             folder = tempfile.tempdir or 'the temporary folder'
             raise CheckpointError(
-                f'Expected {size:,.0f} MiB of room in {folder} '
-                'for the source weights of the trunk, but writing failed: '
-                f'{error}. Set the environment variable TMPDIR to a folder '
-                'with room, or leave out `side_path.trunk_weights`.'
+                f'Expected {size:,.0f} MiB of room in {folder} for the source '
+                f'weights of the trunk, but writing failed: {error}. Set the '
+                'environment variable TMPDIR to a folder with room, or leave '
+                'out `trunk_weights`.'
             ) from error
 
     def __getitem__(self, name: str) -> Tensor:

@@ -21,7 +21,6 @@ from e3va_mm.weights.state_dicts import part_of, tensors_of, to_stock_state
 
 _BLOCK = re.compile(r'blocks\.(?:\d+\.)?(\d+)\.(.+)')
 _OFFICIAL = re.compile(r'blocks\.(?:\d+\.)?\d+\.attn\.(qkv|q_proj)\.weight')
-_TABLE = 'attn.relative_position_bias_table'
 # Tokens beside the patches' and the class token's, as timm or Meta name them.
 _EXTRA_TOKENS = {
     'register_tokens': 'registers',
@@ -30,20 +29,6 @@ _EXTRA_TOKENS = {
     'dist_token': 'a second class token',
 }
 _TIMM = 'e3va_mm.E3VABackbone over mmpretrain.TIMMBackbone'
-# What official files have, by name in a block or as a whole -> the format.
-_FORMATS = (
-    (r'mlp\.lin1\.weight', 'official SAM'),
-    (r'attn\.rel_pos_h', 'timm SAM'),
-    (r'attn\.rope\..*', 'official EVA-02'),
-    (r'mlp\.fc1_g\.weight', 'timm EVA-02'),
-    (r'attn\.relative_position_bias_table|rel_pos_bias\..*', 'official BEiT'),
-    (r'attn\.q_bias', 'official EVA'),
-    (r'decoder_.*', 'official MAE'),
-    (r'mask_token|mlp\.w12\.weight|blocks\.\d+\.\d+\..*', 'official DINOv2'),
-    (r'gamma_1', 'official DeiT III'),
-    (r'.*', 'timm ViT'),
-)
-
 # -- to the form of a stock class: each changes the tensors of a block --------
 
 Parts = dict[str, Tensor]
@@ -297,7 +282,7 @@ def to_vit_keys(
     if any(_in_block(spec.first, key) for key in state):
         return state, form
     if any(_OFFICIAL.fullmatch(key) for key in state):
-        return _convert(state, target), _format_of(state)
+        return _convert(state, target), 'official or timm ViT'
     first = list(tensors_of(checkpoint) or checkpoint)
     raise CheckpointError(
         f'These are no weights that {target} takes: the first keys are '
@@ -312,16 +297,6 @@ def to_vit_keys(
 def _in_block(name: str, key: str) -> bool:
     """Whether a stock key is that of a tensor in any block."""
     return bool(re.fullmatch(rf'layers\.\d+\.{re.escape(name)}', key))
-
-
-def _format_of(state: Mapping[str, Tensor]) -> str:
-    """Name the format of a file with names like timm's."""
-    names = {_BLOCK.sub(r'\2', key) for key in state} | {*state}
-    return next(
-        form
-        for pattern, form in _FORMATS
-        if any(re.fullmatch(pattern, name) for name in names)
-    )
 
 
 def _renamed(key: str, renames: tuple[tuple[str, str], ...]) -> str:
@@ -414,7 +389,7 @@ def describe_vit(state: Mapping[str, Tensor]) -> dict[str, Any]:
         elif part == 'ffn.w3.weight':
             # SwiGLUFFNFused takes two thirds of what its config says
             found['feedforward_channels'] = value.shape[1] * 3 // 2
-        elif part == _TABLE:
+        elif part == 'attn.relative_position_bias_table':
             found['num_heads'] = value.shape[1]
         elif part == 'attn.rel_pos_h' and embedding is not None:
             found['num_heads'] = embedding.shape[0] // value.shape[1]

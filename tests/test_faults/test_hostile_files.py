@@ -1,6 +1,5 @@
 """Checkpoints that are cut, bent, foreign or malicious are refused."""
 
-import importlib.util
 import io
 import json
 import os
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
-from e3va_mm.commands import launch
 from e3va_mm.errors import CheckpointError
 from e3va_mm.registry import MODELS
 from e3va_mm.weights import (
@@ -31,22 +30,20 @@ from e3va_mm.weights import (
     read_checkpoint,
 )
 from tests.helpers import build_e3va, build_stock, randomised
-from tests.test_engine.test_hooks.tiny import (
-    make_segmentation,
-    segmentation_config,
-    side_path_config,
-)
-from tests.test_weights.hostile import FORMS, Payload, touch
-from tests.test_weights.samples import needs_list, refusal_of
+from tests.test_weights import test_swin_names, test_vit_names
+from tests.test_weights.hostile import Payload
+from tests.test_weights.samples import refusal_of
 
-EXAMPLES = int(os.environ.get('E3VA_MM_EXAMPLES', 40))
+EXAMPLES = int(os.environ.get('E3VA_MM_EXAMPLES', 20))
 draws = settings(
     max_examples=EXAMPLES,
-    derandomize=EXAMPLES <= 40,
+    derandomize=EXAMPLES <= 20,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+# All bits in turn with E3VA_MM_EXAMPLES above the default.
+STEP = 7 if EXAMPLES <= 20 else 1
 ROOT = Path(__file__).parents[2]
 
 
@@ -103,13 +100,6 @@ def spoil(path, content):
     return spoilt
 
 
-def test_every_truncation_is_refused(sample):
-    path, whole, _ = sample
-    for length in range(0, len(whole), 4 * STEP):
-        text = refusal_of(spoil(path, whole[:length]))
-        assert str(path.parent) in text
-
-
 def refused_or_harmless(path, content, expected):
     try:
         found = read_checkpoint(spoil(path, content))
@@ -122,12 +112,11 @@ def refused_or_harmless(path, content, expected):
         assert isinstance(found, dict)
 
 
-# All bits in turn with E3VA_MM_EXAMPLES above the default.
-STEP = 3 if EXAMPLES <= 40 else 1
-
-
-def test_flipped_bits(sample):
+def test_every_truncation_and_every_flipped_bit(sample):
     path, whole, expected = sample
+    for length in range(0, len(whole), 5 * STEP):
+        text = refusal_of(spoil(path, whole[:length]))
+        assert str(path.parent) in text
     for place in range(0, len(whole), STEP):
         content = bytearray(whole)
         content[place] ^= 1 << (place * 5 % 8)
@@ -142,14 +131,6 @@ def test_overwritten_parts(sample, data):
     patch = data.draw(st.binary(min_size=1, max_size=64))
     content = whole[:place] + patch + whole[place + len(patch) :]
     refused_or_harmless(path, content, expected)
-
-
-@draws
-@given(content=st.binary(max_size=200), name=st.sampled_from([*FORMATS]))
-def test_noise(tmp_path_factory, content, name):
-    path = tmp_path_factory.getbasetemp() / f'noise.{name}'
-    path.write_bytes(content)
-    refusal_of(path)
 
 
 # -- code --------------------------------------------------------------------
@@ -214,103 +195,21 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize('place', PLACES)
-def test_no_opcode_runs_anywhere(tmp_path, place):
-    marker = tmp_path / 'marker'
-    for name, data in _opcodes(marker).items():
-        path = tmp_path / f'{name}.pth'
-        PLACES[place](path, data)
-        assert str(path) in refusal_of(path)
-        assert not marker.exists(), name
-
-
 @pytest.mark.parametrize('name', _opcodes(''))
-def test_the_opcodes_do_run_where_a_file_is_unpickled(tmp_path, name):
+def test_no_opcode_runs_anywhere(tmp_path, name):
     marker = tmp_path / 'marker'
-    unpickler = pickle.Unpickler(io.BytesIO(_opcodes(marker)[name]))
+    data = _opcodes(marker)[name]
+    for place, write in PLACES.items():
+        path = tmp_path / f'{place}.pth'
+        write(path, data)
+        assert str(path) in refusal_of(path)
+        assert not marker.exists(), place
+    # It does run where a file is unpickled.
+    unpickler = pickle.Unpickler(io.BytesIO(data))
     unpickler.persistent_load = str
-    try:
+    with suppress(Exception):
         unpickler.load()
-    except Exception:
-        pass
     assert marker.exists()
-
-
-def _tool(name, folder='tools'):
-    path = ROOT / folder / f'{name}.py'
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope='module')
-def config(tmp_path_factory):
-    pytest.importorskip('mmseg')
-    folder = tmp_path_factory.mktemp('segmentor')
-    make_segmentation(folder, 2)
-    path, _, _ = side_path_config(
-        folder,
-        segmentation_config(folder),
-        'decode_head=dict(in_channels=256, in_index=3, '
-        "norm_cfg=dict(type='BN')), auxiliary_head=None",
-    )
-    return path
-
-
-DOORS = {
-    'train, load_from': lambda config, path, out: launch._train(
-        arguments('train', config, '--cfg-options', f'load_from={path}')
-    ),
-    'train, init_cfg': lambda config, path, out: launch._train(
-        arguments(
-            'train',
-            config,
-            '--cfg-options',
-            f'model.backbone.init_cfg.checkpoint={path}',
-        )
-    ),
-    'train, resume': lambda config, path, out: launch._train(
-        arguments('train', config, '--resume', path)
-    ),
-    'test': lambda config, path, out: launch._test(
-        arguments('test', config, path)
-    ),
-    'adapter extract': lambda config, path, out: _tool('adapter').main(
-        ['extract', path, f'{out}.safetensors', '--config', str(config)]
-    ),
-    'adapter inspect': lambda config, path, out: _tool('adapter').main(
-        ['inspect', path]
-    ),
-    'adapter merge': lambda config, path, out: _tool('adapter').main(
-        ['merge', str(config), path, f'{out}.pth']
-    ),
-    'adapter strip': lambda config, path, out: _tool('adapter').main(
-        ['strip', path, f'{out}.safetensors']
-    ),
-    'vit2mm': lambda config, path, out: _tool(
-        'vit2mm', 'tools/model_converters'
-    ).main([path, f'{out}.pth', '--to', 'mmseg.VisionTransformer']),
-    'export': lambda config, path, out: _tool('export').main(
-        [str(config), path, '--out', f'{out}.pt2', '--size', '48', '64']
-    ),
-}
-
-
-def arguments(tool, config, *rest):
-    parser = getattr(launch, f'_{tool}_arguments')()
-    return parser.parse_args([str(config), *rest])
-
-
-@pytest.mark.parametrize('door', DOORS)
-def test_every_tool_refuses_what_would_run(config, tmp_path, door):
-    marker = tmp_path / 'marker'
-    path = tmp_path / 'hostile.pth'
-    FORMS['in_meta'](path, touch(marker))
-    with pytest.raises(CheckpointError, match=str(path)):
-        DOORS[door](config, str(path), str(tmp_path / 'out'))
-    assert not marker.exists()
-    assert not list(tmp_path.glob('out*'))
 
 
 # -- memory ------------------------------------------------------------------
@@ -372,7 +271,7 @@ def _bomb(path):
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('x/data.pkl', pickle.dumps({'a': 1}, protocol=2))
         with archive.open('x/data/0', 'w') as record:
-            for _ in range(600):
+            for _ in range(200):
                 record.write(bytes(2**20))
 
 
@@ -401,7 +300,6 @@ BIG = {
 }
 
 
-@needs_list
 def test_small_files_take_little_memory(tmp_path):
     for name, make in BIG.items():
         make(tmp_path / f'{name}.pth')
@@ -461,21 +359,19 @@ ODD = {
 }
 
 
-@needs_list
-@pytest.mark.parametrize('name', ODD)
-@pytest.mark.parametrize('wrap', [dict, lambda s: dict(state_dict=s)])
-def test_a_trunk_of_odd_weights_is_refused(tmp_path, name, wrap):
-    change, text = ODD[name]
+def test_a_trunk_of_odd_weights_is_refused(tmp_path):
     weights = randomised(build_stock()).state_dict()
     key = 'stages.0.blocks.0.attn.w_msa.qkv.weight'
     path = tmp_path / 'trunk.pth'
-    torch.save(wrap({**weights, key: change(weights[key])}), path)
     ours = build_e3va(init_cfg=dict(type='Pretrained', checkpoint=str(path)))
     before = {k: v.clone() for k, v in ours.state_dict().items()}
-    found = refusal_of(path, lambda _: ours.init_weights())
-    assert text in found and str(path) in found
-    assert 'attn.w_msa.qkv.weight' in found
-    assert same(dict(ours.state_dict()), before)
+    for number, (change, text) in enumerate(ODD.values()):
+        content = {**weights, key: change(weights[key])}
+        torch.save(dict(state_dict=content) if number % 2 else content, path)
+        found = refusal_of(path, lambda _: ours.init_weights())
+        assert text in found and str(path) in found
+        assert 'attn.w_msa.qkv.weight' in found
+        assert same(dict(ours.state_dict()), before)
 
 
 @pytest.mark.parametrize(
@@ -484,7 +380,7 @@ def test_a_trunk_of_odd_weights_is_refused(tmp_path, name, wrap):
 def test_other_floating_types_are_weights(dtype):
     found = {'a': torch.ones(3).to(dtype)}
     report = match_state({'a': torch.ones(3)}, found, what='x', source='y')
-    assert report.tensors == 1
+    assert report == 'x: all 1 tensors (0.0 M values) from y'
 
 
 def test_a_sum_that_overflows_is_no_infinity():
@@ -534,11 +430,7 @@ def test_an_attribute_hides_no_method_of_a_state_dict(tmp_path):
     'name, write',
     [
         ('a.npz', lambda path: np.savez(path, a=np.ones(3))),
-        ('a.npy', lambda path: np.save(path, np.ones(3))),
-        ('a.h5', lambda path: path.write_bytes(b'\x89HDF\r\n\x1a\n' * 9)),
         ('a.onnx', lambda path: path.write_bytes(b'\x08\x07\x12\x07pytorch')),
-        ('a.msgpack', lambda path: path.write_bytes(b'\x81\xa1a\x93\1\2\3')),
-        ('a.pt', lambda path: torch.jit.script(torch.nn.ReLU()).save(path)),
         ('a.json', lambda path: path.write_text('{"a": 1}')),
         ('a.safetensors.index.json', lambda path: path.write_text('{}')),
     ],
@@ -569,15 +461,13 @@ def test_paths_that_are_no_file(tmp_path, monkeypatch):
 
 
 def _vit(kind):
-    from tests.test_weights import test_vit_keys
-
-    state = getattr(test_vit_keys, kind)()
+    state = getattr(test_vit_names, kind)()
     model = dict(
         type='e3va_mm.E3VAVisionTransformer',
         trunk_type='mmpretrain.VisionTransformer',
-        arch=dict(test_vit_keys.ARCH),
-        img_size=test_vit_keys.SIZE,
-        patch_size=test_vit_keys.PATCH,
+        arch=dict(test_vit_names.ARCH),
+        img_size=test_vit_names.SIZE,
+        patch_size=test_vit_names.PATCH,
         layer_scale_init_value=0.1 if kind == 'dinov2' else 0.0,
         side_path=dict(rank=4),
     )
@@ -585,18 +475,16 @@ def _vit(kind):
 
 
 def _swin():
-    from tests.test_weights import test_swin_keys
-
     state = {
         key: value.long() if key.endswith('_index') else value
-        for key, value in test_swin_keys._official().items()
+        for key, value in test_swin_names.official_swin().items()
     }
     return state, lambda **kwargs: build_e3va(
-        embed_dims=test_swin_keys.EMBED,
-        depths=test_swin_keys.DEPTHS,
-        num_heads=test_swin_keys.HEADS,
-        window_size=test_swin_keys.WINDOW,
-        strides=(4, 2, 2, 2)[: len(test_swin_keys.DEPTHS)],
+        embed_dims=test_swin_names.EMBED,
+        depths=test_swin_names.DEPTHS,
+        num_heads=test_swin_names.HEADS,
+        window_size=test_swin_names.WINDOW,
+        strides=(4, 2, 2),
         side_path=dict(rank=2),
         out_indices=(0,),
         **kwargs,

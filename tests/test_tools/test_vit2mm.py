@@ -59,7 +59,7 @@ def test_what_is_written(source, tmp_path, suffix):
     assert process.returncode == 0, process.stderr
     assert process.stdout == (
         f'{out}: 5 tensors for {TARGET} (format of the file: official '
-        'DINOv2)\n'
+        'or timm ViT)\n'
     )
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     # Not all of the memory that a tensor was a part of.

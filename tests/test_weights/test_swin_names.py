@@ -8,7 +8,7 @@ from e3va_mm.weights import describe_swin, to_stock_keys
 EMBED, DEPTHS, HEADS, WINDOW = 8, (2, 1, 3), (2, 4, 8), 4
 
 
-def _official(absolute=False):
+def official_swin(absolute=False):
     """Random weights with the names and shapes of Microsoft's files."""
     torch.manual_seed(0)
     shapes = {
@@ -67,8 +67,8 @@ def _same(one, other):
 
 def test_official_weights_become_what_the_stock_converter_makes():
     swin = pytest.importorskip('mmdet.models.backbones.swin')
-    stock = swin.swin_converter(_official())
-    ours, name = to_stock_keys(_official())
+    stock = swin.swin_converter(official_swin())
+    ours, name = to_stock_keys(official_swin())
     assert name == 'official Swin'
     assert ours.pop('head.weight').shape == (5, 32)
     assert ours.pop('head.bias').shape == (5,)
@@ -85,7 +85,7 @@ def test_every_official_weight_arrives_in_a_stock_backbone():
         strides=(4, 2, 2),
         out_indices=(),
     )
-    ours, _ = to_stock_keys(_official())
+    ours, _ = to_stock_keys(official_swin())
     result = model.load_state_dict(ours, strict=False)
     assert result.missing_keys == []
     assert sorted(result.unexpected_keys) == [
@@ -100,7 +100,7 @@ def test_every_official_weight_arrives_in_a_stock_backbone():
 
 def test_patch_merging_computes_the_same_after_the_conversion():
     """The two orders of the merged channels, each used as its code does."""
-    state = _official()
+    state = official_swin()
     ours, _ = to_stock_keys(state)
     x = torch.rand(1, EMBED, 6, 6)
     old, new = 'layers.0.downsample.', 'stages.0.downsample.'
@@ -130,15 +130,15 @@ def test_patch_merging_computes_the_same_after_the_conversion():
     )
 
 
-STOCK, _ = to_stock_keys(_official())
+STOCK, _ = to_stock_keys(official_swin())
 
 
 @pytest.mark.parametrize(
     'content, name, expected',
     [
-        ({'model': _official()}, 'official Swin', STOCK),
-        ({'model': _official(), 'epoch': 3}, 'official Swin', STOCK),
-        (_prefixed('module.', _official()), 'official Swin', STOCK),
+        ({'model': official_swin()}, 'official Swin', STOCK),
+        ({'model': official_swin(), 'epoch': 3}, 'official Swin', STOCK),
+        (_prefixed('module.', official_swin()), 'official Swin', STOCK),
         (STOCK, 'MM backbone', STOCK),
         ({'state_dict': STOCK, 'meta': {}}, 'MM backbone', STOCK),
         (
@@ -161,7 +161,7 @@ def test_formats(content, name, expected):
 
 
 def test_the_input_is_not_changed():
-    state = _official(absolute=True)
+    state = official_swin(absolute=True)
     before = {key: value.clone() for key, value in state.items()}
     to_stock_keys(state)
     assert _same(state, before)
@@ -170,10 +170,12 @@ def test_the_input_is_not_changed():
 @pytest.mark.parametrize(
     'make',
     [
-        _official,
+        official_swin,
         lambda absolute: {
             **STOCK,
-            'absolute_pos_embed': _official(absolute)['absolute_pos_embed'],
+            'absolute_pos_embed': official_swin(absolute)[
+                'absolute_pos_embed'
+            ],
         },
     ],
 )

@@ -1,14 +1,10 @@
 import importlib.util
-import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -23,7 +19,7 @@ SHIPPED = {
 TINY = dict.fromkeys(SHIPPED, ((0.5, 2, 56, (24, 50)), (1, 3, 64, (24, 60))))
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def tool():
     spec = importlib.util.spec_from_file_location(
         'pretrain_nano', ROOT / 'tools/pretrain_nano.py'
@@ -51,10 +47,6 @@ def kind(request):
 def new_model(tool, kind='swin'):
     torch.manual_seed(0)
     return tool.DenseClassifier(kind)
-
-
-def quiet():
-    return Console(file=io.StringIO())
 
 
 def equal(a, b):
@@ -117,29 +109,23 @@ def test_loss_falls_and_every_parameter_moves(
     tool, kind, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(tool, 'PHASES', {kind: ((1, 8, 56, (24, 50)),)})
-    images, cover, _ = tool.make_batch(
-        range(tool.HELD_OUT, tool.HELD_OUT + 24),
-        tool.split_samples()[1],
-        56,
-        (24, 50),
-        seed=0,
-    )
+    numbers = range(tool.HELD_OUT, tool.HELD_OUT + 24)
+    samples = tool.split_samples()[1]
+    images, cover, _ = tool.make_batch(numbers, samples, 56, (24, 50), seed=0)
     model, start = new_model(tool, kind), new_model(tool, kind)
-    tool.train(model, 14, 0, 1e-3, tmp_path / 's.pt', quiet())
+    tool.train(model, 14, 0, 1e-3, tmp_path / 's.pt')
     with torch.no_grad():
         before = tool.dense_loss(start(images), cover)
         after = tool.dense_loss(model(images), cover)
     assert after < 0.8 * before
-    moved = [
-        not torch.equal(a, b)
-        for a, b in zip(model.parameters(), start.parameters(), strict=True)
-    ]
-    assert all(moved)
+    pairs = zip(model.parameters(), start.parameters(), strict=True)
+    assert not any(torch.equal(a, b) for a, b in pairs)
 
 
-def test_resume_is_exact(tool, tmp_path, monkeypatch):
+def test_resume_is_exact(tool, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool, 'PHASES', TINY)
-    options = dict(steps=6, seed=3, peak=1e-3, console=quiet(), save_every=2)
+    monkeypatch.setattr(tool, 'SAVE_EVERY', 2)
+    options = dict(steps=6, seed=3, peak=1e-3)
     whole = new_model(tool)
     tool.train(whole, state_path=tmp_path / 'a.pt', **options)
 
@@ -157,22 +143,13 @@ def test_resume_is_exact(tool, tmp_path, monkeypatch):
         tool.train(new_model(tool), state_path=state, **options)
     assert sorted(os.listdir(tmp_path)) == ['a.pt', 'b.pt']
     torch.manual_seed(99)
-    continued = tool.DenseClassifier()
-    console = quiet()
-    options['console'] = console
-    losses = tool.train(continued, state_path=state, **options)
-    assert len(losses) == 4
-    assert 'continuing after step 2' in console.file.getvalue()
-    assert equal(whole, continued)
-
-
-def test_state_of_other_settings_is_not_continued(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, 'PHASES', TINY)
-    state, console = tmp_path / 's.pt', quiet()
-    tool.train(new_model(tool), 2, 0, 1e-3, state, console, save_every=1)
-    losses = tool.train(new_model(tool), 2, 1, 1e-3, state, console)
+    resumed = tool.DenseClassifier()
+    assert len(tool.train(resumed, state_path=state, **options)) == 4
+    assert 'resuming after step 2' in capsys.readouterr().out
+    assert equal(whole, resumed)
+    losses = tool.train(new_model(tool), 2, 1, 1e-3, state)
     assert len(losses) == 2
-    assert 'starting anew' in console.file.getvalue()
+    assert 'starting anew' in capsys.readouterr().out
 
 
 def test_accuracy_counts_named_digits(tool, monkeypatch):
@@ -193,20 +170,6 @@ def test_accuracy_counts_named_digits(tool, monkeypatch):
     share = np.mean(load_digits().target[samples] == 3)
     assert 0 < share < 1
     assert tool.accuracy(Always(), samples, 0) == pytest.approx(share)
-
-
-def test_failed_write_keeps_the_old_file(tool, tmp_path):
-    path = tmp_path / 'weights'
-    path.write_text('old')
-
-    def half(partial):
-        partial.write_text('ne')
-        raise OSError('disk full')
-
-    with pytest.raises(OSError):
-        tool.replace_file(path, half)
-    assert path.read_text() == 'old'
-    assert os.listdir(tmp_path) == ['weights']
 
 
 def check_file(path, tool, kind='swin'):
@@ -255,27 +218,13 @@ def test_main_writes_a_loadable_file(
     assert 'named correctly (chance: 10 %)' in capsys.readouterr().out
 
 
-def test_bad_options(tool, tmp_path):
+def test_options(tool):
     with pytest.raises(ConfigError, match='--out ending in .safetensors'):
-        tool.main(['--out', str(tmp_path / 'w.pth')])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'tools/pretrain_nano.py'), '--steps=0'],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith('error: Expected --steps of at least 1')
-
-
-def test_default_file_is_that_of_the_package(tool):
+        tool.main(['--out', 'w.pth'])
+    with pytest.raises(ConfigError, match='Expected --steps of at least 1'):
+        tool.main(['--steps=0'])
     assert tool.parse_args([]).out == SHIPPED['swin']
     assert tool.parse_args(['--trunk', 'vit']).out == SHIPPED['vit']
-
-
-def test_vit_gives_maps_of_every_second_block(tool):
-    pytest.importorskip('mmpretrain')
-    maps = tool.build_trunk('vit')(torch.zeros(2, 3, 56, 56))
-    assert [m.shape for m in maps] == [(2, 128, 7, 7)] * 3
 
 
 def probe(tool, trunk):
@@ -295,9 +244,9 @@ def probe(tool, trunk):
         x = (x * box).sum((2, 3)) / box.sum((2, 3))
         return torch.nn.functional.normalize(x, dim=1), digits
 
-    x, digits = features(range(200), used)
+    x, digits = features(range(100), used)
     means = torch.stack([x[digits == d].mean(0) for d in range(10)])
-    x, digits = features(range(tool.HELD_OUT, tool.HELD_OUT + 100), held_out)
+    x, digits = features(range(tool.HELD_OUT, tool.HELD_OUT + 60), held_out)
     return ((x @ means.T).argmax(1) == digits).float().mean().item()
 
 
@@ -310,19 +259,3 @@ def test_shipped_weights_know_digits(tool, kind):
     untrained.init_weights()
     assert probe(tool, untrained) < 0.3
     assert probe(tool, trunk) > stated - 0.2
-
-
-@pytest.mark.parametrize('framework', ['mmdet', 'mmseg'])
-def test_shipped_weights_fit_both_frameworks(tool, framework):
-    pytest.importorskip(framework)
-    backbones = importlib.import_module(f'{framework}.models.backbones')
-    from mmengine.config import Config
-
-    cfg = Config.fromfile(ROOT / 'configs/_base_/swin_nano.py').swin_nano
-    cfg.pop('init_cfg')
-    trunk = backbones.SwinTransformer(**cfg)
-    weights = load_file(SHIPPED['swin'])
-    trunk.load_state_dict(
-        {k.removeprefix('backbone.'): x for k, x in weights.items()}
-    )
-    assert sum(p.numel() for p in trunk.parameters()) == 2_680_822

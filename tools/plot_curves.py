@@ -24,33 +24,6 @@ from e3va_mm.errors import DataError, E3VAError
 
 # Of the accuracies of a validation, those worth a curve.
 HEADLINES = ('_mAP', '_mAP_50', '/mAP', 'mIoU', 'mAcc', 'aAcc')
-BESIDE = {'fontsize': 8, 'loc': 'center left', 'bbox_to_anchor': (1, 0.5)}
-
-
-def read_run(path):
-    """Read the records of one scalars.json.
-
-    Args:
-        path (Path): A file with one JSON object per line. The last line may
-            be cut off, as an interruption leaves it.
-
-    Returns:
-        tuple[dict, dict]: Training and validation records by iteration. The
-        iteration of a validation is that of the last training record before
-        it, so that loops by epoch and by iteration look alike.
-    """
-    train, val, iteration = {}, {}, 0
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if 'loss' in record:
-            iteration = record['step']
-            train[iteration] = record
-        else:
-            val[iteration] = record
-    return train, val
 
 
 def read_work_dir(work_dir):
@@ -60,19 +33,30 @@ def read_work_dir(work_dir):
         work_dir (Path): The directory; its runs are named by their time.
 
     Returns:
-        tuple[dict, dict]: Training and validation records by iteration.
+        tuple[dict, dict]: Training and validation records by iteration; that
+        of a validation is the last training record's before it, so that
+        loops by epoch and by iteration look alike.
 
     Raises:
         DataError: If no run has written a training record.
     """
     train, val = {}, {}
     for path in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
-        new_train, new_val = read_run(path)
-        if not new_train:
-            continue
-        first = min(new_train)
-        train = {i: r for i, r in train.items() if i < first} | new_train
-        val = {i: r for i, r in val.items() if i < first} | new_val
+        iteration = None
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # cut off by an interruption
+                continue
+            if 'loss' in record:
+                if iteration is None:
+                    first = record['step']
+                    train = {i: r for i, r in train.items() if i < first}
+                    val = {i: r for i, r in val.items() if i < first}
+                iteration = record['step']
+                train[iteration] = record
+            elif iteration is not None:
+                val[iteration] = record
     if not train:
         raise DataError(
             f'{work_dir} should hold */vis_data/scalars.json with training '
@@ -88,11 +72,6 @@ def series(records, key):
     return [i for i, _ in found], [value for _, value in found]
 
 
-def keys_of(records):
-    """All keys of some records, sorted."""
-    return sorted(set().union(*records.values())) if records else []
-
-
 def draw(train, val, title):
     """Draw losses, accuracies and the learning rate.
 
@@ -104,45 +83,30 @@ def draw(train, val, title):
     Returns:
         matplotlib.figure.Figure: Three panels above a common axis.
     """
-    figure, (losses, accuracies, rate) = plt.subplots(
-        3,
-        1,
-        figsize=(10, 9),
-        sharex=True,
-        height_ratios=[3, 3, 1],
-        layout='constrained',
+    shape = dict(height_ratios=[3, 3, 1], figsize=(10, 9))
+    figure, panels = plt.subplots(
+        3, sharex=True, layout='constrained', **shape
     )
+    losses, accuracies, rate = panels
     figure.suptitle(title)
-    parts = [key for key in keys_of(train) if 'loss' in key and key != 'loss']
-    for key in parts:
-        losses.plot(*series(train, key), linewidth=0.8, alpha=0.7, label=key)
+    keys = sorted(set().union(*train.values()))
+    for key in (key for key in keys if 'loss' in key and key != 'loss'):
+        losses.plot(*series(train, key), linewidth=0.8, label=key)
     losses.plot(*series(train, 'loss'), color='black', label='loss')
     losses.set(ylabel='loss', yscale='log')
-    losses.legend(**BESIDE)
-
-    for key in keys_of(val):
+    for key in sorted(set().union(*val.values())):
         if key.endswith(HEADLINES):
             iterations, values = series(val, key)
             # The last value, where no other one can lie over it.
             label = f'{key}: {values[-1]:.3g}'
             accuracies.plot(iterations, values, marker='.', label=label)
     accuracies.set(ylabel='accuracy on the validation split')
-    if accuracies.lines:
-        accuracies.set_ylim(bottom=0)
-        accuracies.legend(**BESIDE)
-    else:
-        accuracies.text(
-            0.5,
-            0.5,
-            'not validated yet',
-            ha='center',
-            transform=accuracies.transAxes,
-        )
-
     rate.plot(*series(train, 'lr'))
     rate.set(ylabel='learning rate', xlabel='iteration')
-    for axes in (losses, accuracies, rate):
+    for axes in panels:
         axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -151,10 +115,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument('work_dir', type=Path)
-    parser.add_argument(
-        '--out', type=Path, help='the PNG (default: WORK_DIR/curves.png)'
-    )
+    add = parser.add_argument
+    add('work_dir', type=Path)
+    add('--out', type=Path, help='the PNG (default: WORK_DIR/curves.png)')
     args = parser.parse_args(argv)
     out = args.out or args.work_dir / 'curves.png'
     try:
@@ -162,9 +125,7 @@ def main(argv=None):
     except E3VAError as error:
         sys.exit(f'error: {error}')
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure = draw(train, val, args.work_dir.name)
-    figure.savefig(out, dpi=120)
-    plt.close(figure)
+    draw(train, val, args.work_dir.name).savefig(out, dpi=120)
     print(f'{out}: {len(train)} training and {len(val)} validation records')
 
 

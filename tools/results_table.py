@@ -16,84 +16,58 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from e3va_mm.errors import DataError, E3VAError
+from e3va_mm.utils.sizes import MIB
 
-MIB = 2**20
 # What the config measured as it is stands for in the quickstart.
 NAMES = {'as-is': 'e3va'}
 ACCURACIES = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
 MEASURED = ('trainable', 'of the backbone', 'peak MiB', 's/step')
 
 
-def newest_accuracies(work_dir):
-    """Read the figures of the last evaluation.
+def table(work_dir):
+    """Lay out the table of a work directory.
 
     Args:
-        work_dir (Path): Its folder ``test`` was the work directory of
-            tools/test.py, which keeps one folder for each run.
+        work_dir (Path): Holds ``measured.json``, and in ``test`` the work
+            directory of tools/test.py.
 
     Returns:
-        dict[str, float]: Heading of the table to value, between 0 and 1.
+        str: A Markdown table; a dash stands for what was not trained.
 
     Raises:
-        DataError: If no evaluation has written figures.
+        DataError: If nothing was evaluated, or not all was measured.
     """
-    files = sorted((work_dir / 'test').glob('*/*.json'))
-    if not files:
+    evaluations = sorted((work_dir / 'test').glob('*/*.json'))
+    if not evaluations:
         raise DataError(
             f'{work_dir / "test"} should hold the figures of an evaluation, '
             'but there are none. Evaluate first: python tools/test.py CONFIG '
             f'CHECKPOINT --work-dir {work_dir / "test"}'
         )
-    found = json.loads(files[-1].read_text().splitlines()[-1])
-    return {ACCURACIES[k]: found[k] for k in ACCURACIES if k in found}
-
-
-def measured_rows(work_dir):
-    """Read what was measured.
-
-    Args:
-        work_dir (Path): Holds measured.json of tools/measure.py.
-
-    Returns:
-        dict[str, dict]: Variant to its figures.
-
-    Raises:
-        DataError: If there is no such file, or a measurement was interrupted.
-    """
     path = work_dir / 'measured.json'
-    rows = json.loads(path.read_text())['variants'] if path.exists() else {}
-    if not rows or not all(
-        'memory_bytes' in r and 'seconds' in r for r in rows.values()
+    variants = (
+        json.loads(path.read_text())['variants'] if path.exists() else {}
+    )
+    if not variants or not all(
+        'memory_bytes' in v and 'seconds' in v for v in variants.values()
     ):
         raise DataError(
             f'{path} should hold memory and time of every variant, but does '
             'not. Measure first: python tools/measure.py CONFIG --compare '
             f'full,frozen --json {path}'
         )
-    return rows
-
-
-def markdown(accuracies, variants):
-    """Lay out the table.
-
-    Args:
-        accuracies (dict[str, float]): Of the first variant, the trained one.
-        variants (dict[str, dict]): Rows of measured.json.
-
-    Returns:
-        str: A Markdown table; a dash stands for what was not trained.
-    """
+    figures = json.loads(evaluations[-1].read_text().splitlines()[-1])
+    trained = {ACCURACIES[k]: figures[k] for k in ACCURACIES if k in figures}
     rows = [
-        ['', *accuracies, *MEASURED],
-        ['---', *['---:'] * (len(accuracies) + len(MEASURED))],
+        ['', *trained, *MEASURED],
+        ['---', *['---:'] * (len(trained) + len(MEASURED))],
     ]
     for i, (name, measured) in enumerate(variants.items()):
-        values = [f'{v:.3f}' if i == 0 else '-' for v in accuracies.values()]
         parameters = measured['parameters']
         rows.append(
             [
                 NAMES.get(name, name),
-                *values,
+                *(f'{v:.3f}' if i == 0 else '-' for v in trained.values()),
                 f'{parameters["trainable"]:,}',
                 f'{parameters["trainable_backbone"]:,}',
                 f'{measured["memory_bytes"]["peak"] / MIB:,.1f}',
@@ -109,13 +83,10 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument('work_dir', type=Path)
-    work_dir = parser.parse_args(argv).work_dir
     try:
-        accuracies = newest_accuracies(work_dir)
-        variants = measured_rows(work_dir)
+        print(table(parser.parse_args(argv).work_dir))
     except E3VAError as error:
         sys.exit(f'error: {error}')
-    print(markdown(accuracies, variants))
     print(
         '\nAP on the test split; full and frozen were measured for some '
         'steps, not trained.'

@@ -16,8 +16,8 @@ from mmengine.device import get_device
 # Runs from a plain clone too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import e3va_mm.registry  # noqa: F401  checkpoints run no code
 from e3va_mm.errors import CheckpointError, ConfigError, E3VAError
+from e3va_mm.registry import install
 
 SIZE = 448  # of the longer side of a drawn image, in pixels
 
@@ -44,6 +44,7 @@ def load(config, checkpoint):
             "`default_scope` in the config should be 'mmdet', but got "
             f'{scope!r}. For a segmentor use tools/test.py --show-dir.'
         )
+    install()  # checkpoints run no code
     from mmdet.apis import init_detector
     from mmdet.registry import DATASETS
 

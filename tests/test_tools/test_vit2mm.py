@@ -1,13 +1,14 @@
 """The converter of ViT files, as it is called."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from e3va_mm.errors import ConfigError, E3VAError
 from e3va_mm.weights import VIT_TARGETS, read_checkpoint, to_vit_keys
 from tests.test_weights.hostile import FORMS, touch
 
@@ -28,21 +29,12 @@ def weights():
     }
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, TOOL, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def refusal(*arguments):
-    """The one line of an error."""
-    process = run(*arguments)
-    assert process.returncode == 1, process.stderr
-    assert 'Traceback' not in process.stderr
-    return process.stderr.splitlines()[-1]
+@pytest.fixture(scope='module')
+def convert():
+    spec = importlib.util.spec_from_file_location('vit2mm', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.main([*map(str, arguments)])
 
 
 @pytest.fixture
@@ -53,11 +45,10 @@ def source(tmp_path):
 
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
-def test_what_is_written(source, tmp_path, suffix):
+def test_what_is_written(convert, source, tmp_path, suffix, capsys):
     out = tmp_path / 'new' / f'stock{suffix}'
-    process = run(source, out, '--to', TARGET)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout == (
+    convert(source, out, '--to', TARGET)
+    assert capsys.readouterr().out == (
         f'{out}: 5 tensors for {TARGET} (format of the file: official '
         'or timm ViT)\n'
     )
@@ -69,61 +60,48 @@ def test_what_is_written(source, tmp_path, suffix):
     assert found.keys() == expected.keys()
     assert 'layers.0.ln1.weight' in found
     assert all(torch.equal(found[key], expected[key]) for key in found)
-    # A stock file by now.
-    again = run(out, tmp_path / 'again.pth', '--to', TARGET)
-    assert '(format of the file: MM backbone)' in again.stdout
+    # A stock file by now, which replaces another.
+    again = tmp_path / 'again.pth'
+    again.write_text('old')
+    convert(out, again, '--to', TARGET)
+    assert '(format of the file: MM backbone)' in capsys.readouterr().out
+    assert 'layers.0.ln1.weight' in read_checkpoint(again)['state_dict']
 
 
-def test_safetensors_are_read_and_a_file_is_replaced(tmp_path):
-    source, out = tmp_path / 'official.safetensors', tmp_path / 'stock.pth'
-    state = {key: value.clone() for key, value in weights().items()}
-    save_file(state, source)
-    out.write_text('old')
-    assert run(source, out, '--to', TARGET).returncode == 0
-    assert 'layers.0.ln1.weight' in read_checkpoint(out)['state_dict']
-
-
-def test_the_source_is_not_overwritten(source, tmp_path):
+def test_the_source_is_not_overwritten(convert, source, tmp_path):
     before = source.read_bytes()
     link = tmp_path / 'link.pth'
     link.symlink_to(source)
+    text = '^DST should be another file than SRC, but both are '
     for out in (source, link):
-        assert refusal(source, out, '--to', TARGET) == (
-            f'error: DST should be another file than SRC, but both are {out}. '
-            'SRC is not overwritten; give another name.'
-        )
+        with pytest.raises(ConfigError, match=f'{text}{out}'):
+            convert(source, out, '--to', TARGET)
     assert source.read_bytes() == before
 
 
-def test_another_suffix_is_refused(source, tmp_path):
-    out = tmp_path / 'stock.bin'
-    assert refusal(source, out, '--to', TARGET) == (
-        f'error: DST should end with .pth or .safetensors, but got {out}.'
-    )
-
-
-def test_an_unknown_target_is_refused(source, tmp_path):
-    process = run(source, tmp_path / 'stock.pth', '--to', 'mmdet.ViT')
-    assert process.returncode == 2
-    assert "invalid choice: 'mmdet.ViT'" in process.stderr
-    assert all(target in process.stderr for target in VIT_TARGETS)
-    assert not (tmp_path / 'stock.pth').exists()
-
-
-def test_what_cannot_be_converted_leaves_nothing(tmp_path):
+def test_what_cannot_be_converted_leaves_nothing(convert, tmp_path, capsys):
     source, out = tmp_path / 'other.pth', tmp_path / 'stock.pth'
     torch.save({'conv1.weight': torch.zeros(1)}, source)
-    text = refusal(source, out, '--to', TARGET)
-    assert text.startswith(f'error: These are no weights that {TARGET} takes')
-    assert 'does not exist' in refusal(
-        tmp_path / 'no.pth', out, '--to', TARGET
-    )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['other.pth']
+    with pytest.raises(ConfigError, match='end with .pth or .safetensors'):
+        convert(source, tmp_path / 'stock.bin', '--to', TARGET)
+    with pytest.raises(E3VAError, match=f'no weights that {TARGET} takes'):
+        convert(source, out, '--to', TARGET)
+    with pytest.raises(E3VAError, match='does not exist'):
+        convert(tmp_path / 'no.pth', out, '--to', TARGET)
+    with pytest.raises(SystemExit):
+        convert(source, out, '--to', 'mmdet.ViT')
+    error = capsys.readouterr().err
+    assert all(target in error for target in VIT_TARGETS)
+    assert [path.name for path in tmp_path.iterdir()] == ['other.pth']
 
 
 def test_a_hostile_file_does_not_run(tmp_path):
     marker, path = tmp_path / 'marker', tmp_path / 'hostile.pth'
     FORMS['in_meta'](path, touch(marker))
-    text = refusal(path, tmp_path / 'stock.pth', '--to', TARGET)
-    assert 'it could run code and was not read' in text
+    command = [sys.executable, TOOL, path, tmp_path / 'x.pth', '--to', TARGET]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 1
+    last = process.stderr.splitlines()[-1]
+    assert last.startswith('error: ')
+    assert 'it could run code and was not read' in last
     assert not marker.exists()

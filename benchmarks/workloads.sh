@@ -15,16 +15,16 @@ cd "$(dirname "$0")/.."
 workload=${1:?one of w1 w2 w3 w4 w4-checkpointed, w1-methods, w1-mix...}
 shift
 compare=full,frozen,frozen-same,exact
-options=(model.backbone.side_path.preset=lean)
+options=(model.backbone.tuner.preset=lean)
 case $workload in
   *-methods)
     compare=full,frozen,bitfit,norm,partial1,adapter,lora,adaptformer,lorand
     compare+=,mona,lean
-    options=(model.backbone.side_path.preset=exact)
+    options=(model.backbone.tuner.preset=exact)
     ;;
   *-mix)
     compare=frozen-same
-    options+=(model.backbone.side_path.type=e3va_mm.E3VAMixSidePath)
+    options+=(model.backbone.tuner.type=E3VAMix)
     ;;
 esac
 case ${workload%-m*} in

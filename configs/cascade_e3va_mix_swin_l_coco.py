@@ -10,4 +10,4 @@ Expected: not measured yet.
 """
 
 _base_ = './cascade_e3va_swin_l_coco.py'
-model = dict(backbone=dict(side_path=dict(type='e3va_mm.E3VAMixSidePath')))
+model = dict(backbone=dict(tuner=dict(type='E3VAMix')))

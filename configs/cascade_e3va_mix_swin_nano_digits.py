@@ -11,5 +11,5 @@ Expected: 0.596 box AP, 0.564 mask AP on the test split (one run, seed 0).
 """  # noqa: E501
 
 _base_ = './cascade_e3va_swin_nano_digits.py'
-model = dict(backbone=dict(side_path=dict(type='e3va_mm.E3VAMixSidePath')))
+model = dict(backbone=dict(tuner=dict(type='E3VAMix')))
 optim_wrapper = dict(optimizer=dict(lr=2e-3))

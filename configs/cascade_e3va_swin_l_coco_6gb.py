@@ -13,7 +13,7 @@ Expected: not measured yet.
 
 _base_ = ['./cascade_e3va_swin_l_coco.py', './_base_/lean_amp.py']
 batch_size, steps = 1, 16
-model = dict(backbone=dict(side_path=_base_.lean))
+model = dict(backbone=dict(tuner=_base_.lean))
 train_dataloader = dict(batch_size=batch_size)
 optim_wrapper = dict(accumulative_counts=steps, **_base_.amp)
 # The warm-up counts steps, of which each update now has several.

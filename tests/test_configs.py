@@ -157,10 +157,10 @@ def shrink_backbone(backbone, side):
         stock['img_size'] = (side, side)
         # As many outputs as before.
         stock['out_indices'] = (0, 1, 2, 3)[-len(stock['out_indices']) :]
-    for tuner in (backbone.get('tuner', {}), backbone.get('side_path', {})):
-        for option in ('compute', 'trunk_compute', 'trunk_weights'):
-            if option in tuner:
-                tuner[option] = 'bf16'
+    tuner = backbone.get('tuner', {})
+    for option in ('compute', 'trunk_compute', 'trunk_weights'):
+        if option in tuner:
+            tuner[option] = 'bf16'
     return Fraction(width_of(stock), before)
 
 
@@ -291,7 +291,7 @@ def counts(backbone):
     with DefaultScope.overwrite_default_scope('mmdet'):
         backbone = MODELS.build(json.loads(backbone))
     total, trainable = count_parameters(backbone)
-    return trainable, total - count_parameters(backbone.side_path)[0]
+    return trainable, total - count_parameters(backbone.tuner)[0]
 
 
 @every_config
@@ -307,9 +307,9 @@ def test_header_says_what_trains(name, undrawn):
         backbone['type'] = f'e3va_mm.{backbone["type"].__name__}'
     # Weights are out of reach, and how the trunk computes does not count.
     del stock_arguments(backbone)['init_cfg']
-    tuner = backbone.pop('side_path', {})
+    tuner = backbone.pop('tuner', {})
     if 'type' in tuner:
-        backbone['side_path'] = dict(type=tuner['type'])
+        backbone['tuner'] = dict(type=tuner['type'])
     trainable, stock = counts(json.dumps(backbone, sort_keys=True))
     assert f'{trainable:,}' == stated
     assert f'{100 * trainable / stock:.2f}' == share
@@ -465,7 +465,7 @@ def test_one_card_updates_as_the_config_it_comes_from(name):
     assert warm_up.end == parent.param_scheduler[0].end * steps
     assert decay.milestones == parent.param_scheduler[1].milestones
     assert config.custom_hooks[:-1] == parent.custom_hooks
-    assert config.model.backbone.side_path.preset == 'lean'
+    assert config.model.backbone.tuner.preset == 'lean'
 
 
 def test_smaller_cards_recompute_more():

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_flatten
 
 from e3va_mm.errors import E3VAError
-from e3va_mm.utils import in_backward
+from e3va_mm.frameworks.autograd import in_backward
 
 # The first whose own MemTracker does the same.
 OLDEST_TORCH = '2.4'

@@ -12,10 +12,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from e3va_mm.errors import ConfigError
+from e3va_mm.frameworks.autograd import in_backward
 from e3va_mm.trunks import Size, Trunk
 from e3va_mm.trunks.layout import find, length_of
 from e3va_mm.trunks.trunk import grid_of
-from e3va_mm.utils import in_backward
 
 # What is inserted: (stream, branch), both (..., C), and the grid of the
 # image's tokens -> what is added to the branch, (..., C). All but the last

@@ -1,4 +1,3 @@
-from e3va_mm.utils.backward import in_backward
 from e3va_mm.utils.params import count_parameters, mark_trainable
 from e3va_mm.utils.process_group import end_process_group
 from e3va_mm.utils.values import is_number, is_whole
@@ -6,7 +5,6 @@ from e3va_mm.utils.values import is_number, is_whole
 __all__ = [
     'count_parameters',
     'end_process_group',
-    'in_backward',
     'is_number',
     'is_whole',
     'mark_trainable',

@@ -1,7 +1,7 @@
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from e3va_mm.utils import in_backward
+from e3va_mm.frameworks.autograd import in_backward
 
 
 def test_a_checkpoint_runs_again_in_backward():

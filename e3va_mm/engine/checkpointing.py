@@ -5,7 +5,7 @@ Wraps ``torch.utils.checkpoint`` in its non-reentrant form. mmengine's own
 inside a tuple and no gradient to follow into one: a neck loses its graph.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from types import MethodType
 
@@ -21,12 +21,11 @@ from e3va_mm.utils.paths import check_patterns, matching
 def checkpoint_modules(model: nn.Module, paths: Sequence[str]) -> list[str]:
     """Let modules keep their inputs alone and recompute the rest.
 
-    Of a chosen module only the inputs stay alive until the backward pass,
-    which runs its forward a second time. Losses, gradients, batch norm
-    statistics and dropout are those of the module left as it was; state dicts
-    do not change, copies of the model are checkpointed too. Where no gradient
-    is recorded the module runs as always. Forward hooks of the parts of a
-    chosen module run in both passes; ``torch.compile`` leaves the module out.
+    Losses, gradients, batch norm statistics and dropout are those of the
+    module left as it was; state dicts do not change, copies of the model are
+    checkpointed too. Where no gradient is recorded the module runs as always.
+    Forward hooks of the parts of a chosen module run in both passes;
+    ``torch.compile`` leaves the module out.
 
     Args:
         model (nn.Module): The model, without its wrapper.
@@ -49,26 +48,21 @@ def checkpoint_modules(model: nn.Module, paths: Sequence[str]) -> list[str]:
         ['0', '1']
     """
     check_patterns(paths, 'Modules to checkpoint')
-    named = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if name
-    }
+    named = dict(model.named_modules(remove_duplicate=False))
+    del named['']
     kind = type(model).__name__
     chosen: dict[nn.Module, str] = {}
     for path in paths:
         for name in matching(path, named, f'module of {kind}'):
             chosen.setdefault(named[name], name)
-    for module, name in chosen.items():
-        _check_forward(name, module)
-    _check_apart(named, chosen)
+    earlier = {m: name for name, m in named.items() if is_checkpointed(m)}
+    _check({**earlier, **chosen})
     # Compilers do not know the contexts that this needs.
     forward = torch.compiler.disable(_forward)
-    for module in chosen:
-        if not is_checkpointed(module):
-            # A bound method: `copy.deepcopy` binds it to the copy.
-            module.forward = MethodType(forward, module)
-            module.checkpoint_has_run = False
+    for module in chosen.keys() - earlier.keys():
+        # A bound method: `copy.deepcopy` binds it to the copy.
+        module.forward = MethodType(forward, module)
+        module.checkpoint_has_run = False
     return list(chosen.values())
 
 
@@ -77,31 +71,25 @@ def is_checkpointed(module: nn.Module) -> bool:
     return 'checkpoint_has_run' in vars(module)
 
 
-def _check_forward(name: str, module: nn.Module) -> None:
-    """Refuse modules that are never called, or are wrapped otherwise."""
-    kind = type(module).__name__
-    if type(module).forward is nn.Module.forward:
-        raise ConfigError(
-            f'{name} is a {kind}, which is never called itself. Choose its '
-            f"parts: '{name}.*'."
-        )
-    if 'forward' in vars(module) and not is_checkpointed(module):
-        raise ConfigError(
-            f'The forward of {name} ({kind}) is wrapped already, by something '
-            "else. mmengine's `activation_checkpointing` in the config does "
-            'that; remove it.'
-        )
-
-
-def _check_apart(named: dict, chosen: dict[nn.Module, str]) -> None:
-    """Refuse a checkpointed module inside another."""
-    every = {m: name for name, m in named.items() if is_checkpointed(m)}
-    every.update(chosen)
-    for module, name in every.items():
+def _check(chosen: dict[nn.Module, str]) -> None:
+    """Refuse modules never called, wrapped otherwise, or inside another."""
+    for module, name in chosen.items():
+        kind = type(module).__name__
+        if type(module).forward is nn.Module.forward:
+            raise ConfigError(
+                f'{name} is a {kind}, which is never called itself. Choose '
+                f"its parts: '{name}.*'."
+            )
+        if 'forward' in vars(module) and not is_checkpointed(module):
+            raise ConfigError(
+                f'The forward of {name} ({kind}) is wrapped already, by '
+                "something else. mmengine's `activation_checkpointing` in the "
+                'config does that; remove it.'
+            )
         for part in module.modules():
-            if part is not module and part in every:
+            if part is not module and part in chosen:
                 raise ConfigError(
-                    f'{every[part]} lies inside {name}, and both are to be '
+                    f'{chosen[part]} lies inside {name}, and both are to be '
                     'checkpointed: it would be computed three times. Choose '
                     'one of them.'
                 )
@@ -113,25 +101,8 @@ def _forward(self: nn.Module, *args, **kwargs):
     if not torch.is_grad_enabled():
         return forward(self, *args, **kwargs)
     self.checkpoint_has_run = True
-    run, tensors = _of_tensors(forward, self, args, kwargs)
-    return checkpoint(
-        run,
-        *tensors,
-        use_reentrant=False,
-        preserve_rng_state=True,
-        context_fn=lambda: (nullcontext(), _SameBuffers(self)),
-    )
-
-
-def _of_tensors(
-    forward: Callable, module: nn.Module, args: tuple, kwargs: dict
-) -> tuple[Callable, list[Tensor]]:
-    """``forward`` as a function of its tensors alone, and these tensors.
-
-    Of tensors inside tuples, lists and keywords torch would not notice that
-    they were changed in place before the recomputation; older versions nor
-    that they are on a device whose random state is to be kept.
-    """
+    # As a function of tensors alone: inside tuples torch would not notice
+    # that they were changed in place before the recomputation.
     leaves, spec = tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
     tensors = [leaves[i] for i in places]
@@ -142,9 +113,15 @@ def _of_tensors(
         for i, tensor in zip(places, tensors, strict=True):
             values[i] = tensor
         args, kwargs = tree_unflatten(values, spec)
-        return forward(module, *args, **kwargs)
+        return forward(self, *args, **kwargs)
 
-    return run, tensors
+    return checkpoint(
+        run,
+        *tensors,
+        use_reentrant=False,
+        preserve_rng_state=True,
+        context_fn=lambda: (nullcontext(), _SameBuffers(self)),
+    )
 
 
 class _SameBuffers:

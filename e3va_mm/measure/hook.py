@@ -1,24 +1,24 @@
 import statistics
 import time
+from typing import Any
 
 import torch
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook, LoggerHook
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from e3va_mm.engine.optimizers import iterations_per_update
 from e3va_mm.errors import ConfigError
-from e3va_mm.measure import LiveBytes
+from e3va_mm.measure.live_bytes import LiveBytes
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils import count_parameters, is_whole
+from e3va_mm.utils.sizes import MIB
 from e3va_mm.utils.wrappers import unwrapped
-
-MIB = 2**20
-PREFIX = 'measured_'
 
 
 @HOOKS.register_module()
 class MeasureHook(Hook):
-    """Measures a running training as tools/measure.py measures a step.
+    """Measures a running training as ``e3va measure`` measures a step.
 
     On the first rank, and without a change of any result:
 
@@ -29,13 +29,11 @@ class MeasureHook(Hook):
     * then the median and the spread of the seconds that ``timed`` iterations
       take, without the loading of data.
 
-    Both are logged once, and stand once in the scalars of the visualizer, in
-    the next record of ``LoggerHook``, under ``measured_...``. After that the
-    hook costs nothing.
+    Both are logged once, and go to the scalars of the visualizer once, under
+    ``measured_...``. After that the hook costs nothing.
 
-    Accounting counts tensors by storage. It sees nothing of buckets of DDP,
-    and of compiled code (``compile`` in the config) what eager code would
-    take: there it is left out.
+    Accounting counts tensors by storage. It sees nothing of buckets of DDP.
+    Compiled code (``compile`` in the config) is timed alone.
 
     Args:
         at (int): Iterations to let pass first. Defaults to 3.
@@ -52,7 +50,6 @@ class MeasureHook(Hook):
             either no whole number.
     """
 
-    # After the logger: it sees which records were written.
     priority = 'VERY_LOW'
 
     def __init__(self, at: int = 3, timed: int = 50) -> None:
@@ -62,42 +59,25 @@ class MeasureHook(Hook):
                 f'`timed` of at least 1, but got at={at!r}, timed={timed!r}.'
             )
         self.at, self.timed = at, timed
-        self.figures: dict = {}
+        self.figures: dict[str, Any] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Takes the place of the model's ``train_step`` for a while."""
+        """Take the place of the model's ``train_step`` for a while."""
         self.figures = {}
-        self._pending: list[str] = []
         self._active = is_main_process()
         if not self._active:
             return
         model = runner.model
         self._own = vars(model).get('train_step')
         self._step = model.train_step
-        self._first = runner.iter + max(self.at, _accumulation(runner))
-        self._compiled = bool(runner.cfg.get('compile'))
+        self._first = runner.iter + max(self.at, iterations_per_update(runner))
         self._on_cuda = next(model.parameters()).is_cuda
-
-        def train_step(*args, **kwargs):
-            return self._measured(runner, args, kwargs)
-
         # Not the hooks before and after an iteration: those of others, which
         # save checkpoints or draw, run between them.
-        model.train_step = train_step
-
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch=None,
-        outputs=None,
-    ) -> None:
-        """Takes back the scalars that the logger has written."""
-        if self._pending and self._was_logged(runner, batch_idx):
-            self._retract(runner)
+        model.train_step = lambda *a, **k: self._measured(runner, a, k)
 
     def after_train(self, runner: Runner) -> None:
-        """Says what could not be measured."""
+        """Say what could not be measured."""
         if self._active:
             if 'seconds' in self.figures:
                 self._log_seconds(runner)
@@ -107,16 +87,19 @@ class MeasureHook(Hook):
                     f'before iteration {self._first + 1}.'
                 )
             self._end(runner)
-        self._retract(runner)
 
-    def _measured(self, runner: Runner, args: tuple, kwargs: dict):
+    def _measured(self, runner: Runner, args: tuple, kwargs: dict) -> Any:
         """Run one iteration; measure it if it is its turn."""
-        now = runner.iter
         if 'trainable' not in self.figures:
-            if now < self._first or (now + 1) % _accumulation(runner):
+            updates = (runner.iter + 1) % iterations_per_update(runner) == 0
+            if runner.iter < self._first or not updates:
                 return self._step(*args, **kwargs)
-            self._count(runner)
-            if not self._compiled:
+            total, trainable = count_parameters(unwrapped(runner.model))
+            self.figures.update(total=total, trainable=trainable)
+            runner.logger.info(
+                f'Measured: {trainable:,} of {total:,} parameters train'
+            )
+            if not runner.cfg.get('compile'):
                 return self._account(runner, args, kwargs)
         self._synchronize()
         start = time.perf_counter()
@@ -129,18 +112,7 @@ class MeasureHook(Hook):
             self._end(runner)
         return result
 
-    def _count(self, runner: Runner) -> None:
-        model = unwrapped(runner.model)
-        total, trainable = count_parameters(model)
-        self.figures.update(total=total, trainable=trainable)
-        text = f'Measured: {trainable:,} of {total:,} parameters train'
-        if hasattr(model, 'backbone'):
-            _, trainable = count_parameters(model.backbone)
-            text += f', {trainable:,} of them in the backbone'
-        runner.logger.info(text)
-        self._publish(runner, trainable=self.figures['trainable'])
-
-    def _account(self, runner: Runner, args: tuple, kwargs: dict):
+    def _account(self, runner: Runner, args: tuple, kwargs: dict) -> Any:
         """Run one iteration and count what is alive in it."""
         if self._on_cuda:
             torch.cuda.synchronize()
@@ -150,10 +122,8 @@ class MeasureHook(Hook):
             result = self._step(*args, **kwargs)
         memory = dict(peak=count.peak, **count.at_peak)
         if self._on_cuda:
-            memory.update(
-                allocated=torch.cuda.max_memory_allocated(),
-                reserved=torch.cuda.max_memory_reserved(),
-            )
+            memory['allocated'] = torch.cuda.max_memory_allocated()
+            memory['reserved'] = torch.cuda.max_memory_reserved()
         self.figures.update(memory)
         texts = [f'{key} {size / MIB:,.1f}' for key, size in memory.items()]
         runner.logger.info(
@@ -161,22 +131,27 @@ class MeasureHook(Hook):
             f'{", ".join(texts)}'
         )
         sizes = {f'{key}_mib': size / MIB for key, size in memory.items()}
-        self._publish(runner, **sizes)
+        self._publish(runner, trainable=self.figures['trainable'], **sizes)
         return result
 
     def _log_seconds(self, runner: Runner) -> None:
         seconds = self.figures['seconds']
-        spread = dict(
-            seconds=statistics.median(seconds),
-            seconds_min=min(seconds),
-            seconds_max=max(seconds),
+        median, least, most = (
+            f(seconds) for f in (statistics.median, min, max)
         )
         runner.logger.info(
             f'Measured over {len(seconds)} iterations, without data loading: '
-            '{seconds:.4f} s an iteration, {seconds_min:.4f} to '
-            '{seconds_max:.4f}'.format(**spread)
+            f'{median:.4f} s an iteration, {least:.4f} to {most:.4f}'
         )
-        self._publish(runner, **spread)
+        self._publish(
+            runner, seconds=median, seconds_min=least, seconds_max=most
+        )
+
+    def _publish(self, runner: Runner, **scalars: float) -> None:
+        runner.visualizer.add_scalars(
+            {f'measured_{name}': value for name, value in scalars.items()},
+            step=runner.iter + 1,
+        )
 
     def _end(self, runner: Runner) -> None:
         """Give the model its own ``train_step`` back."""
@@ -189,33 +164,3 @@ class MeasureHook(Hook):
     def _synchronize(self) -> None:
         if self._on_cuda:
             torch.cuda.synchronize()
-
-    def _publish(self, runner: Runner, **scalars: float) -> None:
-        for name, value in scalars.items():
-            key = f'train/{PREFIX}{name}'
-            runner.message_hub.update_scalar(key, value)
-            self._pending.append(key)
-
-    def _retract(self, runner: Runner) -> None:
-        """Scalars stand in each record of the logger until they go."""
-        for key in self._pending:
-            runner.message_hub.log_scalars.pop(key, None)
-        self._pending.clear()
-
-    def _was_logged(self, runner: Runner, batch_idx: int) -> bool:
-        """Whether ``LoggerHook`` has written a record in this iteration."""
-        loader = runner.train_dataloader
-        return any(
-            self.every_n_inner_iters(batch_idx, hook.interval)
-            or (
-                self.end_of_epoch(loader, batch_idx)
-                and (not hook.ignore_last or len(loader) <= hook.interval)
-            )
-            for hook in runner.hooks
-            if isinstance(hook, LoggerHook)
-        )
-
-
-def _accumulation(runner: Runner) -> int:
-    """Iterations to one update of the weights."""
-    return getattr(runner.optim_wrapper, '_accumulative_counts', 1)

@@ -1,4 +1,3 @@
-import logging
 from collections.abc import Sequence
 
 from mmengine.hooks import Hook
@@ -14,12 +13,10 @@ class ActivationCheckpointHook(Hook):
     """Trades time for memory in neck and heads.
 
     The chosen modules keep their inputs alone and compute the rest once more
-    in the backward pass, see ``e3va_mm.engine.checkpointing``. A backbone with
-    a side path keeps little and is better left out: its frozen trunk would run
-    twice.
-
-    mmengine's ``activation_checkpointing`` is no replacement: it loses the
-    gradients of a neck, whose input is a tuple.
+    in the backward pass. A backbone with a side path keeps little and is
+    better left out: its frozen trunk would run twice. mmengine's own
+    ``activation_checkpointing`` loses the gradients of a neck, whose input is
+    a tuple.
 
     Args:
         modules (Sequence[str]): Paths of the modules in the model, ``*``
@@ -43,33 +40,23 @@ class ActivationCheckpointHook(Hook):
         self.modules = modules
 
     def before_train(self, runner: Runner) -> None:
-        """Wraps the modules; nothing is compiled before the first step."""
+        """Wrap the modules; nothing is compiled before the first step."""
         model = unwrapped(runner.model)
         self._names = checkpoint_modules(model, self.modules)
-        self._first = True
-        runner.logger.info(
-            'Activation checkpointing: '
-            f'{", ".join(self._names) or "no modules"}'
-        )
+        runner.logger.info(f'Activation checkpointing: {self._names}')
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
-    ) -> None:
-        """Names the modules, after the first step, that were not called."""
-        if not self._first:
-            return
-        self._first = False
+    def after_train_iter(self, runner: Runner, *args, **kwargs) -> None:
+        """Name the modules, after the first step, that were not called."""
         model = unwrapped(runner.model)
         unused = [
             name
             for name in self._names
             if not model.get_submodule(name).checkpoint_has_run
         ]
+        self._names = []
         if unused:
-            runner.logger.log(
-                logging.WARNING,
+            runner.logger.warning(
                 f'Activation checkpointing has no effect on '
                 f'{", ".join(unused)}: the first step has not called the '
-                'forward. Choose parts inside, such as '
-                f"'{unused[0]}.*'.",
+                f"forward. Choose parts inside, such as '{unused[0]}.*'."
             )

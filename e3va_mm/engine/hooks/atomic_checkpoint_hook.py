@@ -2,6 +2,7 @@ import os.path as osp
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
@@ -38,12 +39,9 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_train(self, runner: Runner) -> None:
         """Choose the backend, and clear what a killed run has left."""
-        local = isinstance(
-            get_file_backend(
-                self.out_dir or runner.work_dir, backend_args=self.backend_args
-            ),
-            LocalBackend,
-        )
+        folder = self.out_dir or runner.work_dir
+        backend = get_file_backend(folder, backend_args=self.backend_args)
+        local = isinstance(backend, LocalBackend)
         if local and not self.backend_args and not self.file_client_args:
             self.backend_args = dict(backend=ATOMIC)
         super().before_train(runner)
@@ -57,8 +55,7 @@ class AtomicCheckpointHook(CheckpointHook):
     ) -> None:
         outdated = []
         if self.max_keep_ckpts > 0:
-            kept = [each for each in self.keep_ckpt_ids if each != step]
-            kept.append(step)
+            kept = [*(k for k in self.keep_ckpt_ids if k != step), step]
             outdated = kept[: -self.max_keep_ckpts]
             # With the outdated: killed before they are removed, a resumed run
             # still knows of them.
@@ -78,62 +75,48 @@ class AtomicCheckpointHook(CheckpointHook):
             backend_args=self.backend_args,
             **self.args,
         )
-        if not is_main_process():
-            return
-        newest = Path(runner.work_dir, 'last_checkpoint')
-        write_whole(newest, self.last_ckpt.encode())
-        for each in outdated:
-            self._remove(
-                self.file_backend.join_path(
-                    self.out_dir, self.filename_tmpl.format(each)
-                )
-            )
+        if is_main_process():
+            newest = Path(runner.work_dir, 'last_checkpoint')
+            write_whole(newest, self.last_ckpt.encode())
+            for each in outdated:
+                name = self.filename_tmpl.format(each)
+                path = self.file_backend.join_path(self.out_dir, name)
+                if self.file_backend.isfile(path):
+                    self.file_backend.remove(path)
 
     def _save_best_checkpoint(
         self, runner: Runner, metrics: Mapping[str, float]
     ) -> None:
-        if not self.save_best:
-            return
-        info = runner.message_hub.runtime_info
-        info_before, before = dict(info), self._best()
-        # What it does not know, super() cannot remove before it has written.
-        self._set_best(dict.fromkeys(before))
+        backend = self.file_backend
+        later = self.file_backend = _LaterRemoval(backend)
         try:
             super()._save_best_checkpoint(runner, metrics)
-        except BaseException:
-            self._set_best(before)
-            info.clear()
-            info.update(info_before)
-            raise
-        written = self._best()
-        self._set_best({key: written[key] or before[key] for key in before})
-        if not is_main_process():
-            return
-        for key, new in written.items():
-            old = before[key]
-            if new is None or old is None:
-                continue
-            # A run resumed from before its best writes the same file again.
-            same = osp.realpath(old) == osp.realpath(new)
+        finally:
+            self.file_backend = backend
+        # A run resumed from before its best writes the same file again.
+        info = runner.message_hub.runtime_info
+        best = [v for k, v in info.items() if k.startswith('best_ckpt') and v]
+        written = {*map(osp.realpath, best)}
+        for path in later.paths:
+            real = osp.realpath(path)
             # The old path comes from a checkpoint, which may name any folder.
-            ours = osp.dirname(osp.realpath(old)) == osp.realpath(self.out_dir)
-            if ours and not same:
-                self._remove(old)
+            ours = osp.dirname(real) == osp.realpath(self.out_dir)
+            if ours and real not in written:
+                backend.remove(path)
 
-    def _best(self) -> dict[str, str | None]:
-        """Paths of the best checkpoints, by what they are best in."""
-        if len(self.key_indicators) == 1:
-            return {'': self.best_ckpt_path}
-        return dict(self.best_ckpt_path_dict)
 
-    def _set_best(self, paths: dict[str, str | None]) -> None:
-        if len(self.key_indicators) == 1:
-            self.best_ckpt_path = paths['']
-        else:
-            self.best_ckpt_path_dict = paths
+class _LaterRemoval:
+    """A file backend that only notes what it is to remove."""
 
-    def _remove(self, path: str) -> None:
-        if self.file_backend.isfile(path):
-            self.file_backend.remove(path)
-        elif self.file_backend.isdir(path):  # as deepspeed writes them
-            self.file_backend.rmtree(path)
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.paths: list[str] = []
+
+    def remove(self, path: str) -> None:
+        self.paths.append(path)
+
+    def rmtree(self, path: str) -> None:
+        """Nothing: checkpoints are files."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)

@@ -1,7 +1,7 @@
-import logging
 import sys
 import time
 import weakref
+from typing import TextIO
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
@@ -27,10 +27,9 @@ class ProgressBarHook(Hook):
     """Shows one bar over the whole training, with the time left.
 
     The bar stands below the log lines of the first rank when standard output,
-    or else standard error, is a terminal. Everywhere else the hook is silent:
-    the lines of mmengine's ``LoggerHook`` hold the same numbers. It counts
-    iterations, from ``runner.iter``, so that a resumed training starts where
-    it stopped, in loops by epoch and by iteration alike.
+    or else standard error, is a terminal; elsewhere the hook is silent. It
+    counts iterations in all loops, and a resumed training starts where it
+    stopped.
 
     Args:
         interval (float): Least time between two redraws, in seconds.
@@ -53,12 +52,11 @@ class ProgressBarHook(Hook):
         self._stop = None
 
     def before_train(self, runner: Runner) -> None:
-        """Draws the bar, if there is a terminal to draw it on."""
-        stream = next(
-            (s for s in (sys.stdout, sys.stderr) if s and s.isatty()), None
-        )
-        if stream is None or not is_main_process():
+        """Draw the bar, if there is a terminal to draw it on."""
+        streams = [s for s in (sys.stdout, sys.stderr) if s and s.isatty()]
+        if not streams or not is_main_process():
             return
+        stream = streams[0]
         console = Console(file=stream, soft_wrap=True)
         # No refresh thread: data workers are forked while the bar is alive,
         # and would inherit its locks in any state.
@@ -79,59 +77,50 @@ class ProgressBarHook(Hook):
         self._task = self._progress.add_task(
             'training', total=runner.max_iters, completed=runner.iter, loss='-'
         )
-        # The logger's handler holds the terminal itself, so redirecting
-        # `sys.stdout` alone would let log lines run through the bar.
-        redirected = []
-        for handler in runner.logger.handlers:
-            if (
-                isinstance(handler, logging.StreamHandler)
-                and handler.stream is stream
-            ):
-                handler.setStream(FileProxy(console, stream))
-                redirected.append(handler)
+        # The logger's handler holds the terminal itself.
+        handlers = [
+            handler
+            for handler in runner.logger.handlers
+            if getattr(handler, 'stream', None) is stream
+        ]
+        for handler in handlers:
+            handler.setStream(FileProxy(console, stream))
         self._progress.start()
         self._drawn = time.monotonic()
         # Hooks hear nothing of exceptions: without this one the terminal
         # would be left without its cursor.
         self._stop = weakref.finalize(
-            self, _stop, self._progress, redirected, stream
+            self, _stop, self._progress, handlers, stream
         )
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
-    ) -> None:
-        """Moves the bar; redraws it when ``interval`` has passed."""
-        if self._progress is None:
-            return
-        done = runner.iter + 1
-        now = time.monotonic()
-        if done < runner.max_iters and now - self._drawn < self.interval:
+    def after_train_iter(self, runner: Runner, *args, **kwargs) -> None:
+        """Move the bar when ``interval`` has passed."""
+        done, now = runner.iter + 1, time.monotonic()
+        if self._progress is None or (
+            done < runner.max_iters and now - self._drawn < self.interval
+        ):
             return
         self._drawn = now
-        scalars = runner.message_hub.log_scalars
-        loss = (
-            f'{scalars["train/loss"].current():.4f}'
-            if 'train/loss' in scalars
-            else '-'
-        )
+        loss = runner.message_hub.log_scalars.get('train/loss')
         self._progress.update(
-            self._task, completed=done, loss=loss, refresh=True
+            self._task,
+            completed=done,
+            loss='-' if loss is None else f'{loss.current():.4f}',
+            refresh=True,
         )
 
     def after_train(self, runner: Runner) -> None:
-        """Takes the bar down, its last state stays on the terminal."""
+        """Take the bar down; its last state stays on the terminal."""
         self.stop()
 
     def stop(self) -> None:
-        """Gives the terminal back. Harmless when there is no bar."""
+        """Give the terminal back. Harmless when there is no bar."""
         if self._stop is not None:
             self._stop()
         self._progress = None
 
 
-def _stop(
-    progress: Progress, handlers: list[logging.StreamHandler], stream
-) -> None:
+def _stop(progress: Progress, handlers: list, stream: TextIO) -> None:
     progress.stop()
     for handler in handlers:
         handler.setStream(stream)

@@ -1,6 +1,5 @@
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import StringIO
-from typing import NamedTuple
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
@@ -11,23 +10,11 @@ from rich.table import Table
 from torch import nn
 
 from e3va_mm.registry import HOOKS
+from e3va_mm.utils.tuned import side_path_backbones
 from e3va_mm.utils.wrappers import unwrapped
 
 # As wide as a README; the terminal's width must not change the log file.
 WIDTH = 79
-
-
-class Part(NamedTuple):
-    """A row of the table: parameters of one part of the model."""
-
-    name: str
-    total: int
-    trainable: int
-
-    @property
-    def share(self) -> float:
-        """Trainable parameters of this part, in per cent."""
-        return 100 * self.trainable / self.total if self.total else 0.0
 
 
 @HOOKS.register_module()
@@ -35,111 +22,88 @@ class TrainableTableHook(Hook):
     """Logs, before training, how many parameters train in which part.
 
     A backbone with a side path takes three rows, ``trunk``, ``side path`` and
-    ``output norms``; every other child of the model takes one. Below the table
-    stands the share of the backbone that trains. Its denominator is the
-    **stock** backbone, trunk and output norms without the side path: Swin-B
-    has 86,745,016 parameters, of which E3VA's 1,195,008 are 1.38 %, as in the
+    ``output norms``; every other child of the model takes one. Each parameter
+    is counted once. Below the table stands the share of the backbone that
+    trains, of the **stock** backbone without a side path: Swin-B has
+    86,745,016 parameters, of which E3VA's 1,195,008 are 1.38 %, as in the
     paper. On Swin-L the same rule gives 1,792,512 / 194,998,164 = 0.92 %; the
     paper's 0.90 % divides by its own count of Swin-L, 198.58 million.
-
-    Attributes:
-        parts (list[Part]): The rows, each parameter counted once.
-        backbone (Part, optional): ``total`` is the size of the stock
-            backbone, ``trainable`` all that trains in ours. None for a model
-            without a backbone.
-        model (Part): The sums over the whole model.
     """
 
     priority = 'VERY_LOW'
 
     def before_train(self, runner: Runner) -> None:
-        """Counts on every rank, logs on the first."""
-        model = unwrapped(runner.model)
-        self.parts = list(_parts(model))
-        self.backbone = _backbone(model)
-        self.model = Part(
-            'model',
-            sum(part.total for part in self.parts),
-            sum(part.trainable for part in self.parts),
-        )
+        """Log the table."""
         if is_main_process():
-            runner.logger.info(f'Trainable parameters\n{self.render()}')
-
-    def render(self) -> str:
-        """The table and the lines below it, as plain text."""
-        table = Table(box=ASCII2, width=WIDTH)
-        table.add_column('part')
-        for name in ('parameters', 'trainable', 'share'):
-            table.add_column(name, justify='right')
-        for part in self.parts:
-            table.add_row(
-                part.name,
-                f'{part.total:,}',
-                f'{part.trainable:,}',
-                f'{part.share:.2f} %',
-            )
-        text = StringIO()
-        Console(file=text, width=WIDTH, color_system=None).print(table)
-        lines = [text.getvalue().rstrip()]
-        if self.backbone is not None:
-            lines.append(
-                f'Trainable in the backbone: {self.backbone.trainable:,} of '
-                f'{self.backbone.total:,} stock parameters '
-                f'({self.backbone.share:.2f} %)'
-            )
-        lines.append(
-            f'Trainable in the model: {self.model.trainable:,} of '
-            f'{self.model.total:,} ({self.model.share:.2f} %)'
-        )
-        return '\n'.join(lines)
+            text = trainable_table(unwrapped(runner.model))
+            runner.logger.info(f'Trainable parameters\n{text}')
 
 
-def _parts(model: nn.Module) -> Iterator[Part]:
-    """The rows of the table, in the order of the model's children."""
+def trainable_table(model: nn.Module) -> str:
+    """The table of a model and the lines below it, as plain text."""
+    table = Table(box=ASCII2, width=WIDTH)
+    table.add_column('part')
+    for name in ('parameters', 'trainable', 'share'):
+        table.add_column(name, justify='right')
     seen: set[nn.Parameter] = set()
-
-    def part(name: str, parameters) -> Part:
-        new = set(parameters) - seen
-        seen.update(new)
-        return Part(
-            name,
-            sum(p.numel() for p in new),
-            sum(p.numel() for p in new if p.requires_grad),
+    for name, parameters in _parts(model):
+        new = {*parameters} - seen
+        seen |= new
+        if new:
+            train, total, share = _shares(new)
+            table.add_row(name, f'{total:,}', f'{train:,}', share)
+    text = StringIO()
+    Console(file=text, width=WIDTH, color_system=None).print(table)
+    lines = [text.getvalue().rstrip()]
+    if hasattr(model, 'backbone'):
+        beside = sum(p.numel() for p in _side_path(model.backbone))
+        train, total, share = _shares(model.backbone.parameters(), beside)
+        lines.append(
+            f'Trainable in the backbone: {train:,} of {total:,} stock '
+            f'parameters ({share})'
         )
+    train, total, share = _shares(model.parameters())
+    lines.append(f'Trainable in the model: {train:,} of {total:,} ({share})')
+    return '\n'.join(lines)
 
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
     for name, child in model.named_children():
-        side_path, norms = _side_path_and_norms(child)
+        side_path = _side_path(child)
         if side_path:
-            rest = set(child.parameters()) - {*side_path, *norms}
-            yield part(f'{name} (trunk)', rest)
-            yield part(f'{name} (side path)', side_path)
-            yield part(f'{name} (output norms)', norms)
-        elif any(True for _ in child.parameters()):
-            yield part(name, child.parameters())
-    own = part('(own)', model.parameters())
-    if own.total:
-        yield own
+            norms = [
+                parameter
+                for each, part in child.trainable_children()
+                if each != 'side_path'
+                for parameter in part.parameters()
+            ]
+            beside = {*side_path, *norms}
+            trunk = [p for p in child.parameters() if p not in beside]
+            yield f'{name} (trunk)', trunk
+            yield f'{name} (side path)', side_path
+            yield f'{name} (output norms)', norms
+        else:
+            yield name, [*child.parameters()]
+    yield '(own)', [*model.parameters()]
 
 
-def _side_path_and_norms(module: nn.Module) -> tuple[list, list]:
-    """Parameters of the side path and of the output norms, if there are."""
-    side_path, norms = [], []
-    if hasattr(module, 'trainable_children'):
-        for name, child in module.trainable_children():
-            chosen = side_path if name == 'side_path' else norms
-            chosen.extend(child.parameters())
-    return side_path, norms
+def _side_path(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the side path of a backbone; none of other modules."""
+    own = [b for prefix, b in side_path_backbones(module) if not prefix]
+    return [
+        parameter
+        for backbone in own
+        for name, part in backbone.trainable_children()
+        if name == 'side_path'
+        for parameter in part.parameters()
+    ]
 
 
-def _backbone(model: nn.Module) -> Part | None:
-    """Size of the stock backbone against what trains in this one."""
-    backbone = getattr(model, 'backbone', None)
-    if backbone is None:
-        return None
-    side_path, _ = _side_path_and_norms(backbone)
-    total = sum(p.numel() for p in backbone.parameters())
-    return Part(
-        'backbone',
-        total - sum(p.numel() for p in side_path),
-        sum(p.numel() for p in backbone.parameters() if p.requires_grad),
-    )
+def _shares(
+    parameters: Iterable[nn.Parameter], beside: int = 0
+) -> tuple[int, int, str]:
+    """How many train, of how many without those beside, in per cent."""
+    parameters = [*parameters]
+    train = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters) - beside
+    return train, total, f'{100 * train / max(total, 1):.2f} %'

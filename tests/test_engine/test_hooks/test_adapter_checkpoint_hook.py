@@ -2,10 +2,6 @@
 
 import errno
 import os
-import runpy
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +9,11 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from safetensors.torch import save_file
 
-from e3va_mm.commands import launch
 from e3va_mm.engine.hooks import AdapterCheckpointHook
 from e3va_mm.errors import CheckpointError, ConfigError
-from e3va_mm.weights import adapter_file, read_adapter
+from e3va_mm.weights import read_adapter
 from tests.helpers import build_stock, randomised
+from tests.test_engine.test_hooks.interrupted import run
 from tests.test_engine.test_hooks.tiny import (
     detection_config,
     make_coco,
@@ -25,6 +21,7 @@ from tests.test_engine.test_hooks.tiny import (
     segmentation_config,
     side_path_config,
 )
+from tests.test_engine.test_hooks.toy import toy_config
 
 HEAD = (
     'decode_head=dict(in_channels=256, in_index=3, '
@@ -64,9 +61,7 @@ def iters(*numbers):
     return [f'adapter_iter_{n}.safetensors' for n in numbers]
 
 
-def test_from_a_stock_config_under_the_framework_s_own_tool(
-    tmp_path, monkeypatch
-):
+def test_files_of_a_detector(tmp_path):
     make_coco(tmp_path, 'train')
     make_coco(tmp_path, 'val', 2)
     config, weights, _ = side_path_config(
@@ -76,9 +71,7 @@ def test_from_a_stock_config_under_the_framework_s_own_tool(
         "custom_hooks = [dict(type='e3va_mm.AdapterCheckpointHook', "
         "save_best='coco/bbox_mAP')]",
     )
-    tool = Path(find_spec('mmdet').origin).parent / '.mim/tools/train.py'
-    monkeypatch.setattr(sys, 'argv', [str(tool), str(config)])
-    runpy.run_path(str(tool), run_name='__main__')
+    runner_of(config).train()
     assert names(tmp_path) == [
         'adapter_best_coco_bbox_mAP_epoch_1.safetensors',
         'adapter_epoch_1.safetensors',
@@ -96,132 +89,98 @@ def test_from_a_stock_config_under_the_framework_s_own_tool(
         assert (work / name).stat().st_size < full.stat().st_size / 10
 
 
-def test_the_newest_stay(tmp_path):
-    config, _ = config_with(tmp_path, 'max_keep=2')
-    runner_of(config, **{'train_cfg.max_iters': 5}).train()
-    assert names(tmp_path) == iters(4, 5)
+def toy(folder, iters=2, hooks=(), stop=None, resume=False, **options):
+    """A run without a backbone of ours: all that it has is in the files."""
+    hook = dict(
+        type='e3va_mm.AdapterCheckpointHook', by_epoch=False, **options
+    )
+    config = toy_config(
+        custom_hooks=[hook, *hooks], **{'train_cfg.max_iters': iters}
+    )
+    return run(config, folder / 'work', resume, stop)
 
 
-def test_the_interval_and_the_last(tmp_path):
-    config, _ = config_with(tmp_path, 'interval=2')
-    runner_of(config, **{'train_cfg.max_iters': 5}).train()
-    assert names(tmp_path) == iters(2, 4, 5)
+def test_the_newest_and_the_last_stay(tmp_path):
+    toy(tmp_path / 'a', 5, max_keep=2)
+    assert names(tmp_path / 'a') == iters(4, 5)
+    toy(tmp_path / 'b', 5, interval=2)
+    assert names(tmp_path / 'b') == iters(2, 4, 5)
 
 
-def test_files_of_another_run_stay(tmp_path):
-    config, _ = config_with(tmp_path, 'max_keep=1')
-    (tmp_path / 'work').mkdir()
-    other = tmp_path / 'work' / iters(9)[0]
+def test_files_of_another_run_stay_and_those_of_a_kill_go(tmp_path):
+    work = tmp_path / 'work'
+    work.mkdir()
+    other, part = work / iters(9)[0], work / f'.{iters(7)[0]}.part'
     other.write_text('of yesterday')
-    runner_of(config).train()
+    part.touch()
+    toy(tmp_path, max_keep=1)
     assert names(tmp_path) == iters(2, 9)
-    assert other.read_text() == 'of yesterday'
+    assert other.read_text() == 'of yesterday' and not part.exists()
 
 
 def test_resuming_goes_on_with_what_is_kept(tmp_path):
-    config, weights = config_with(tmp_path, 'max_keep=2')
-    runner_of(config, **{'train_cfg.max_iters': 2}).train()
-    runner = runner_of(
-        config,
-        **{'train_cfg.max_iters': 3},
-        resume=True,
-        load_from=str(tmp_path / 'work' / 'iter_2.pth'),
-    )
-    runner.train()
+    toy(tmp_path, 2, max_keep=2)
+    toy(tmp_path, 3, max_keep=2, resume=True)
     assert names(tmp_path) == iters(2, 3)
-    found = read_adapter(tmp_path / 'work' / iters(3)[0])
-    assert found.trunks['backbone.'].source == str(weights)
+
+
+def hook_of(runner):
+    (hook,) = (h for h in runner.hooks if isinstance(h, AdapterCheckpointHook))
+    return hook
 
 
 @pytest.mark.parametrize(
-    'hook, best',
+    'options, best',
     [
-        ("save_best='a/mIoU'", 'a_mIoU_iter_3'),
-        ("save_best='auto'", 'a_mIoU_iter_3'),
-        ("save_best='other', rule='greater'", 'other_iter_2'),
-        ("save_best='a/mIoU', rule='less'", 'a_mIoU_iter_2'),
+        (dict(save_best='a/mIoU'), 'a_mIoU_iter_3'),
+        (dict(save_best='auto'), 'a_mIoU_iter_3'),
+        (dict(save_best='other', rule='greater'), 'other_iter_2'),
+        (dict(save_best='a/mIoU', rule='less'), 'a_mIoU_iter_2'),
     ],
 )
-def test_the_best_stays(tmp_path, hook, best):
-    config, _ = config_with(
-        tmp_path,
-        hook,
-        'val_cfg = None\nval_dataloader = None\nval_evaluator = None',
-    )
-    runner = runner_of(config)
-    runner.train()
-    (hook,) = (h for h in runner.hooks if isinstance(h, AdapterCheckpointHook))
+def test_the_best_stays(tmp_path, options, best):
+    runner = toy(tmp_path, **options)
     for i, score in enumerate([0.3, 0.1, 0.5, 0.5, 0.2]):
         runner.train_loop._iter = i + 1
-        hook.after_val_epoch(runner, {'a/mIoU': score, 'other': -score})
-    assert names(tmp_path) == [
-        f'adapter_best_{best}.safetensors',
-        *iters(1, 2),
-    ]
+        metrics = {'a/mIoU': score, 'other': -score}
+        hook_of(runner).after_val_epoch(runner, metrics)
+    best = f'adapter_best_{best}.safetensors'
+    assert names(tmp_path) == [best, *iters(1, 2)]
 
 
 def test_a_best_that_no_checkpoint_knows_is_not_forgotten(tmp_path):
-    config, _ = config_with(
-        tmp_path,
-        "save_best='mIoU'",
-        'val_cfg = None\nval_dataloader = None\nval_evaluator = None\n'
-        'default_hooks = dict(checkpoint=dict(interval=1))',
-    )
-
-    def trained(score, **options):
-        runner = runner_of(config, **options)
-        runner.train()
-        (hook,) = (
-            h for h in runner.hooks if isinstance(h, AdapterCheckpointHook)
-        )
-        hook.after_val_epoch(runner, dict(mIoU=score))
+    def trained(score, end, start=None):
+        if start is not None:
+            newest = tmp_path / 'work' / f'iter_{start}.pth'
+            (tmp_path / 'work' / 'last_checkpoint').write_text(str(newest))
+        resume = start is not None
+        runner = toy(tmp_path, end, save_best='mIoU', resume=resume)
+        hook_of(runner).after_val_epoch(runner, dict(mIoU=score))
         return [n for n in names(tmp_path) if 'best' in n]
-
-    def resumed(score, start, end):
-        return trained(
-            score,
-            **{'train_cfg.max_iters': end},
-            resume=True,
-            load_from=str(tmp_path / 'work' / f'iter_{start}.pth'),
-        )
 
     best = [f'adapter_best_mIoU_iter_{i}.safetensors' for i in range(5)]
     # Killed after each: no checkpoint follows.
-    assert trained(0.5) == [best[2]]
-    assert resumed(0.3, 2, 3) == [best[2]]
-    assert resumed(0.7, 3, 4) == [best[4]]
+    assert trained(0.5, 2) == [best[2]]
+    assert trained(0.3, 3, 2) == [best[2]]
+    assert trained(0.7, 4, 3) == [best[4]]
     # From before the best there is none of it yet.
-    assert resumed(0.6, 2, 3) == [best[3], best[4]]
+    assert trained(0.6, 3, 2) == [best[3], best[4]]
     # Another run does not have it.
-    assert trained(0.1) == [best[2], best[3], best[4]]
-
-
-def test_what_a_killed_writer_left_is_cleared(tmp_path):
-    config, _ = config_with(tmp_path)
-    part = tmp_path / 'work' / '.adapter_iter_7.safetensors.part'
-    part.parent.mkdir()
-    part.touch()
-    runner_of(config).train()
-    assert not part.exists()
+    assert trained(0.1, 2) == [best[2], best[3], best[4]]
 
 
 def test_a_metric_that_is_none(tmp_path):
-    config, _ = config_with(tmp_path, "save_best='mAP'")
-    with pytest.raises(ConfigError) as error:
-        runner_of(config).train()
-    text = str(error.value)
-    assert "`save_best` is 'mAP', but evaluation gives aAcc, mIoU" in text
+    runner = toy(tmp_path, save_best='mAP')
+    text = "`save_best` is 'mAP', but evaluation gives aAcc, mIoU"
+    with pytest.raises(ConfigError, match=text):
+        hook_of(runner).after_val_epoch(runner, dict(aAcc=1, mIoU=1))
 
 
 def test_an_average_is_what_is_saved(tmp_path):
-    config, _ = config_with(
-        tmp_path, more="custom_hooks += [dict(type='EMAHook', momentum=0.3)]"
-    )
-    runner = runner_of(config)
-    runner.train()
+    runner = toy(tmp_path, hooks=[dict(type='EMAHook', momentum=0.3)])
     full = torch.load(tmp_path / 'work' / 'iter_2.pth', weights_only=False)
     found = read_adapter(tmp_path / 'work' / iters(2)[0]).tensors
-    key = 'decode_head.conv_seg.weight'
+    key = 'head.weight'
     assert torch.equal(found[key], full['state_dict'][key])
     assert not torch.equal(found[key], runner.model.state_dict()[key])
 
@@ -229,17 +188,16 @@ def test_an_average_is_what_is_saved(tmp_path):
 def test_a_full_disk_ends_the_run_and_leaves_what_is_there(
     tmp_path, monkeypatch
 ):
-    config, _ = config_with(tmp_path, 'max_keep=1')
     real = os.replace
 
     def replace(old, new):
-        if 'iter_2' in str(new):
+        if 'adapter_iter_2' in str(new):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(old, new)
 
-    monkeypatch.setattr(adapter_file.os, 'replace', replace)
+    monkeypatch.setattr(os, 'replace', replace)
     with pytest.raises(CheckpointError) as error:
-        runner_of(config).train()
+        toy(tmp_path, max_keep=1)
     text = str(error.value)
     assert str(tmp_path / 'work' / iters(2)[0]) in text
     assert 'MiB of room' in text and 'No space left on device' in text
@@ -248,13 +206,10 @@ def test_a_full_disk_ends_the_run_and_leaves_what_is_there(
 
 
 def test_only_the_main_process_writes(tmp_path, monkeypatch):
-    config, _ = config_with(tmp_path)
-    for name in (
-        'e3va_mm.engine.hooks.adapter_checkpoint_hook.is_main_process',
-        'mmengine.dist.utils.is_main_process',
-    ):
-        monkeypatch.setattr(name, lambda *args: False)
-    runner_of(config).train()
+    name = 'e3va_mm.engine.hooks.adapter_checkpoint_hook.is_main_process'
+    monkeypatch.setattr(name, lambda *args: False)
+    runner = toy(tmp_path, save_best='auto')
+    hook_of(runner).after_val_epoch(runner, dict(mIoU=1))
     assert names(tmp_path) == []
 
 
@@ -290,19 +245,6 @@ def test_training_starts_from_an_adapter_file(tmp_path):
     assert found.trunks == read_adapter(first).trunks
 
 
-def test_tools_test_takes_it_without_a_full_checkpoint(tmp_path, capsys):
-    config, _ = config_with(tmp_path)
-    runner_of(config).train()
-    work = tmp_path / 'work'
-    rows = []
-    for name in ('iter_2.pth', iters(2)[0]):
-        assert launch.test([str(config), str(work / name)]) == 0
-        rows.append(capsys.readouterr().out.rsplit('mIoU', 1)[1].split()[1])
-    assert rows[0] == rows[1]
-    full = (work / 'iter_2.pth').stat().st_size
-    assert (work / iters(2)[0]).stat().st_size < full / 10
-
-
 def test_a_random_trunk_is_refused_before_the_first_step(tmp_path):
     config, _ = config_with(tmp_path)
     options = {
@@ -314,20 +256,19 @@ def test_a_random_trunk_is_refused_before_the_first_step(tmp_path):
 
 
 def test_a_loop_of_iterations_has_no_epochs(tmp_path):
-    config, _ = config_with(tmp_path)
-    text = config.read_text().replace('by_epoch=False', 'by_epoch=True')
-    config.write_text(text)
+    hook = dict(type='e3va_mm.AdapterCheckpointHook')
     with pytest.raises(ConfigError, match='Set `by_epoch=False`'):
-        runner_of(config).train()
+        run(toy_config(custom_hooks=[hook]), tmp_path)
 
 
 @pytest.mark.parametrize(
     'options, expected',
     [
-        (dict(interval=0), '`interval` should be a whole number from 1 on'),
-        (dict(max_keep=1.5), '`max_keep` should be a whole number from 1'),
-        (dict(rule='more'), "`rule` should be 'greater' or 'less', but got"),
-        (dict(save_best=['a']), 'the name of one metric, or'),
+        (dict(interval=0), 'interval` should be a whole number from 1 on'),
+        (dict(max_keep=1.5), 'max_keep` should be a whole number from 1'),
+        (dict(rule='more'), "rule` should be one of ('greater', 'less'), but"),
+        (dict(save_best=['a']), 'save_best` should be one metric, or None'),
+        (dict(keep=3), 'keep` is unknown'),
     ],
 )
 def test_options_that_cannot_work(options, expected):

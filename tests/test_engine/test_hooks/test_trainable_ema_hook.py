@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from e3va_mm.engine.hooks import TrainableEMAHook
-from e3va_mm.engine.hooks.trainable_ema_hook import _part, _Source
+from e3va_mm.engine.hooks.trainable_ema_hook import _part
 from e3va_mm.weights import read_adapter
 from tests.helpers import build_e3va
 from tests.test_engine.test_hooks.interrupted import (
@@ -226,7 +226,7 @@ def test_tests_take_what_is_loaded(config, tmp_path):
         assert not differing(before, weights(runner))
 
 
-def test_tensors_that_a_model_replaces_or_shares():
+def test_tensors_that_a_model_shares():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -241,11 +241,3 @@ def test_tensors_that_a_model_replaces_or_shares():
     part = _part(model, True)
     assert part.first.weight is part.second.weight is model.first.weight
     assert 'frozen' not in part.state_dict()
-    source = _Source(model, part)
-    model.count = torch.ones(1)
-    assert source.state_dict()['count'] == 1
-    assert [b for b in source.buffers() if b.shape == (1,)] == [1]
-    names = [name for name, _ in source.named_parameters()]
-    assert names == [name for name, _ in part.named_parameters()]
-    assert 'second.weight' not in names
-    assert 'second.weight' in source.state_dict()

@@ -9,6 +9,8 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS
 from torch import nn
 
+from e3va_mm.utils.tuned import TunedModule
+
 COUNT = 5
 
 
@@ -29,12 +31,30 @@ class ToyData:
         return dict(inputs=inputs, index=index)
 
 
+class ToyTrunk(nn.Linear, TunedModule):
+    """A frozen layer that knows where its weights came from."""
+
+    trunk_source = trunk_address = '/toy/trunk.pth'
+    has_graph = False
+
+    def trunk_state(self):
+        return self.trunk_part(self.state_dict())
+
+    def trunk_part(self, state):
+        return {key: state[key] for key in ('weight', 'bias')}
+
+    def declared(self):
+        return iter(())
+
+    trainable_children = declared
+
+
 @MODELS.register_module()
 class ToyModel(BaseModel):
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.trunk = nn.Linear(4, 8).requires_grad_(False)
+        self.trunk = ToyTrunk(4, 8).requires_grad_(False)
         self.norm = nn.BatchNorm1d(8)
         self.dropout = nn.Dropout(0.3)
         self.head = nn.Linear(8, 1)

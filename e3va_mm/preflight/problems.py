@@ -4,6 +4,7 @@ A check is a function ``(config, datasets) -> Iterator[Problem]``; ``datasets``
 maps config options to the data sets that read files.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ def raise_errors(
     errors = [p for p in problems if p.severity == 'error']
     warnings = [p for p in problems if p.severity != 'error']
     if warnings:
-        print_log(report(warnings), 'current', level='WARNING')
+        print_log(report(warnings), 'current', level=logging.WARNING)
     if errors:
         raise errors[0].error(report(errors)) from cause
 

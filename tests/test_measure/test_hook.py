@@ -48,7 +48,9 @@ def build(folder, iters=8, hook=None, **options):
         custom_hooks=hooks, **{'train_cfg.max_iters': iters}, **options
     )
     config.work_dir = str(folder)
-    config.default_hooks = dict(checkpoint=None, logger=dict(interval=1))
+    config.default_hooks = dict(
+        checkpoint=None, logger=dict(type='LoggerHook', interval=1)
+    )
     # Visualizers of one name are one, and write to one place.
     config.visualizer = dict(
         type='Visualizer',

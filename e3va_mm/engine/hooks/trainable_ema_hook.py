@@ -1,3 +1,5 @@
+import logging
+
 from mmengine.hooks import EMAHook
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
@@ -46,7 +48,7 @@ class TrainableEMAHook(EMAHook):
                 'TrainableEMAHook: the checkpoint holds no average; it starts '
                 'from the weights.',
                 'current',
-                level='WARNING',
+                level=logging.WARNING,
             )
 
     def _swap_ema_parameters(self) -> None:

@@ -4,17 +4,11 @@ import sys
 import types
 
 import pytest
-from mmengine.config import Config
 from mmengine.logging import MessageHub
-from mmengine.runner import Runner
 
 from e3va_mm.engine.hooks import ProgressBarHook
-from tests.test_engine.test_hooks.tiny import (
-    detection_config,
-    make_coco,
-    make_segmentation,
-    segmentation_config,
-)
+from tests.test_engine.test_hooks.interrupted import run
+from tests.test_engine.test_hooks.toy import toy_config
 
 SHOW_CURSOR, HIDE_CURSOR = '\x1b[?25h', '\x1b[?25l'
 EVERY_STEP = [dict(type='e3va_mm.ProgressBarHook', interval=0.0)]
@@ -55,29 +49,23 @@ def unique(states):
 
 def test_counts_the_iterations_of_all_epochs(tmp_path, open_terminal):
     terminal = open_terminal()
-    make_coco(tmp_path, 'train')
-    config = Config.fromfile(
-        detection_config(
-            tmp_path,
-            val_dataloader=None,
-            val_cfg=None,
-            val_evaluator=None,
-            train_cfg=dict(by_epoch=True, max_epochs=2),
-            custom_hooks=EVERY_STEP,
-        )
+    config = toy_config(
+        custom_hooks=EVERY_STEP,
+        train_cfg=dict(by_epoch=True, max_epochs=2),
+        **{'train_dataloader.sampler.type': 'DefaultSampler'},
     )
-    runner = Runner.from_cfg(config)
-    runner.train()
-    assert unique(bars(terminal)) == [(i, 4) for i in range(5)]
+    config.default_hooks.logger = dict(type='LoggerHook', interval=1)
+    runner = run(config, tmp_path)
+    assert unique(bars(terminal)) == [(i, 6) for i in range(7)]
     text = terminal.getvalue()
     # Each log line starts where the bar was wiped, or at a line's start.
     starts = re.findall(r'(.*)\d\d/\d\d [\d:]{8} - mmengine', text)
     assert sum(start.endswith('\x1b[2K') for start in starts) >= 4
     assert all(not start or start.endswith('\x1b[2K') for start in starts)
-    (loss,) = re.findall(r'4/4 ?\x1b\[0m loss (\d\.\d{4})', text)[-1:]
-    logged = re.findall(r'loss: (\d\.\d{4})', text)
+    (loss,) = re.findall(r'6/6 ?\x1b\[0m loss (\d+\.\d{4})', text)[-1:]
+    logged = re.findall(r'loss: (\d+\.\d{4})', text)
     history, _ = runner.message_hub.get_scalar('train/loss').data
-    assert loss == f'{history[-1]:.4f}' and len(logged) == 4
+    assert loss == f'{history[-1]:.4f}' and len(logged) == 6
     assert text.rindex(SHOW_CURSOR) > text.rindex(HIDE_CURSOR)
     assert all(
         getattr(handler, 'stream', None) is not sys.stdout
@@ -88,24 +76,12 @@ def test_counts_the_iterations_of_all_epochs(tmp_path, open_terminal):
 
 def test_counts_iterations_and_resumes(tmp_path, open_terminal):
     terminal = open_terminal()
-    make_segmentation(tmp_path)
-    options = dict(
-        val_dataloader=None,
-        val_cfg=None,
-        val_evaluator=None,
-        custom_hooks=EVERY_STEP,
-    )
-    Runner.from_cfg(
-        Config.fromfile(segmentation_config(tmp_path, **options))
-    ).train()
+    config = toy_config(custom_hooks=EVERY_STEP)
+    run(config, tmp_path, **{'train_cfg.max_iters': 2})
     assert unique(bars(terminal)) == [(0, 2), (1, 2), (2, 2)]
 
     terminal.truncate(0)
-    config = Config.fromfile(segmentation_config(tmp_path, **options))
-    config.train_cfg.max_iters = 3
-    config.resume = True
-    config.experiment_name += '_resumed'
-    Runner.from_cfg(config).train()
+    run(config, tmp_path, resume=True, **{'train_cfg.max_iters': 3})
     assert unique(bars(terminal)) == [(2, 3), (3, 3)]
 
 

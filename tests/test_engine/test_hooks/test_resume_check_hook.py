@@ -59,7 +59,7 @@ def test_another_set_is_refused(config, tmp_path, monkeypatch):
         'none train now and did not, norm.weight, norm.bias trained and do '
         'not now'
     ) in text
-    assert '6 trainable parameters, this one has 4' in text
+    assert '4 trainable parameters, this one has 2' in text
     assert 'Resume with the config of that run' in text
     assert '`resume=False`, `load_from=' in text
     text = refusal(config, tmp_path / 'b')

@@ -5,8 +5,9 @@ import random
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import DATASETS, METRICS, MODELS
 from torch import nn
 
 from e3va_mm.utils.tuned import TunedModule
@@ -68,6 +69,28 @@ class ToyModel(BaseModel):
         if mode == 'predict':
             return [dict(value=value.item()) for value in output]
         return dict(loss=output.square().mean())
+
+
+@METRICS.register_module()
+class ToyMetric(BaseMetric):
+    """The mean of what the model gives."""
+
+    def process(self, data_batch, data_samples):
+        self.results += [sample['value'] for sample in data_samples]
+
+    def compute_metrics(self, results):
+        return dict(mean=float(np.mean(results)))
+
+
+VALIDATION = dict(
+    val_dataloader=dict(
+        num_workers=0,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=dict(type='ToyData'),
+    ),
+    val_cfg=dict(),
+    val_evaluator=dict(type='ToyMetric'),
+)
 
 
 def toy_config(**options):

@@ -5,7 +5,11 @@ import runpy
 import subprocess
 import sys
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib.util import (
+    find_spec,
+    module_from_spec,
+    spec_from_file_location,
+)
 from pathlib import Path
 
 import pytest
@@ -28,9 +32,17 @@ from tests.test_engine.test_hooks.tiny import (
     segmentation_config,
     side_path_config,
 )
-from tests.test_faults.test_hostile_files import _tool
 
 MIB = 2**20
+ROOT = Path(__file__).parents[2]
+
+
+def _tool(name, folder='tools'):
+    path = ROOT / folder / f'{name}.py'
+    spec = spec_from_file_location(name, path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager

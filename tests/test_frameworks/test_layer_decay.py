@@ -38,19 +38,8 @@ CASES = {
         dict(PLAIN, backbone=dict(SMALL_VIT, img_size=64)),
         dict(type='e3va_mm.E3VAVisionTransformer', trunk_type='mmseg.BEiT'),
     ),
-    'mmseg::mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py': (
-        dict(PLAIN, backbone=dict(SMALL_VIT, img_size=64)),
-        dict(type='e3va_mm.E3VAVisionTransformer', trunk_type='mmseg.MAE'),
-    ),
     'mmseg::convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py': (
         dict(HEADS, backbone=SMALL_CONVNEXT),
-        None,
-    ),
-    'mmdet::convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py': (
-        dict(
-            neck=dict(in_channels=[64, 128, 256, 512]),
-            backbone=SMALL_CONVNEXT,
-        ),
         None,
     ),
     # Heads share their convolutions.
@@ -206,10 +195,11 @@ class OwnGroups(DefaultOptimWrapperConstructor):
 
 
 def test_a_constructor_with_groups_of_its_own_keeps_them():
-    _, model, optimizer = config_of('mmpretrain')
-    built = MODELS.build(ours('mmpretrain', model))
-    options = dict(optimizer=optimizer['optimizer'])
-    wrapper = OwnGroups(options, dict(any=1))(built)
+    scope, model, optimizer = config_of('mmpretrain')
+    with DefaultScope.overwrite_default_scope(scope):
+        built = MODELS.build(ours('mmpretrain', model))
+        options = dict(optimizer=optimizer['optimizer'])
+        wrapper = OwnGroups(options, dict(any=1))(built)
     assert [g['lr'] for g in wrapper.optimizer.param_groups] == [7.0]
 
 
@@ -245,7 +235,8 @@ def test_one_line_in_the_log(monkeypatch):
 
 
 def test_without_weight_decay():
-    scope, model, optimizer = config_of([*CASES][2])
+    name = [*CASES][1]
+    scope, model, optimizer = config_of(name)
     del optimizer['optimizer']['weight_decay']
-    _, groups = groups_of(scope, ours([*CASES][2], model), optimizer)
+    _, groups = groups_of(scope, ours(name, model), optimizer)
     assert {g['weight_decay'] for g in groups.values()} == {0.01}  # AdamW's

@@ -81,9 +81,8 @@ def pretend(folder, library):
         (folder / 'torchvision' / '_C.so').write_text(library)
 
 
-@pytest.mark.parametrize('library', [None, 'for another torch'])
-def test_missing_operators_are_declared_once(tmp_path, library):
-    pretend(tmp_path, library)
+def test_missing_operators_are_declared_once(tmp_path):
+    pretend(tmp_path, 'for another torch')
     status, output = run('import torchvision', tmp_path)
     assert status == 1 and "no attribute 'nms'" in output
     status, output = run(LIBRARY + DECLARE + CALL, tmp_path)
@@ -97,18 +96,8 @@ def test_a_library_that_loads_is_left_alone(tmp_path):
     assert (status, output) == (0, '[False, False]\nTrue\nFalse\n')
 
 
-@pytest.mark.parametrize('value', ['None', 'sys'])
-def test_nothing_happens_after_torchvision_or_where_it_is_blocked(
-    tmp_path, value
-):
-    code = f'import sys; sys.modules["torchvision"] = {value}'
-    assert run(code + DECLARE, tmp_path) == (0, '[False, False]\n')
-
-
-@pytest.mark.parametrize('left_behind', [False, True])
-def test_nothing_happens_without_torchvision(tmp_path, left_behind):
-    if left_behind:
-        (tmp_path / 'torchvision').mkdir()
+def test_nothing_happens_without_torchvision(tmp_path):
+    (tmp_path / 'torchvision').mkdir()  # left behind
     code = """
 import sys, e3va_mm.frameworks.torchvision
 sys.path = [path for path in sys.path if 'site-packages' not in path]
@@ -133,9 +122,7 @@ needs_mmpretrain = pytest.mark.skipif(
 
 
 @needs_mmpretrain
-@pytest.mark.parametrize('name', ['mmdet', 'mmseg'])
-def test_configs_are_read_that_import_mmpretrain(tmp_path, name):
-    base = dict(mmdet='cascade', mmseg='upernet')[name]
+def test_configs_are_read_that_import_mmpretrain(tmp_path, base='upernet'):
     config = tmp_path / 'config.py'
     config.write_text(
         f'_base_ = {str(CONFIGS / f"{base}_e3va_swin_nano_digits.py")!r}\n'
@@ -148,25 +135,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 config = Config.fromfile(sys.argv[1])
 init_default_scope(config.default_scope)
-print(type(MODELS.build(config.model).backbone).__name__)
+print('E3VA', type(MODELS.build(config.model).backbone.tuner).__name__)
 print(type(MODELS.build(dict(type='mmpretrain.ResNet', depth=18))).__name__)
 import timm, torchvision
 """
     status, output = run(code, tmp_path, config)
     assert status == 0, output
-    assert 'E3VASwinTransformer\nResNet\n' in output
-
-
-@needs_mmpretrain
-def test_what_has_no_kernel_says_so(tmp_path):
-    code = """
-import e3va_mm.checkpoint, torch, torchvision
-boxes, scores = torch.tensor([[0., 0., 8., 8.]]), torch.ones(1)
-try:
-    print(torchvision.ops.nms(boxes, scores, 0.5).tolist())
-except RuntimeError as error:
-    print(error)
-"""
-    status, output = run(code, tmp_path)
-    assert status == 0, output
-    assert output == '[0]\n' or "Couldn't load custom C++ ops" in output
+    assert 'E3VA' in output and output.endswith('\nResNet\n')

@@ -8,11 +8,6 @@ import torch
 from e3va_mm.errors import CheckpointError
 from e3va_mm.weights import read_checkpoint
 
-needs_list = pytest.mark.skipif(
-    tuple(int(n) for n in torch.__version__.split('.')[:2]) < (2, 6),
-    reason='torch has no list of allowed names before 2.6',
-)
-
 
 def weights():
     torch.manual_seed(0)

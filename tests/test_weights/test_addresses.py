@@ -23,7 +23,6 @@ from e3va_mm.weights import (
 from tests.helpers import build_e3va
 from tests.test_weights.hostile import FORMS, touch
 from tests.test_weights.samples import (
-    needs_list,
     refusal_of,
     saved,
     saved_bytes,
@@ -105,7 +104,6 @@ def _losses(runner):
     return runner.message_hub.get_scalar('train/loss').data[0]
 
 
-@needs_list
 def test_training_resumes_through_the_door(trained):
     before, folder = trained
     losses = _losses(before)

@@ -1,5 +1,4 @@
 import pickle
-import random
 import zipfile
 
 import pytest
@@ -11,7 +10,6 @@ from mmengine.runner._flexible_runner import FlexibleRunner
 from safetensors.torch import save_file
 from torch import nn
 
-from e3va_mm.errors import CheckpointError
 from e3va_mm.weights import file_formats, read_checkpoint
 from tests.test_weights import toy_runner as toy_module
 from tests.test_weights.samples import refusal_of, saved, weights
@@ -76,22 +74,6 @@ def test_what_is_no_checkpoint(tmp_path, data, text):
     assert refusal.endswith('.')
 
 
-@pytest.mark.parametrize(
-    'content, kind',
-    [([1, 2], 'list'), (torch.ones(1), 'Tensor'), ({}, 'dict')],
-)
-def test_what_is_no_dict(tmp_path, content, kind):
-    path = saved(tmp_path / 'a.pth', content)
-    assert f'holds a {kind} without weights' in refusal_of(path)
-
-
-def test_a_list_that_holds_itself(tmp_path):
-    endless = []
-    endless.append(endless)
-    path = saved(tmp_path / 'a.pth', {'x': endless})
-    assert 'a container that holds itself' in refusal_of(path)
-
-
 def test_other_archives(tmp_path):
     path = tmp_path / 'a.pth'
     with zipfile.ZipFile(path, 'w') as archive:
@@ -101,60 +83,17 @@ def test_other_archives(tmp_path):
     assert 'is a TorchScript program' in refusal_of(path)
 
 
-@pytest.mark.parametrize('form', ['zip', 'legacy', 'safetensors'])
-def test_every_truncated_file_is_refused(tmp_path, form):
-    path = tmp_path / ('a.safetensors' if form == 'safetensors' else 'a.pth')
-    if form == 'safetensors':
-        save_file(weights(), path)
-    else:
-        saved(path, _use_new_zipfile_serialization=form == 'zip')
-    data = path.read_bytes()
-    for length in [*range(1, 200, 17), *range(200, len(data), 211)]:
-        path.write_bytes(data[:length])
-        text = refusal_of(path)
-    if form == 'zip':
-        assert f'is incomplete: it ends after {length} bytes' in text
-    assert 'compare its size with the original' in text
-
-
-def test_a_flipped_bit_is_refused_or_without_effect(tmp_path):
+def test_a_cut_or_damaged_archive(tmp_path):
     path = saved(tmp_path / 'a.pth')
     data = path.read_bytes()
-    wanted = read_checkpoint(path)
-    generator = random.Random(0)
-    refused = 0
-    for _ in range(150):
-        flipped = bytearray(data)
-        flipped[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
-        path.write_bytes(flipped)
-        try:
-            found = read_checkpoint(path)
-        except CheckpointError:
-            refused += 1
-        else:
-            assert all(torch.equal(found[k], wanted[k]) for k in wanted)
-    assert refused > 100
+    path.write_bytes(data[:1000])
+    text = refusal_of(path)
+    assert 'is incomplete: it ends after 1000 bytes' in text
+    assert 'compare its size with the original' in text
     flipped = bytearray(data)
-    flipped[data.index(wanted['weight'].numpy().tobytes()) + 5] ^= 1
+    flipped[data.index(weights()['weight'].numpy().tobytes()) + 5] ^= 1
     path.write_bytes(flipped)
     assert 'the checksum of its record' in refusal_of(path)
-
-
-@pytest.mark.parametrize(
-    'data',
-    [
-        b'\xff' * 8 + b'{"a"',
-        (2**40).to_bytes(8, 'little') + b'{}',
-        (2).to_bytes(8, 'little') + b'[]',
-        (40).to_bytes(8, 'little') + b'{"a":{"dtype":"F32","shape":[9],"da',
-        b'PK\x03\x04',
-    ],
-)
-def test_safetensors_with_an_absurd_header(tmp_path, data):
-    path = tmp_path / 'a.safetensors'
-    path.write_bytes(data)
-    text = refusal_of(path)
-    assert text.startswith(f'{path} cannot be read as a safetensors file: ')
 
 
 def test_a_missing_file_names_its_folder(tmp_path, monkeypatch):

@@ -10,10 +10,9 @@ from torch import nn
 
 from e3va_mm.weights import read_checkpoint
 from tests.test_weights.hostile import FORMS, Payload, touch
-from tests.test_weights.samples import needs_list, refusal_of, saved
+from tests.test_weights.samples import refusal_of, saved
 
 
-@needs_list
 @pytest.mark.parametrize('name', ['epoch_2.pth', 'best_acc_epoch_1.pth'])
 def test_a_training_checkpoint_is_read_in_full(trained, name):
     runner, folder = trained
@@ -48,7 +47,6 @@ def test_a_training_checkpoint_is_read_in_full(trained, name):
         assert schedulers[2]['anneal_func'] is anneal
 
 
-@needs_list
 def test_numpy_values_under_the_names_of_both_major_versions(tmp_path):
     content = {
         'values': [np.float32(1.5), np.int64(-2), np.bool_(True)],
@@ -136,7 +134,6 @@ def _history(payload):
         (lambda m: nn.Linear(1, 1), 'names torch.nn.modules.linear.Linear'),
     ],
 )
-@needs_list
 def test_what_is_not_on_the_list_is_named(tmp_path, make, text):
     marker = str(tmp_path / 'marker')
     path = saved(tmp_path / 'a.pth', {'x': make(marker)})
@@ -144,7 +141,6 @@ def test_what_is_not_on_the_list_is_named(tmp_path, make, text):
     assert not os.path.exists(marker)
 
 
-@needs_list
 def test_a_file_cannot_replace_the_statistics_of_history_buffers(tmp_path):
     path = saved(tmp_path / 'a.pth', {'x': _history('poison')})
     methods = dict(HistoryBuffer._statistics_methods)
@@ -152,7 +148,6 @@ def test_a_file_cannot_replace_the_statistics_of_history_buffers(tmp_path):
     assert HistoryBuffer._statistics_methods == methods
 
 
-@needs_list
 def test_the_list_of_other_packages_does_not_count(tmp_path):
     path = saved(tmp_path / 'a.pth', {'x': nn.Linear(1, 1)})
     before = torch.serialization.get_safe_globals()

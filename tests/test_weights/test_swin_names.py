@@ -8,7 +8,7 @@ from e3va_mm.weights import describe_swin, to_stock_keys
 EMBED, DEPTHS, HEADS, WINDOW = 8, (2, 1, 3), (2, 4, 8), 4
 
 
-def official_swin(absolute=False):
+def official_swin():
     """Random weights with the names and shapes of Microsoft's files."""
     torch.manual_seed(0)
     shapes = {
@@ -17,8 +17,6 @@ def official_swin(absolute=False):
         'patch_embed.norm.weight': (EMBED,),
         'patch_embed.norm.bias': (EMBED,),
     }
-    if absolute:
-        shapes['absolute_pos_embed'] = (1, 14 * 14, EMBED)
     for i, depth in enumerate(DEPTHS):
         dims = EMBED * 2**i
         for j in range(depth):
@@ -160,31 +158,6 @@ def test_formats(content, name, expected):
     assert _same(ours, expected)
 
 
-def test_the_input_is_not_changed():
-    state = official_swin(absolute=True)
-    before = {key: value.clone() for key, value in state.items()}
-    to_stock_keys(state)
-    assert _same(state, before)
-
-
-@pytest.mark.parametrize(
-    'make',
-    [
-        official_swin,
-        lambda absolute: {
-            **STOCK,
-            'absolute_pos_embed': official_swin(absolute)[
-                'absolute_pos_embed'
-            ],
-        },
-    ],
-)
-def test_absolute_position_embedding_keeps_its_shape(make):
-    state = make(absolute=True)
-    ours, _ = to_stock_keys(state)
-    assert torch.equal(ours['absolute_pos_embed'], state['absolute_pos_embed'])
-
-
 @pytest.mark.parametrize(
     'content, first',
     [
@@ -216,13 +189,3 @@ def test_describe_swin():
         'num_heads': HEADS,
         'window_size': WINDOW,
     }
-
-
-def test_describe_swin_tells_what_a_partial_file_tells():
-    assert describe_swin({}) == {}
-    part = {
-        key: value
-        for key, value in STOCK.items()
-        if key.startswith('stages.1.') and 'table' not in key
-    }
-    assert describe_swin(part) == {'depths': (1,)}

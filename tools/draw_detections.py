@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mmcv
 import numpy as np
+import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
@@ -52,6 +53,7 @@ def load(config, checkpoint):
     return model, DATASETS.build(cfg.test_dataloader.dataset)
 
 
+@torch.no_grad()
 def draw(model, dataset, indices, threshold):
     """Draw truth and detections of each image side by side.
 

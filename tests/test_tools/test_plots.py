@@ -111,12 +111,14 @@ def test_an_empty_work_directory_is_an_error_that_says_what_to_do(tmp_path):
 class FakeDetector:
     """Finds a box and a mask at a known place, and one of a low score."""
 
+    boxes = torch.tensor([[10.0, 5, 20, 15], [0, 0, 5, 5]], requires_grad=True)
+
     def test_step(self, batch):
         (sample,) = batch['data_samples']
         masks = torch.zeros(2, 20, 30, dtype=torch.bool)
         masks[0, 5:15, 10:20] = True
         sample.pred_instances = InstanceData(
-            bboxes=torch.tensor([[10.0, 5, 20, 15], [0, 0, 5, 5]]),
+            bboxes=self.boxes + 0,
             labels=torch.tensor([1, 0]),
             scores=torch.tensor([0.9, 0.2]),
             masks=masks,

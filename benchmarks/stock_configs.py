@@ -41,10 +41,10 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from e3va_mm.backbones import TunedBackbone
 from e3va_mm.measure import TrainingStep
 from e3va_mm.measure.results import Results
 from e3va_mm.measure.variants import framework
-from e3va_mm.backbones import TunedBackbone
 from e3va_mm.trunks.families import VITS
 
 FRAMEWORKS = ('mmdet', 'mmseg')

@@ -16,6 +16,10 @@ check_distributions()  # before mmengine, which may be a mixture of two
 
 from mmengine import registry as mmengine  # noqa: E402
 
+from e3va_mm.frameworks.distributed import (  # noqa: E402
+    GlooDistributedDataParallel,
+)
+
 
 def install() -> None:
     """Change the frameworks as docs/frameworks.md lists it.
@@ -83,3 +87,11 @@ OPTIM_WRAPPER_CONSTRUCTORS = _Registry(
     scope='e3va_mm',
     locations=['e3va_mm.engine.optim'],
 )
+# manage wrappers of models for several processes
+MODEL_WRAPPERS = _Registry(
+    'model wrapper',
+    parent=mmengine.MODEL_WRAPPERS,
+    scope='e3va_mm',
+    locations=[],
+)
+MODEL_WRAPPERS.register_module(module=GlooDistributedDataParallel)

@@ -1,14 +1,12 @@
-"""Test a detector or segmentor; see --help."""
+"""`e3va test` in a clone; see --help."""
 
 import sys
 from pathlib import Path
 
-# Runs from a plain clone too.
+# Runs from a plain clone too; in a wheel it lies in e3va_mm/.mim/tools.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from e3va_mm.commands.launch import test
-from e3va_mm.frameworks.memory import keep_freed_memory
+from e3va_mm.commands.test import main
 
 if __name__ == '__main__':
-    keep_freed_memory()
-    sys.exit(test())
+    sys.exit(main())

@@ -1,54 +1,56 @@
 """Detectors, segmentors and classifiers on one pass of a frozen trunk."""
 
+import copy
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.structures import BaseDataElement
-from torch import Tensor
 
-from e3va_mm.apis.pictures import Input, Picture, Pictures
+from e3va_mm.apis.images import Image, Images, Input
 from e3va_mm.apis.result_writer import ResultWriter
-from e3va_mm.apis.shared_preprocessing import run_pipelines
 from e3va_mm.apis.task import Task
 from e3va_mm.backbones.trunk_pass import run_trunk
 from e3va_mm.backbones.trunk_pool import TrunkPool
 from e3va_mm.errors import ConfigError
+from e3va_mm.utils.values import is_whole
 
-NAME = re.compile(r'[\w.-]+')
+Samples = Mapping[str, dict]  # of an image, by task
 
 
 class Found(NamedTuple):
-    """What the tasks find on a picture, by the name of the task."""
+    """What the tasks find on an image, by the name of the task."""
 
-    picture: Picture
+    image: Image
     results: Mapping[str, BaseDataElement]
 
 
 class MultiTaskInferencer:
-    """Runs models that were tuned apart on one trunk, once a picture.
+    """Runs models that were tuned apart on one trunk, once an image.
 
     The trunk of the first task stays in memory; a task whose adapter file
-    names the same trunk runs on that. A picture goes through the trunk once
+    names the same trunk runs on that. An image goes through the trunk once
     for all tasks that prepare it alike, and once more for each other way to
-    prepare it; segmentors that cut pictures up (``test_cfg.mode='slide'``)
+    prepare it; segmentors that cut images up (``test_cfg.mode='slide'``)
     make passes of their own. What comes out is what the separate models give.
 
     Args:
-        tasks (Mapping[str, tuple[str, str]], optional): Config and checkpoint
-            or adapter file of each task, by name; see :meth:`add`.
-        device (str, optional): Where to compute. Defaults to the accelerator,
-            if there is one.
+        tasks: Config and checkpoint or adapter file of each task, by name;
+            see :meth:`add`.
+        device: Where to compute. Defaults to the accelerator, if there is
+            one.
 
     Attributes:
         tasks (dict[str, Task]): The tasks, by name.
-        passes (int): How many pictures have gone through a trunk, each as
-            often as it did; the pieces of a segmentor that slides count as
+        passes (int): How many images have gone through a trunk, each as
+            often as it did; the crops of a segmentor that slides count as
             one.
 
     Examples:
@@ -76,44 +78,29 @@ class MultiTaskInferencer:
         """Add a task.
 
         Args:
-            name (str): Its name: letters, digits, ``_``, ``-`` and ``.``.
-            config (str | Config): Config of a detector, a segmentor or a
-                classifier, or its path.
-            checkpoint (str): Path or URL of an adapter file or a checkpoint.
+            name: Its name: letters, digits, ``_``, ``-`` and ``.``.
+            config: Config of a detector, a segmentor or a classifier, or its
+                path.
+            checkpoint: Path or URL of an adapter file or a checkpoint.
 
         Raises:
-            ConfigError: If the name is taken or no name, or the config does
-                not fit.
+            ConfigError: If the name is taken, or the config does not fit.
             CheckpointError: If the file does not fit.
         """
-        if not NAME.fullmatch(name):
+        if not re.fullmatch(r'[\w.-]+', name) or name in self.tasks:
             raise ConfigError(
-                'The name of a task should have letters, digits, "_", "-" and '
-                f'"." alone, but got {name!r}.'
-            )
-        if name in self.tasks:
-            raise ConfigError(
-                f'There is a task {name!r} already. Remove it first, or take '
-                'another name.'
+                'Expected a new name of letters, digits, "_", "-" and "." for '
+                f'a task, but got {name!r} beside {list(self.tasks)}.'
             )
         with self._pool.open():
-            task = Task.build(name, config, checkpoint, self.device)
+            task = Task(name, config, checkpoint, self.device)
         self._pool.add(task.backbone)
         self.tasks[name] = task
-        shares = self.on_trunk_of(name)
-        if len(self.tasks) > 1:
-            print_log(
-                f'Task {name!r} runs on '
-                + (f'the trunk of {shares}.' if shares else 'its own trunk.'),
-                logger='current',
-            )
+        trunk = self.on_trunk_of(name) or 'itself alone'
+        print_log(f'Task {name!r} runs on the trunk of {trunk}.', 'current')
 
     def remove(self, name: str) -> None:
-        """Remove a task; a trunk goes with its last one.
-
-        Raises:
-            ConfigError: If there is no such task.
-        """
+        """Remove a task; a trunk goes with its last one."""
         if name not in self.tasks:
             raise ConfigError(
                 f'Expected the name of a task, one of {list(self.tasks)}, but '
@@ -123,11 +110,11 @@ class MultiTaskInferencer:
 
     def on_trunk_of(self, name: str) -> list[str]:
         """Names of the other tasks that share the trunk of this one."""
-        storage = self.tasks[name].backbone.storage
+        one = self.tasks[name]
         return [
             other
             for other, task in self.tasks.items()
-            if other != name and task.backbone.storage is storage
+            if other != name and _share_trunk(task, one)
         ]
 
     def __call__(
@@ -142,23 +129,19 @@ class MultiTaskInferencer:
         """Run all tasks.
 
         Args:
-            inputs (str | np.ndarray | Sequence): Path or URL of a picture,
-                a folder of pictures, a video, a BGR picture (H, W, 3) of
-                unsigned bytes, or a list of these.
-            batch_size (int): How many pictures of one size go through the
-                models at once. Defaults to 1.
-            return_datasamples (bool): Whether predictions are the data
-                samples of the frameworks. Defaults to False.
-            return_vis (bool): Whether to return drawings, too.
-            score_thr (float): Boxes with a lower score are not drawn.
-                Defaults to 0.3.
-            out_dir (str, optional): Folder for predictions and drawings, see
+            inputs: See :class:`~e3va_mm.apis.images.Images`.
+            batch_size: How many images of one size go through at once.
+            return_datasamples: Whether predictions are the data samples of
+                the frameworks.
+            return_vis: Whether to return drawings, too.
+            score_thr: Boxes with a lower score are not drawn.
+            out_dir: Folder for predictions and drawings, see
                 :class:`~e3va_mm.apis.result_writer.ResultWriter`.
 
         Returns:
             dict[str, dict[str, list]]: By the name of the task its
-            ``predictions``, one a picture, as the stock inferencers give
-            them, and its ``visualization``: RGB pictures (H, W, 3).
+            ``predictions``, one an image, as the stock inferencers give
+            them, and its ``visualization``: RGB images (H, W, 3).
 
         Raises:
             ConfigError: If there is no task.
@@ -167,78 +150,69 @@ class MultiTaskInferencer:
         found = {
             name: dict(predictions=[], visualization=[]) for name in self.tasks
         }
-        with ExitStack() as stack:
-            writer = out_dir and stack.enter_context(
-                ResultWriter(out_dir, self.tasks, score_thr=score_thr)
-            )
-            for picture, results in self.run(Pictures(inputs), batch_size):
-                if writer:
-                    writer.write(picture, results)
+        writer = nullcontext()
+        if out_dir:
+            writer = ResultWriter(out_dir, self.tasks, score_thr=score_thr)
+        with writer:
+            for image, results in self.run(Images(inputs), batch_size):
+                if out_dir:
+                    writer.write(image, results)
                 for name, result in results.items():
                     task, lists = self.tasks[name], found[name]
-                    lists['predictions'].append(
-                        result if return_datasamples else task.plain(result)
-                    )
                     if return_vis:
-                        image = picture.read()[..., ::-1]
-                        lists['visualization'].append(
-                            task.draw(image, result, score_thr)
-                        )
+                        values = image.read()[..., ::-1]
+                        drawn = task.draw(values, result, score_thr)
+                        lists['visualization'].append(drawn)
+                    if not return_datasamples:
+                        result = task.prediction(result)
+                    lists['predictions'].append(result)
         return found
 
     def run(
-        self, pictures: Iterable[Picture], batch_size: int = 1
+        self, images: Iterable[Image], batch_size: int = 1
     ) -> Iterator[Found]:
         """Run all tasks; give what they find as soon as it is there.
 
         Args:
-            pictures (Iterable[Picture]): For example
-                :class:`~e3va_mm.apis.pictures.Pictures`.
-            batch_size (int): How many pictures of one size go through the
-                models at once. Defaults to 1.
+            images: For example :class:`~e3va_mm.apis.images.Images`.
+            batch_size: How many images of one size go through at once.
 
         Yields:
-            Found: For each picture, in their order.
-
-        Raises:
-            ConfigError: If there is no task, or ``batch_size`` is none.
-            DataError: If a picture cannot be read.
+            Found: For each image, in their order.
         """
         if not self.tasks:
             raise ConfigError('There is no task to run. Add one first.')
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not is_whole(batch_size):
             raise ConfigError(
                 '`batch_size` should be a whole number from 1 on, but got '
                 f'{batch_size!r}.'
             )
         tasks = dict(self.tasks)  # those of now, whoever comes meanwhile
-        pipelines = {name: task.steps for name, task in tasks.items()}
-        batch: list[tuple[Picture, dict[str, dict]]] = []
-        for picture in pictures:
-            samples = _prepare(pipelines, picture)
+        batch: list[tuple[Image, Samples]] = []
+        for image in images:
+            samples = _prepare(tasks, image)
             if batch and (
                 len(batch) == batch_size
                 or _sizes(samples) != _sizes(batch[0][1])
             ):
                 yield from self._run_batch(tasks, batch)
                 batch = []
-            batch.append((picture, samples))
-        yield from self._run_batch(tasks, batch)
+            batch.append((image, samples))
+        if batch:
+            yield from self._run_batch(tasks, batch)
 
     def _run_batch(
         self,
         tasks: Mapping[str, Task],
-        batch: Sequence[tuple[Picture, Mapping[str, dict]]],
+        batch: Sequence[tuple[Image, Samples]],
     ) -> Iterator[Found]:
-        if not batch:
-            return
         batches = {
             name: task.to_batch([samples[name] for _, samples in batch])
             for name, task in tasks.items()
         }
         results = {}
         for group in _groups(tasks, batches):
-            outputs: Sequence[tuple[Tensor, ...] | None] = [None]
+            outputs = [None]
             if len(group) > 1:
                 with torch.no_grad():
                     outputs = run_trunk(
@@ -248,9 +222,12 @@ class MultiTaskInferencer:
             self.passes += len(batch)
             for name, maps in zip(group, outputs, strict=True):
                 results[name] = tasks[name].predict(batches[name], maps)
-        for index, (picture, _) in enumerate(batch):
-            found = {name: results[name][index] for name in tasks}
-            yield Found(picture, found)
+        for index, (image, _) in enumerate(batch):
+            yield Found(image, {name: results[name][index] for name in tasks})
+
+
+def _share_trunk(one: Task, other: Task) -> bool:
+    return one.backbone.storage is other.backbone.storage
 
 
 def _groups(
@@ -262,7 +239,7 @@ def _groups(
         for group in groups:
             other = tasks[group[0]]
             if (
-                task.backbone.storage is other.backbone.storage
+                _share_trunk(task, other)
                 and not (task.slides or other.slides)
                 and torch.equal(
                     batches[name]['inputs'], batches[group[0]]['inputs']
@@ -275,16 +252,46 @@ def _groups(
     return groups
 
 
-def _prepare(
-    pipelines: Mapping[str, Sequence[Callable]], picture: Picture
-) -> dict[str, dict]:
-    """Packed samples of a picture."""
+def _prepare(tasks: Mapping[str, Task], image: Image) -> dict[str, dict]:
+    """Packed samples of an image."""
     try:
-        return run_pipelines(pipelines, picture.source)
-    except Exception as error:
-        picture.read()  # says what is wrong with it, if anything is
-        raise error
+        steps = {name: task.steps for name, task in tasks.items()}
+        return run_pipelines(steps, image.source)
+    except Exception:
+        image.read()  # says what is wrong with it, if anything is
+        raise
 
 
-def _sizes(samples: Mapping[str, dict]) -> list[torch.Size]:
+def _sizes(samples: Samples) -> list[torch.Size]:
     return [sample['inputs'].shape for sample in samples.values()]
+
+
+def run_pipelines(
+    pipelines: Mapping[str, Sequence[Callable]], image: Any
+) -> dict[str, Any]:
+    """Run transforms on an image; what tasks first have in common runs once.
+
+    Args:
+        pipelines: Transforms, by the name of the task.
+        image: What the first of them takes.
+
+    Returns:
+        dict[str, Any]: What the last of each gives; nothing is shared.
+    """
+    done, groups = {}, defaultdict(dict)
+    for name, steps in pipelines.items():
+        if not steps:
+            done[name] = copy.deepcopy(image)
+            continue
+        values = sorted(vars(steps[0]).items(), key=str)
+        key = type(steps[0]), repr(values)
+        if any(isinstance(value, np.ndarray) for _, value in values):
+            key = id(steps[0])  # the text of a long array is abridged
+        groups[key][name] = steps
+    for group in groups.values():
+        first = next(iter(group.values()))[0]
+        # Transforms change what they are given.
+        found = first(copy.deepcopy(image))
+        rest = {name: steps[1:] for name, steps in group.items()}
+        done |= run_pipelines(rest, found)
+    return {name: done[name] for name in pipelines}

@@ -1,9 +1,10 @@
-"""A detector and a segmentor that trained for two steps."""
+"""A detector and a segmentor that trained for two steps, once a process."""
 
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from e3va_mm.commands import launch
+from e3va_mm.commands import train
 from tests.test_engine.test_hooks.tiny import (
     detection_config,
     make_coco,
@@ -16,51 +17,60 @@ from tests.test_engine.test_hooks.tiny import (
 class Trained(NamedTuple):
     config: str
     checkpoint: str
-    picture: str
+    adapter: str
+    trunk: str
+    image: str
     folder: Path
 
 
-def trained_detector(folder):
+@cache
+def trained_detector(base):
+    """Below a folder of this test run."""
+    folder = base / 'detector'
     make_coco(folder, 'train')
     make_coco(folder, 'val', 2)
-    base = detection_config(folder)
     # Two steps teach nothing: every score is small.
     rest = (
         'neck=dict(in_channels=[32, 64, 128, 256]), '
         'test_cfg=dict(rcnn=dict(score_thr=0.))'
     )
-    config = _train(folder, base, rest)
-    picture = folder / 'val' / '000.jpg'
-    return Trained(
-        config, str(folder / 'work' / 'epoch_1.pth'), str(picture), folder
-    )
+    base = detection_config(folder)
+    return _train(folder, base, rest, 'epoch_1', folder / 'val' / '000.jpg')
 
 
-def trained_segmentor(folder):
+@cache
+def trained_segmentor(base):
+    """Below a folder of this test run."""
+    folder = base / 'segmentor'
     make_segmentation(folder)
-    base = segmentation_config(folder)
-    heads = (
+    rest = (
         'decode_head=dict(in_channels=256, in_index=3, '
         "norm_cfg=dict(type='BN')), auxiliary_head=None"
     )
-    config = _train(folder, base, heads)
-    picture = folder / 'images' / '000.jpg'
-    return Trained(
-        config, str(folder / 'work' / 'iter_2.pth'), str(picture), folder
-    )
+    base = segmentation_config(folder)
+    return _train(folder, base, rest, 'iter_2', folder / 'images' / '000.jpg')
 
 
-def _train(folder, base, rest):
-    more = """
+def _train(folder, base, rest, name, image):
+    more = f"""
 # The inferencers of mmseg look for these.
 visualizer = dict(name='visualizer')
-test_pipeline = {{_base_.test_dataloader.dataset.pipeline}}
+test_pipeline = {{{{_base_.test_dataloader.dataset.pipeline}}}}
 # With some seeds two steps leave a segmentor that sees one class everywhere.
 randomness = dict(seed=0)
+custom_hooks = [
+    dict(type='e3va_mm.AdapterCheckpointHook', by_epoch={'epoch' in name})]
 optim_wrapper = dict(
     _delete_=True, type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3))
 """
-    config, weights, _ = side_path_config(folder, base, rest, more)
-    assert launch.train([str(config)]) == 0
-    weights.unlink()  # from now on the checkpoint alone brings the trunk
-    return str(config)
+    config, trunk, _ = side_path_config(folder, base, rest, more)
+    assert train.main([str(config)]) == 0
+    work = folder / 'work'
+    return Trained(
+        str(config),
+        str(work / f'{name}.pth'),
+        str(work / f'adapter_{name}.safetensors'),
+        str(trunk),
+        str(image),
+        folder,
+    )

@@ -70,7 +70,7 @@ class Tuned(NamedTuple):
 
 
 def tuned_apart(folder, mode='whole', trunk=None, **side_path):
-    """Configs and adapter files of the three by name, pictures beside."""
+    """Configs and adapter files of the three by name, images beside."""
     make_segmentation(folder)
     if trunk is None:
         trunk = folder / 'trunk.safetensors'

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from e3va_mm.backbones import TunedBackbone
 from e3va_mm.backbones.trunk_pool import TrunkPool
 from e3va_mm.errors import CheckpointError
-from e3va_mm.backbones import TunedBackbone
 from e3va_mm.weights import adapter_of, trunk_records
 from tests.adapted_models import segmentor, trained, trunk_file
 from tests.trunk_cases import image_for

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from e3va_mm.commands import launch
+from e3va_mm.commands import train
 from e3va_mm.errors import CheckpointError
 from e3va_mm.export import export_network
 from e3va_mm.utils.files import write_whole
@@ -94,13 +94,6 @@ def test_the_error_says_how_much_is_needed_and_free(tmp_path):
     with pytest.raises(CheckpointError) as error:
         write_whole(Path('/proc/none/a'), b'')
     assert 'The folder is not there.' in str(error.value)
-
-
-def test_strip_of_the_adapter_tool(tmp_path):
-    adapter(0).write(tmp_path / 'a.safetensors')
-    out = tmp_path / 'b.safetensors'
-    arguments = ['strip', str(tmp_path / 'a.safetensors'), str(out)]
-    refused(out, lambda: _tool('adapter').main(arguments))
 
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
@@ -180,7 +173,7 @@ def small_disk(tmp_path):
 def test_a_run_on_a_small_disk(small_disk, tmp_path, capsys, keep):
     work = small_disk / 'work'
     path = config(tmp_path, work, max_keep_ckpts=keep)
-    assert launch.train([str(path)]) == 1
+    assert train.main([str(path)]) == 1
     text = capsys.readouterr().err
     assert 'Traceback' not in text.rpartition('error: ')[2]
     assert f' MiB of room for {work}' in text
@@ -191,7 +184,7 @@ def test_a_run_on_a_small_disk(small_disk, tmp_path, capsys, keep):
 
     remount = ['mount', '-o', 'remount,size=100m', str(small_disk)]
     subprocess.run(remount, check=True)
-    assert launch.train([str(path), '--resume']) == 0
+    assert train.main([str(path), '--resume']) == 0
     names, last = whole_checkpoints(work)
     assert last == 'iter_6'
     assert len(names) == (6 if keep == -1 else 1)
@@ -210,7 +203,7 @@ def test_a_run_under_a_limit(tmp_path, capsys):
 
     with pytest.MonkeyPatch.context() as patch, files_of_at_most(8 * MIB):
         patch.setattr(torch, 'save', save)
-        assert launch.train([str(path)]) == 1
+        assert train.main([str(path)]) == 1
     assert f'MiB of room for {work}/iter_3.pth, but' in capsys.readouterr().err
     assert whole_checkpoints(work) == (['iter_1', 'iter_2'], 'iter_2')
 
@@ -242,18 +235,17 @@ def test_under_the_framework_s_own_tool(tmp_path, monkeypatch):
 def test_logs_on_a_full_disk(tmp_path, capsys, monkeypatch):
     path = config(tmp_path, tmp_path / 'work')
 
-    def train(runner):
+    def fail(runner):
         raise OSError(28, 'No space left on device', 'scalars.json')
 
-    monkeypatch.setattr('mmengine.runner.Runner.train', train)
-    monkeypatch.setattr(launch, '_data_checked', lambda runner: True)
-    assert launch.train([str(path)]) == 1
+    monkeypatch.setattr('mmengine.runner.Runner.train', fail)
+    assert train.main([str(path)]) == 1
     text = capsys.readouterr().err.rpartition('error: ')[2]
     assert text.startswith(
         f'No room for the files of a run (work_dir {tmp_path / "work"}, file '
         'scalars.json): '
     )
-    assert 'go on with --resume' in text
+    assert 'continue with --resume' in text
 
 
 def test_a_source_beside_a_full_disk_stays(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from mmengine.logging import MessageHub
 from PIL import Image
 
-from e3va_mm.commands import launch
+from e3va_mm.commands import train
 from tests.test_engine.test_hooks.tiny import (
     detection_config,
     make_coco,
@@ -53,7 +53,7 @@ def finite():
 
 def run(config, *options):
     """Train without validation; the exit code."""
-    return launch.train(
+    return train.main(
         [
             str(config),
             '--cfg-options',

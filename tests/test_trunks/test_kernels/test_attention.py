@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
+from e3va_mm.trunks.kernels.feed_forward import install
+from e3va_mm.trunks.reader import StockTrunk
 from torch import nn
 
 from e3va_mm.measure import LiveBytes
 from e3va_mm.trunks import TrunkOptions
 from e3va_mm.trunks.kernels import attention
 from e3va_mm.trunks.kernels.attention import ENGINES
-from e3va_mm.trunks.kernels.feed_forward import install
-from e3va_mm.trunks.reader import StockTrunk
 
 pytest.importorskip('mmpretrain')
 

@@ -4,16 +4,16 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-
-from e3va_mm.measure import LiveBytes
-from e3va_mm.trunks import TrunkOptions
 from e3va_mm.trunks.kernels.feed_forward import (
     GatedFeedForward,
     Product,
     Wide,
     install,
 )
+from torch import nn
+
+from e3va_mm.measure import LiveBytes
+from e3va_mm.trunks import TrunkOptions
 
 C, HIDDEN, TOKENS = 16, 48, 40
 

@@ -1,13 +1,11 @@
-"""tools/infer.py as its user calls it."""
-
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from e3va_mm.commands import infer
 from tests.test_apis.tuned import tuned_apart
-from tests.test_tools.test_train_test import run
 
 pytest.importorskip('mmpretrain')
 
@@ -18,16 +16,16 @@ def tuned(tmp_path_factory):
     return folder, tuned_apart(folder)
 
 
-def test_three_tasks_on_a_folder(tuned):
+def test_three_tasks_on_a_folder(tuned, capsys):
     folder, tasks = tuned
-    arguments = []
+    out = folder / 'out'
+    arguments = [f'{folder}/images', '--out', str(out)]
     for name, task in tasks.items():
         arguments += ['--task', f'{name}={task.config}:{task.adapter}']
-    done = run('infer.py', 'images', '--out', 'out', *arguments, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert '4 pictures, 3 tasks, 4 passes of a trunk' in done.stdout
-    assert 'trunks: boxes + kinds + parts' in done.stdout
-    out = folder / 'out'
+    assert infer.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert '4 images, 3 tasks, 4 passes of a trunk' in text
+    assert 'trunks: boxes + kinds + parts' in text
     for name in ('000', '003'):
         boxes = json.loads((out / f'boxes/preds/{name}.json').read_text())
         assert len(boxes['bboxes']) == len(boxes['scores']) == 5
@@ -40,18 +38,18 @@ def test_three_tasks_on_a_folder(tuned):
 
 
 @pytest.mark.parametrize(
-    'task, message',
+    'tasks, message',
     [
-        ('boxes.py:a.pth', 'error: --task should be NAME=CONFIG.py:FILE'),
-        ('a=none.py:a.pth', "Task 'a': none.py: no such config file"),
-        ('a=boxes.py:none.pth', 'none.pth: no such checkpoint file'),
+        (['boxes.py:a.pth'], '--task should be NAME=CONFIG.py:FILE'),
+        (['a=b.py:c', 'a=d.py:e'], 'with a new NAME each'),
+        (['a=none.py:a.pth'], "Task 'a': none.py: no such config file"),
+        (['a={}:none.pth'], 'none.pth: no such checkpoint file'),
     ],
 )
-def test_what_is_refused(tuned, task, message):
-    done = run(
-        'infer.py', 'images', '--out', 'x', '--task', task, cwd=tuned[0]
-    )
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert 'Traceback' not in done.stderr
-    assert not (tuned[0] / 'x').exists()
+def test_what_is_refused(tuned, tasks, message, error, tmp_path):
+    folder, by_name = tuned
+    arguments = [f'{folder}/images', '--out', tmp_path / 'x']
+    for task in tasks:
+        arguments += ['--task', task.format(by_name['boxes'].config)]
+    assert message in error(infer, *arguments)
+    assert not (tmp_path / 'x').exists()

@@ -1,4 +1,4 @@
-"""Classifiers of mmpretrain through the tools."""
+"""Classifiers of mmpretrain through the commands."""
 
 import pickle
 import textwrap
@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.test_tools.test_train_test import run
+from e3va_mm.commands import test, train
 
 pytest.importorskip('mmpretrain')
 
@@ -63,44 +63,31 @@ TRUNK = """trunk=dict(type='mmpretrain.ConvNeXt', out_indices=(2, ),
     ],
     ids=['vit', 'convnext'],
 )
-def test_train_and_test_a_classifier(tmp_path, kind, arguments):
+def test_train_and_test_a_classifier(
+    tmp_path, monkeypatch, capfd, kind, arguments
+):
     generator = np.random.default_rng(0)
     for value, name in ((60, 'dark'), (190, 'light')):
         (tmp_path / 'data' / name).mkdir(parents=True)
         for i in range(6):
-            picture = generator.normal(value, 20, (32, 32, 3)).clip(0, 255)
+            image = generator.normal(value, 20, (32, 32, 3)).clip(0, 255)
             cv2.imwrite(
                 str(tmp_path / 'data' / name / f'{i}.png'),
-                picture.astype(np.uint8),
+                image.astype(np.uint8),
             )
     config = tmp_path / 'classifier.py'
     config.write_text(
         textwrap.dedent(CONFIG).format(kind=kind, arguments=arguments, neck='')
     )
-    process = run('train.py', config, cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    assert 'accuracy/top1: 100.0' in process.stderr + process.stdout
-    checkpoint = tmp_path / 'work_dirs/classifier/epoch_4.pth'
-    process = run(
-        'test.py',
-        config,
-        checkpoint,
-        '--out',
-        'predictions.pkl',
-        '--show-dir',
-        'drawn',
-        cwd=tmp_path,
-    )
-    assert process.returncode == 0, process.stderr
-    assert 'accuracy/top1: 100.0' in process.stderr + process.stdout
-    with open(tmp_path / 'predictions.pkl', 'rb') as file:
+    monkeypatch.chdir(tmp_path)
+    config = str(config)
+    assert train.main([config]) == 0
+    assert 'accuracy/top1: 100.0' in capfd.readouterr().out
+    tested = [config, 'work_dirs/classifier/epoch_4.pth']
+    out = ['--out', 'predictions.pkl', '--show-dir', 'drawn']
+    assert test.main([*tested, *out]) == 0
+    assert 'accuracy/top1: 100.0' in capfd.readouterr().out
+    with open('predictions.pkl', 'rb') as file:
         assert len(pickle.load(file)) == 12
     assert list((tmp_path / 'drawn').rglob('*.png'))
-    process = run('test.py', config, checkpoint, '--tta', cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
-    process = run(
-        'test.py', config, checkpoint, '--out', 'a.txt', cwd=tmp_path
-    )
-    assert '--out of a classifier should end in .pkl' in process.stderr
-    process = run('measure.py', config, '--compare', 'full,lean', cwd=tmp_path)
-    assert process.returncode == 0, process.stderr
+    assert test.main([*tested, '--tta']) == 0

@@ -1,0 +1,87 @@
+r"""Run one or many tasks on images and videos, on one pass of their trunk.
+
+    e3va infer photos/ clip.mp4 --out found \
+        --task boxes=configs/cascade.py:boxes.safetensors \
+        --task parts=configs/upernet.py:parts.safetensors
+
+Each task is a detector, a segmentor or a classifier with a side path, given by
+its config and an adapter file or checkpoint. For each image OUT/TASK/preds
+gets a file (JSON; of a segmentor a PNG of classes), OUT/TASK/vis a drawing.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+
+from mmengine.logging import MMLogger
+from rich.console import Console
+from rich.progress import track
+
+from e3va_mm.apis import MultiTaskInferencer
+from e3va_mm.apis.images import Images
+from e3va_mm.apis.result_writer import ResultWriter
+from e3va_mm.commands.launching import exit_code
+from e3va_mm.errors import ConfigError
+
+# A file may be a URL, with a colon of its own.
+TASK = re.compile(r'([^=]+)=(.+?\.py):(.+)')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``e3va infer``; arguments and result as of ``train.main``."""
+    parser = argparse.ArgumentParser(
+        'e3va infer',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    inputs = 'an image, a URL of one, a folder or a video'
+    add('inputs', nargs='+', metavar='INPUT', help=inputs)
+    add(
+        '--task',
+        action='append',
+        required=True,
+        metavar='NAME=CONFIG:FILE',
+        help='once for each task; FILE is an adapter file or a checkpoint',
+    )
+    add('--out', required=True, help='a folder')
+    add('--batch-size', type=int, default=1, help='images of one size at once')
+    thr = 'boxes with a lower score are not drawn (default: 0.3)'
+    add('--score-thr', type=float, default=0.3, help=thr)
+    add('--no-draw', action='store_true', help='write predictions alone')
+    add('--device', help='such as cpu or cuda:0')
+    return exit_code(_infer, parser.parse_args(argv))
+
+
+def _infer(args: argparse.Namespace) -> None:
+    # What loaders say of each tensor is no news here.
+    MMLogger.get_current_instance().setLevel('WARNING')
+    tasks = {}
+    for text in args.task:
+        parts = TASK.fullmatch(text)
+        if parts is None or parts[1] in tasks:
+            raise ConfigError(
+                '--task should be NAME=CONFIG.py:FILE, with a new NAME each, '
+                'such as boxes=configs/cascade.py:boxes.safetensors, but got '
+                f'{text}.'
+            )
+        tasks[parts[1]] = parts[2], parts[3]
+    images = Images(args.inputs)
+    infer = MultiTaskInferencer(tasks, args.device)
+    out = ResultWriter(args.out, infer.tasks, not args.no_draw, args.score_thr)
+    found = infer.run(images, args.batch_size)
+    console, count = Console(stderr=True), 0
+    with out:
+        for image, results in track(
+            found, 'Inference', len(images) or None, console=console
+        ):
+            out.write(image, results)
+            count += 1
+    trunks = {
+        ' + '.join(sorted([name, *infer.on_trunk_of(name)])) for name in tasks
+    }
+    print(
+        f'{args.out}: {count} images, {len(tasks)} tasks, '
+        f'{infer.passes} passes of a trunk\n'
+        f'trunks: {"; ".join(sorted(trunks))}'
+    )

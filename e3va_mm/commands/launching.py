@@ -1,0 +1,287 @@
+"""What the commands share: configs, launchers, runs, and errors in words."""
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch.distributed as dist
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
+from mmengine.runner import Runner
+from torch import nn
+
+from e3va_mm.engine.hooks import ProgressBarHook
+from e3va_mm.errors import CheckpointError, ConfigError, E3VAError
+from e3va_mm.frameworks.distributed import use_gloo
+from e3va_mm.preflight import (
+    DatasetCheckHook,
+    check_batch,
+    explain_data_failure,
+)
+from e3va_mm.registry import install
+from e3va_mm.utils.process_group import end_process_group
+from e3va_mm.weights import match_state
+
+PACKAGES = dict(
+    mmdet='onedl-mmdetection',
+    mmseg='onedl-mmsegmentation',
+    mmpretrain='onedl-mmpretrain',
+)
+# The disk itself, a quota, a limit of the process.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def exit_code(
+    command: Callable[[argparse.Namespace], int | None],
+    args: argparse.Namespace,
+) -> int:
+    """Run a command; print an error that the user can correct as one line.
+
+    Args:
+        command (Callable): Takes ``args`` and returns its exit code, or None.
+        args (argparse.Namespace): The arguments of the command line.
+
+    Returns:
+        int: That of the command, 1 after an error that was printed, 130 after
+        an interruption. All other errors keep their stack trace.
+    """
+    resume = '; continue with --resume' if 'resume' in args else ''
+    install()
+    try:
+        code = command(args) or 0
+    except KeyboardInterrupt:
+        print(f'error: interrupted{resume}', file=sys.stderr)
+        return 130
+    except Exception as e:
+        error = user_error(e)
+        if error is None:
+            if not dist.is_initialized() or dist.get_world_size() == 1:
+                raise
+            traceback.print_exc()
+            # Whoever waits for a process that was killed fails as well, in
+            # words of the network; on other machines nobody else tells.
+            print(
+                f'error: rank {dist.get_rank()} of {dist.get_world_size()} '
+                f'failed with the {type(e).__name__} above. If that is a lost '
+                'connection or a timeout, another rank died before: see its '
+                'last lines, or "Root Cause" of torchrun, on whichever '
+                f'machine it ran{resume}',
+                file=sys.stderr,
+            )
+            return 1
+        text = str(error)
+        if text.startswith('Caught ') and 'Original Traceback' in text:
+            # A data worker puts its stack trace around it.
+            text = text.rpartition(f'{type(error).__name__}: ')[2].strip()
+        print(f'error: {text}', file=sys.stderr)
+        del error  # its stack holds the runner
+        code = 1
+    if dist.is_initialized():
+        if code == 0:
+            # Together: one that leaves while another works can abort.
+            dist.barrier()
+        end_process_group()
+    return code
+
+
+def user_error(error: BaseException | None) -> E3VAError | None:
+    """The innermost error of ours among an exception and its causes.
+
+    Some versions of mmengine's registry raise it again with text before it.
+    """
+    found = None
+    while error is not None:
+        if isinstance(error, E3VAError):
+            found = error
+        hidden = error.__suppress_context__  # raised `from None`
+        error = error.__cause__ or (None if hidden else error.__context__)
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what training and testing have in common."""
+    parser.add_argument('config', help='the config file')
+    parser.add_argument('--work-dir', help='the folder for logs and models')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override settings of the config, as key=value; a list is '
+        'written key="[a,b]" or key=a,b, without spaces',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes of the job',
+    )
+    # torchrun passes the rank by environment, its forerunners as an option.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def read_config(path: str | Path, options: dict | None = None) -> Config:
+    """Read a config and check that its framework is installed.
+
+    Args:
+        path (str | Path): The config file.
+        options (dict, optional): Those of ``--cfg-options``.
+
+    Raises:
+        ConfigError: If it cannot be read, or its framework is missing.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f'{path}: no such config file.')
+    try:
+        config = Config.fromfile(path)
+    except (FileNotFoundError, ModuleNotFoundError, SyntaxError) as e:
+        # A missing `_base_` file or framework, or a slip of the pen.
+        raise ConfigError(f'{path} cannot be read: {e}') from e
+    config.merge_from_dict(options or {})
+    scope = config.setdefault('default_scope', 'mmengine')
+    if find_spec(scope) is None:
+        raise ConfigError(
+            f'{path} is a config of {scope}, which is not installed. '
+            f'Install it: pip install {PACKAGES.get(scope, scope)}'
+        )
+    return config
+
+
+def load_config(args: argparse.Namespace, *keys: str) -> Config:
+    """The config of a run, as the command line changes it.
+
+    Args:
+        args (argparse.Namespace): Those of :func:`add_arguments`.
+        keys (str): What the config has to set.
+    """
+    config = read_config(args.config, args.cfg_options)
+    require(config, *keys)
+    if config.default_scope == 'mmpretrain':
+        # As in its own tools: batches are stacked by the loader.
+        for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+            if config.get(name):
+                collate = dict(type='default_collate')
+                config[name].setdefault('collate_fn', collate)
+    if args.work_dir is not None:
+        config.work_dir = args.work_dir
+    elif config.get('work_dir') is None:
+        config.work_dir = f'./work_dirs/{Path(args.config).stem}'
+    config.launcher = args.launcher
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if args.launcher == 'pytorch' and 'RANK' not in os.environ:
+        raise ConfigError(
+            '--launcher pytorch is for processes started by torchrun: '
+            f'torchrun --nproc_per_node=N {" ".join(sys.argv)}'
+        )
+    if args.launcher == 'slurm' and 'SLURM_PROCID' not in os.environ:
+        raise ConfigError(
+            '--launcher slurm is for processes started by srun; '
+            'tools/slurm_train.sh and tools/slurm_test.sh start them.'
+        )
+    if get_device() == 'cpu' and args.launcher in ('pytorch', 'slurm'):
+        use_gloo(config)
+    return config
+
+
+def require(config: Config, *keys: str) -> None:
+    """Raise ConfigError unless a config sets all of some keys."""
+    missing = [key for key in keys if config.get(key) is None]
+    if missing:
+        raise ConfigError(
+            f'{config.filename} should set {", ".join(keys)}, but '
+            f'{", ".join(missing)} is missing.'
+        )
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Raise CheckpointError for a local file that is not there."""
+    if '://' not in str(path) and not Path(path).is_file():
+        raise CheckpointError(f'{path}: no such checkpoint file.')
+
+
+def build_model(config: Config) -> nn.Module:
+    """The model of a config, without weights."""
+    init_default_scope(config.default_scope)
+    return MODELS.build(config.model)
+
+
+def check_loaded(
+    model: nn.Module, checkpoint: dict, path: Path, but: Iterable[str] = ()
+) -> None:
+    """Refuse a checkpoint that left a part random; mmengine only warns.
+
+    Args:
+        model (nn.Module): The model that has loaded it.
+        checkpoint (dict): What was loaded.
+        path (Path): Where it comes from.
+        but (Iterable[str]): Prefixes of parts that are left out.
+    """
+    expected, found = (
+        {k: v for k, v in state.items() if not k.startswith(tuple(but))}
+        for state in (
+            model.state_dict(),
+            checkpoint.get('state_dict', checkpoint),
+        )
+    )
+    match_state(
+        expected,
+        found,
+        expected_leftovers=['.*'],
+        what='model of the config',
+        source=str(path),
+        hint='Take the config that the checkpoint was trained with.',
+    )
+
+
+def run(
+    config: Config, modes: Sequence[str], action: Callable[[Runner], None]
+) -> None:
+    """Build the runner of a config and run it; explain what fails.
+
+    Args:
+        config (Config): The config.
+        modes (Sequence[str]): Whose data is read: 'train', 'val', 'test'.
+        action (Callable): What to do with the runner.
+
+    Raises:
+        CheckpointError: If a disk is full.
+        DataError: If the failure is the data's fault.
+    """
+    hooks = []
+    try:
+        build = RUNNERS.build if 'runner_type' in config else Runner.from_cfg
+        runner = build(config)
+        hooks = runner.hooks
+        action(runner)
+    except Exception as e:
+        if user_error(e) is None:
+            _check_disk(config.work_dir, e)
+            checks = [h for h in hooks if isinstance(h, DatasetCheckHook)]
+            if any(check.passed for check in checks):
+                check_batch(checks[0].batch, e)
+            elif hooks and not runner.message_hub.get_info('iter', 0):
+                explain_data_failure(config, modes, e)
+        raise
+    finally:
+        for hook in hooks:
+            if isinstance(hook, ProgressBarHook):
+                hook.stop()  # leave the terminal as it was
+
+
+def _check_disk(folder: str, error: BaseException | None) -> None:
+    """Raise CheckpointError for a disk that had no room for something."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            file = f', file {error.filename}' if error.filename else ''
+            raise CheckpointError(
+                f'No room for the files of a run (work_dir {folder}{file}): '
+                f'{error}. Checkpoints that last_checkpoint names are whole. '
+                'Make room, or set `work_dir` to a folder with room, and '
+                'continue with --resume.'
+            ) from error
+        error = error.__cause__ or error.__context__

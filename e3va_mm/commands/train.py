@@ -1,0 +1,116 @@
+"""Train a detector, segmentor or classifier by its config."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.runner import Runner
+
+from e3va_mm.commands import launching
+from e3va_mm.errors import ConfigError
+from e3va_mm.frameworks.memory import keep_freed_memory
+from e3va_mm.utils.configs import class_name
+from e3va_mm.weights.newest import newest_whole
+
+# What any config could have; see docs/hooks.md.
+USEFUL_HOOKS = (
+    'TrainableTableHook',
+    'DatasetCheckHook',
+    'ProgressBarHook',
+    'TrainingGuardHook',
+    'AtomicCheckpointHook',
+    'ResumeCheckHook',
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``e3va train``.
+
+    Args:
+        argv (Sequence[str], optional): Arguments of the command line.
+            Defaults to those of this process.
+
+    Returns:
+        int: The exit code, see :func:`launching.exit_code`.
+    """
+    parser = argparse.ArgumentParser('e3va train', description=__doc__)
+    launching.add_arguments(parser)
+    parser.add_argument('--amp', action='store_true', help='mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate with the total batch size',
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        help='checkpoint to resume from; without a path, the latest one in '
+        'the work directory, if there is one',
+    )
+    args = parser.parse_args(argv)
+    keep_freed_memory()
+    return launching.exit_code(_train, args)
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = launching.load_config(
+        args, 'train_dataloader', 'train_cfg', 'optim_wrapper'
+    )
+    _set_precision(config, args.amp)
+    if args.auto_scale_lr:
+        scaling = config.get('auto_scale_lr') or {}
+        if not {'enable', 'base_batch_size'} <= set(scaling):
+            raise ConfigError(
+                '--auto-scale-lr needs '
+                '`auto_scale_lr=dict(enable=False, base_batch_size=N)` in '
+                f'the config, but got {dict(scaling) or None}.'
+            )
+        scaling.enable = True
+    _set_resume(config, args.resume)
+    launching.run(config, ('train', 'val'), _run)
+
+
+def _run(runner: Runner) -> None:
+    present = {type(hook).__name__ for hook in runner.hooks}
+    missing = [f'e3va_mm.{x}' for x in USEFUL_HOOKS if x not in present]
+    if missing:
+        runner.logger.info(
+            f'Not in this config: {", ".join(missing)} (docs/hooks.md)'
+        )
+    runner.train()
+
+
+def _set_precision(config: Config, amp: bool) -> None:
+    wrapper, device = config.optim_wrapper, get_device()
+    name = class_name(wrapper) or 'OptimWrapper'
+    if amp and name not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise ConfigError(
+            f'--amp needs `optim_wrapper.type` to be OptimWrapper, but got '
+            f'{name}.'
+        )
+    if (amp or name == 'AmpOptimWrapper') and device in ('cpu', 'mps'):
+        raise ConfigError(
+            f'{"--amp" if amp else "`optim_wrapper.type=AmpOptimWrapper`"} '
+            f'needs an accelerator, but the device is {device}. Leave out '
+            "--amp and set `optim_wrapper.type='OptimWrapper'`."
+        )
+    if amp and name == 'OptimWrapper':
+        wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
+
+
+def _set_resume(config: Config, resume: str | None) -> None:
+    if resume == 'auto':
+        # Without a checkpoint, `load_from` of the config still holds.
+        folder = Path(config.work_dir)
+        config.resume = (folder / 'last_checkpoint').is_file()
+        if config.resume:
+            # None leaves it to mmengine, which fails if there is none.
+            newest = newest_whole(folder)
+            config.load_from = newest and str(newest)
+    elif resume is not None:
+        launching.check_checkpoint(resume)
+        config.resume = True
+        config.load_from = resume

@@ -120,15 +120,13 @@ def _extract(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    adapter = read_adapter(args.file)
-    if adapter.part != 'model':
+    if read_adapter(args.file).part != 'model':
         raise CheckpointError(
             f'{args.file} holds no neck and heads, so no full checkpoint '
             'comes of it. Take the file that it was stripped from.'
         )
     model = launching.build_model(args.config)
-    load_checkpoint(model, str(args.file), 'cpu')
-    meta = adapter.checkpoint(args.file)['meta']
+    meta = dict(load_checkpoint(model, str(args.file), 'cpu')['meta'])
     content = BytesIO()
     torch.save(dict(meta=meta, state_dict=model.state_dict()), content)
     write_whole(args.out, content.getvalue())

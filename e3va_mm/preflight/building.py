@@ -1,8 +1,8 @@
 """Why a framework cannot build a data set, in words."""
 
 import os.path as osp
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from json import JSONDecodeError
 from typing import Any
 
@@ -18,25 +18,24 @@ from e3va_mm.preflight.classes import (
 from e3va_mm.preflight.problems import Problem, iter_datasets, raise_errors
 from e3va_mm.utils import is_number
 
-ANY = (lambda value: True, 'anything')
-TEXT = (lambda value: isinstance(value, str) and value, 'a text')
-SIZE = (lambda value: is_number(value) and value > 0, 'a number above zero')
-BOX = (
-    lambda value: (
+
+def _is_box(value: Any) -> bool:
+    return (
         isinstance(value, list)
         and len(value) == 4
         and all(map(is_number, value))
-    ),
-    'four numbers: x, y, width, height',
-)
+    )
+
+
+ANY = (lambda value: True, 'anything')
+TEXT = (lambda value: isinstance(value, str) and value, 'a text')
+SIZE = (lambda value: is_number(value) and value > 0, 'a number above zero')
 # What the entries of a COCO file hold.
-ENTRIES: Mapping[str, Mapping[str, tuple[Callable, str]]] = {
+ENTRIES = {
     'images': dict(id=ANY, file_name=TEXT, height=SIZE, width=SIZE),
     'annotations': dict(
-        id=ANY,
-        image_id=ANY,
-        category_id=ANY,
-        bbox=BOX,
+        **dict.fromkeys(('id', 'image_id', 'category_id'), ANY),
+        bbox=(_is_box, 'four numbers: x, y, width, height'),
         area=(is_number, 'a number'),
     ),
     'categories': dict(id=ANY, name=TEXT),
@@ -48,9 +47,8 @@ def explain_data_failure(
 ) -> None:
     """Find out whether a failed start was the fault of a data set.
 
-    The frameworks read annotations while they build the runner's loops, before
-    any hook, and fail in their own words. Here each data set is built alone,
-    so that the error can name it.
+    The frameworks read annotations before any hook, and fail in their own
+    words. Here each data set is built alone, so that the error can name it.
 
     Args:
         config (Config): The config of the run that failed.
@@ -103,38 +101,24 @@ def _explain(option: str, config: dict, error: Exception) -> Problem | None:
     """Why a data set could not be built; None if its files are fine."""
     name = config.get('ann_file') or ''
     ann_file = osp.join(config.get('data_root') or '', name)
+    advice = f'Check {option}.data_root, .data_prefix and .ann_file.'
     if isinstance(error, FileNotFoundError):
-        return Problem(
-            option,
-            f'no such file or folder: {error.filename or error}',
-            'one that is there',
-            f'Check {option}.data_root, .data_prefix and .ann_file.',
-        )
+        missing = f'no such file or folder: {error.filename or error}'
+        return Problem(option, missing, 'one that is there', advice)
     option += '.ann_file'
-    if isinstance(error, (JSONDecodeError, UnicodeDecodeError)):
-        return Problem(
-            option,
-            f'{ann_file} is not valid JSON: {error}',
-            'annotations in JSON',
-            'Was the file copied as a whole?',
-        )
     if name and not osp.exists(ann_file):
         # mmseg asserts that its list of images is there.
-        return Problem(
-            option,
-            f'no such file: {ann_file}',
-            'a list of images',
-            f'Check {option} and .data_root.',
-        )
-    if not ann_file.endswith('.json'):
-        return None
-    lacking = error.args[0] if isinstance(error, KeyError) else None
-    fault = coco_fault(load(ann_file), lacking)
+        return Problem(option, f'no such file: {ann_file}', 'a list', advice)
+    if isinstance(error, (JSONDecodeError, UnicodeDecodeError)):
+        fault = f'is not valid JSON: {error}', 'annotations in JSON'
+    elif ann_file.endswith('.json'):
+        lacking = error.args[0] if isinstance(error, KeyError) else None
+        fault = coco_fault(load(ann_file), lacking)
+    else:
+        fault = None
+    advice = 'Copy the file again, or correct it and write it again.'
     return fault and Problem(
-        option,
-        f'{ann_file} {fault[0]}',
-        fault[1],
-        'Correct it, or write the file again.',
+        option, f'{ann_file} {fault[0]}', fault[1], advice
     )
 
 
@@ -166,8 +150,8 @@ def coco_fault(
                     return f'lacks the key {key!r} at {at}', what
                 if key in entry and not is_good(entry[key]):
                     return f'has {key}={entry[key]!r} at {at}', what
-        ids = Counter(str(entry.get('id')) for entry in entries)
-        repeated = [each for each, count in ids.items() if count > 1]
-        if repeated:
-            return f'has several {name} with the id {repeated[0]}', 'one'
+        ids = sorted(str(entry.get('id')) for entry in entries)
+        for one, other in pairwise(ids):
+            if one == other:
+                return f'has several {name} with the id {one}', 'one'
     return None

@@ -16,6 +16,14 @@ JPEG_START, JPEG_END = b'\xff\xd8\xff', b'\xff\xd9'
 PNG_START, PNG_END = b'\x89PNG\r\n\x1a\n', b'IEND\xaeB`\x82'
 IMAGES = ('.jpg', '.jpeg', '.png')
 MISSING = 'no such file'
+CHECK_NAMES = (
+    'Check these options, data_root beside them and the names in ann_file.'
+)
+CHECK_FILES = (
+    'Copy these files again, take them out of the annotations, or, if they '
+    "are as they should be, set custom_hooks=[dict(type='e3va_mm."
+    "DatasetCheckHook', check_content=False)]."
+)
 
 
 def check_files(
@@ -26,11 +34,7 @@ def check_files(
     OpenCV decodes a truncated JPEG to grey without a word. Start and end of
     each file are read, and files that look odd are decoded as a whole.
 
-    Args:
-        config (Config): The config.
-        datasets (Mapping[str, Any]): Data sets by their options.
-        content (bool): Whether to read the files, or only to see that they
-            exist. Defaults to True.
+    ``content=False`` only looks whether they exist.
     """
     options = {}
     for option, dataset in datasets.items():
@@ -53,13 +57,7 @@ def check_files(
                 path,
                 fault,
                 f'a whole file, as {option} says',
-                'Check these options, data_root beside them and the names in '
-                'ann_file.'
-                if fault == MISSING
-                else 'Copy these files again, take them out of the '
-                'annotations, or, if they are as they should be, set '
-                "custom_hooks=[dict(type='e3va_mm.DatasetCheckHook', "
-                'check_content=False)].',
+                CHECK_NAMES if fault == MISSING else CHECK_FILES,
             )
 
 
@@ -87,14 +85,7 @@ def paths_in(info: Mapping) -> dict[str, str]:
 
 
 def decoding_fault(path: str, least: int = 1) -> str | None:
-    """Why an image cannot be decoded as a whole, None if it can.
-
-    Bytes after its end do no harm.
-
-    Args:
-        path (str): The file.
-        least (int): Pixels that each side should have. Defaults to 1.
-    """
+    """Why an image of ``least`` pixels a side cannot be decoded, or None."""
     try:
         with Image.open(path) as image:
             image.load()

@@ -111,17 +111,14 @@ class DatasetCheckHook(Hook):
         self._check(runner, {'test_dataloader': dataset})
 
     def _check(self, runner: Runner, loaded: Mapping[str, Any]) -> None:
-        error = None
+        # Were the first rank to raise alone, the others would wait for it.
+        message = [None]
         if is_main_process():
             try:
                 self._check_here(runner, loaded)
-            except E3VAError as e:
-                error = e
-        # Were the first rank to raise alone, the others would wait for it.
-        message = [error and (type(error), str(error))]
+            except E3VAError as error:
+                message = [(type(error), str(error))]
         broadcast_object_list(message)
-        if error is not None:
-            raise error
         if message[0] is not None:
             error_type, text = message[0]
             raise error_type(text)

@@ -6,8 +6,7 @@ maps config options to the data sets that read files.
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmengine.logging import print_log
 
@@ -16,8 +15,7 @@ from e3va_mm.errors import DataError, E3VAError
 SHOWN = 10  # problems of one kind that a report lists
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Something in the config or the data that will go wrong.
 
     Attributes:
@@ -42,14 +40,14 @@ class Problem:
 
 def report(problems: Iterable[Problem]) -> str:
     """Problems as text, those with the same advice together."""
-    groups: dict[str, list[Problem]] = {}
+    groups: dict[str, list[str]] = {}
     for problem in problems:
-        groups.setdefault(problem.advice, []).append(problem)
+        groups.setdefault(problem.advice, []).append(str(problem))
     lines = []
     for advice, group in groups.items():
-        lines += map(str, group[:SHOWN])
-        if len(group) > SHOWN:
-            lines.append(f'... and {len(group) - SHOWN:,} more')
+        more = len(group) - SHOWN
+        lines += group[:SHOWN]
+        lines += [f'... and {more:,} more'] if more > 0 else []
         lines.append(advice)
     return '\n'.join(lines)
 
@@ -77,27 +75,18 @@ def raise_errors(
 
 
 def iter_datasets(dataset: Any, option: str) -> Iterator[tuple[str, Any]]:
-    """Data sets that read files, inside of wrappers, with their options.
+    """Data sets that read files, or their configs, inside of wrappers.
 
-    Args:
-        dataset (Any): A data set, or the config of one.
-        option (str): Its config option.
+    Yields:
+        tuple[str, Any]: The config option and the data set.
     """
-
-    def inside(name: str) -> Any:
-        if isinstance(dataset, dict):
-            return dataset.get(name)
-        return getattr(dataset, name, None)
-
-    if inside('datasets') is not None:
-        inner = {f'datasets.{i}': d for i, d in enumerate(inside('datasets'))}
-    elif inside('dataset') is not None:
-        inner = {'dataset': inside('dataset')}
-    elif inside('tasks') is not None:
-        inner = {f'tasks.{name}': d for name, d in inside('tasks').items()}
-    else:
-        if isinstance(dataset, dict) or hasattr(dataset, 'get_data_info'):
-            yield option, dataset
-        return
+    is_config = isinstance(dataset, dict)
+    get = dataset.get if is_config else lambda name: vars(dataset).get(name)
+    inner = {f'datasets.{i}': d for i, d in enumerate(get('datasets') or ())}
+    inner |= {f'tasks.{n}': d for n, d in (get('tasks') or {}).items()}
+    if get('dataset') is not None:
+        inner['dataset'] = get('dataset')
     for name, each in inner.items():
         yield from iter_datasets(each, f'{option}.{name}')
+    if not inner and (is_config or hasattr(dataset, 'get_data_info')):
+        yield option, dataset

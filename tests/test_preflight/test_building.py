@@ -77,7 +77,9 @@ def test_entries_that_mmdet_cannot_read(detection, tmp_path, name):
     text = explained(detection)
     assert text.startswith(f'{OPTION}.ann_file: {path} ')
     assert fault in text
-    assert text.endswith('\nCorrect it, or write the file again.')
+    assert text.endswith(
+        '\nCopy the file again, or correct it and write it again.'
+    )
 
 
 @pytest.mark.parametrize('content', [b'{"images": [', b'\xff\xfe\x00'])

@@ -119,8 +119,9 @@ raise SystemExit(CUDA_HOME is not None)'; then
         ! use_ops "$compiled" && ! use_ops "$stamps/wheels" || return 0
     fi
     # Without debug symbols compilers need less memory.
-    CFLAGS="${CFLAGS:-} -g0" MMCV_WITH_OPS=1 pip wheel -v -w "$compiled" \
-        --no-deps --no-build-isolation --no-cache-dir "$ops" && use_ops "$compiled"
+    CFLAGS="${CFLAGS:-} -g0" MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} \
+        pip wheel -v -w "$compiled" --no-binary onedl-mmcv --no-cache-dir \
+        --no-deps --no-build-isolation "$ops" && use_ops "$compiled"
 }
 
 # prepare_environment GROUP...: sets $python to an interpreter that has torch,

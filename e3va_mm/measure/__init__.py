@@ -1,4 +1,4 @@
-from e3va_mm.measure.kept import fold_paths, kept_by_module, kept_for_backward
+from e3va_mm.measure.kept import fold_paths, kept_for_backward
 from e3va_mm.measure.live_bytes import CATEGORIES, LiveBytes
 from e3va_mm.measure.step import TrainingStep
 from e3va_mm.measure.variants import VARIANTS, variant_config
@@ -9,7 +9,6 @@ __all__ = [
     'TrainingStep',
     'VARIANTS',
     'fold_paths',
-    'kept_by_module',
     'kept_for_backward',
     'variant_config',
 ]

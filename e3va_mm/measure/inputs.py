@@ -1,6 +1,7 @@
 """Generated input for a training step, of the size that a config has."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from mmengine.config import Config
@@ -9,15 +10,16 @@ from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from e3va_mm.errors import ConfigError
+from e3va_mm.utils.configs import class_name
 
 Size = tuple[int, int]  # height, width
 
 
 def image_size(config: Config) -> Size:
-    """Height and width of the pictures that the training pipeline ends with.
+    """Height and width of the images that the training pipeline returns.
 
-    Of a choice the largest. Pictures that keep their ratio are taken to lie
-    across and to fill the scale.
+    The largest, where it chooses one. Images that keep their ratio are assumed
+    to be landscape and to fill the scale.
 
     Args:
         config (Config): A detection or segmentation config.
@@ -29,17 +31,15 @@ def image_size(config: Config) -> Size:
         ConfigError: If neither the pipeline nor the data preprocessor fixes
             a size.
     """
-    dataset = (config.get('train_dataloader') or {}).get('dataset')
-    size = _pipeline_size(_pipeline(dataset))
-    if size is None:
-        size = _preprocessor_size(config.model.get('data_preprocessor') or {})
-    if size is None:
-        raise ConfigError(
-            'Expected one picture size in the training pipeline (`scale`, '
-            '`scales` or `crop_size`) or in the data preprocessor (`size`), '
-            'but found none. Give it with --size.'
-        )
-    return size
+    sizes = [_size_after(_pipeline(config))]
+    sizes += [part.get('size') for part in _preprocessors(config)]
+    for size in filter(_is_size, sizes):
+        return tuple(size)
+    raise ConfigError(
+        'Expected one image size in the training pipeline (`scale`, '
+        '`scales` or `crop_size`) or in the data preprocessor (`size`), '
+        'but found none. Pass it with --size.'
+    )
 
 
 def set_image_size(config: Config, size: Size) -> None:
@@ -49,23 +49,22 @@ def set_image_size(config: Config, size: Size) -> None:
         config (Config): Changed in place.
         size (tuple[int, int]): Height and width in pixels.
     """
-    preprocessor = config.model.get('data_preprocessor') or {}
-    for part in (preprocessor, *(preprocessor.get('batch_augments') or ())):
+    for part in _preprocessors(config):
         if part.get('size') is not None:
             part['size'] = size
 
 
 def batch_size(config: Config) -> int:
-    """Pictures of one training step on one device.
+    """Images of one training step on one device.
 
     Raises:
-        ConfigError: If the config does not say.
+        ConfigError: If the config does not set it.
     """
     batch = (config.get('train_dataloader') or {}).get('batch_size')
     if not batch:
         raise ConfigError(
             'Expected `train_dataloader.batch_size` in the config, but it is '
-            'missing. Give it with --batch.'
+            'missing. Pass it with --batch.'
         )
     return batch
 
@@ -73,48 +72,38 @@ def batch_size(config: Config) -> int:
 def generate_batch(
     config: Config, model: nn.Module, batch: int, size: Size, objects: int
 ) -> dict:
-    """A batch as the data loader of the config would give it.
+    """A batch as the data loader of the config would return it.
 
-    Noise for pictures; boxes, labels, and those of masks, semantic maps and
-    edge maps that the pipeline loads, at random. Classes are those
-    that all heads know. A tracker gets as many frames as its head takes.
+    Images are noise. Boxes and labels are random, and so are masks, semantic
+    maps and edge maps, where the pipeline loads them. Classes are those that
+    all heads know. A tracker gets as many frames as its head takes.
 
     Args:
-        config (Config): Says which annotations its pipeline loads.
-        model (nn.Module): The detector or segmentor, built.
-        batch (int): Pictures.
+        config (Config): Its pipeline names the annotations.
+        model (nn.Module): The detector, segmentor or classifier, built.
+        batch (int): Images.
         size (tuple[int, int]): Their height and width in pixels.
-        objects (int): Objects in a picture, for detection.
+        objects (int): Objects in an image, for detection.
 
     Returns:
         dict: ``inputs`` and ``data_samples`` for ``model.train_step``.
 
     Raises:
-        ConfigError: If the model is of neither framework.
+        ConfigError: If the model is of no known framework.
     """
     origins = {cls.__module__.split('.')[0] for cls in type(model).__mro__}
-    classes = _num_classes(model)
-    annotations = _annotations(config)
-    shape = (3, *size)
     frames = getattr(getattr(model, 'track_head', None), 'num_frames', 0)
+    shape = (3, *size)
+    common = (size, _num_classes(model), _annotations(config))
     if frames:
         shape = (frames, *shape)
-        samples = [
-            _video_sample(frames, size, objects, classes, annotations)
-            for _ in range(batch)
-        ]
+        sample = partial(_video_sample, *common, objects, frames)
     elif 'mmdet' in origins:
-        samples = [
-            _detection_sample(size, objects, classes, annotations)
-            for _ in range(batch)
-        ]
+        sample = partial(_detection_sample, *common, objects)
     elif 'mmseg' in origins:
-        samples = [
-            _segmentation_sample(size, classes, annotations)
-            for _ in range(batch)
-        ]
+        sample = partial(_segmentation_sample, *common)
     elif 'mmpretrain' in origins:
-        samples = [_classification_sample(size, classes) for _ in range(batch)]
+        sample = partial(_classification_sample, *common)
     else:
         raise ConfigError(
             'Expected the model of the config to be a detector of '
@@ -122,60 +111,67 @@ def generate_batch(
             'mmpretrain, but got '
             f'{type(model).__module__}.{type(model).__name__}.'
         )
-    pictures = [
+    samples = [sample() for _ in range(batch)]
+    images = [
         torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(batch)
     ]
-    return dict(inputs=pictures, data_samples=samples)
+    return dict(inputs=images, data_samples=samples)
 
 
-def _pipeline(dataset: Mapping | None) -> list[Mapping]:
-    """Transforms of a data set and of those it wraps, innermost first."""
-    if not dataset:
-        return []
-    inner = dataset.get('dataset') or next(
-        iter(dataset.get('datasets', ())), None
-    )
-    return [*_pipeline(inner), *(dataset.get('pipeline') or ())]
+def _pipeline(config: Config) -> list[Mapping]:
+    """Transforms of the training set and of those it wraps, inside out."""
+
+    def transforms(dataset: Mapping | None) -> list[Mapping]:
+        if not dataset:
+            return []
+        inner = [dataset.get('dataset'), *dataset.get('datasets', ())]
+        inner = next(filter(None, inner), None)
+        return [*transforms(inner), *(dataset.get('pipeline') or ())]
+
+    return transforms((config.get('train_dataloader') or {}).get('dataset'))
 
 
-def _pipeline_size(transforms: Sequence[Mapping]) -> Size | None:
-    """What the last transform that fixes a size gives."""
+def _preprocessors(config: Config) -> list[Mapping]:
+    """The data preprocessor and its batch augmentations."""
+    preprocessor = config.model.get('data_preprocessor') or {}
+    return [preprocessor, *(preprocessor.get('batch_augments') or ())]
+
+
+def _size_after(transforms: Sequence[Mapping]) -> Size | None:
+    """The size after the last transform that fixes one."""
     size = None
     for transform in transforms:
-        size = max(_sizes(transform), key=_area, default=size)
+        size = max(
+            _sizes(transform), key=lambda hw: hw[0] * hw[1], default=size
+        )
     return size
 
 
 def _sizes(transform: Mapping) -> Iterator[Size]:
-    """Sizes (height, width) that a transform may give."""
+    """Sizes (height, width) that a transform may return."""
+    found = []
+    scales = transform.get('scales')
+    if scales is None and transform.get('scale') is not None:
+        scale = transform['scale']
+        single = isinstance(scale, int) or _is_size(scale)
+        scales = [scale] if single else scale
     if 'transforms' in transform:
         branches = transform['transforms']
         if branches and isinstance(branches[0], Mapping):
             branches = [branches]
-        found = [_pipeline_size(branch) for branch in branches]
-    elif 'scales' in transform:
-        found = [_reversed(scale) for scale in transform['scales']]
-    elif 'scale' in transform:
-        scale = transform['scale']
-        several = not isinstance(scale, int) and not _is_size(scale)
-        found = map(_reversed, scale if several else [scale])
+        found = [_size_after(branch) for branch in branches]
+    elif scales is not None:
+        # mmcv has scales and pads as (width, height), crops as (height, width)
+        found = [to_2tuple(scale)[::-1] for scale in scales]
     elif transform.get('crop_type') == 'absolute_range':
         found = [to_2tuple(max(transform['crop_size']))]
     elif 'crop_size' in transform:
         found = [to_2tuple(transform['crop_size'])]
-    elif _name(transform) == 'Pad':
-        found = [_reversed(transform.get('size'))]
-    else:
-        found = []
-    for size in found:
-        if _is_size(size):
-            across = transform.get('keep_ratio', False)
-            yield tuple(sorted(size) if across else size)
-
-
-def _reversed(scale) -> Sequence:
-    # mmcv states scales and pads as (width, height), crops as (height, width).
-    return to_2tuple(scale)[::-1]
+    elif class_name(transform) == 'Pad':
+        found = [to_2tuple(transform.get('size'))[::-1]]
+    for size in filter(_is_size, found):
+        landscape = transform.get('keep_ratio', False)
+        yield tuple(sorted(size) if landscape else size)
 
 
 def _is_size(value) -> bool:
@@ -187,45 +183,22 @@ def _is_size(value) -> bool:
     )
 
 
-def _area(size: Size) -> int:
-    return size[0] * size[1]
-
-
-def _preprocessor_size(preprocessor: Mapping) -> Size | None:
-    """The size that pictures are padded to as a batch."""
-    parts = (preprocessor, *(preprocessor.get('batch_augments') or ()))
-    for part in parts:
-        if _is_size(part.get('size')):
-            return tuple(part['size'])
-    return None
-
-
-def _name(transform: Mapping) -> str:
-    kind = transform.get('type', '')
-    return kind.__name__ if isinstance(kind, type) else kind.split('.')[-1]
-
-
 def _annotations(config: Config) -> set[str]:
     """What the training pipeline loads: some of masks, maps and edges."""
-    dataset = (config.get('train_dataloader') or {}).get('dataset')
     found = set()
-    for transform in _flat(_pipeline(dataset)):
-        panoptic = _name(transform) == 'LoadPanopticAnnotations'
+    transforms = _pipeline(config)
+    for transform in transforms:
+        name = class_name(transform)
+        if name == 'TransformBroadcaster':  # to all frames of a video
+            transforms.extend(transform['transforms'])
+        panoptic = name == 'LoadPanopticAnnotations'
         if transform.get('with_mask', panoptic):
             found.add('masks')
         if transform.get('with_seg', panoptic):
             found.add('maps')
-        if _name(transform) == 'GenerateEdge':
+        if name == 'GenerateEdge':
             found.add('edges')
     return found
-
-
-def _flat(transforms: Sequence[Mapping]) -> Iterator[Mapping]:
-    """Transforms, and those that they apply to all frames of a video."""
-    for transform in transforms:
-        yield transform
-        if _name(transform) == 'TransformBroadcaster':
-            yield from _flat(transform['transforms'])
 
 
 def _num_classes(model: nn.Module) -> int:
@@ -245,7 +218,7 @@ def _meta(size: Size) -> dict:
 
 
 def _detection_sample(
-    size: Size, objects: int, num_classes: int, annotations: set[str]
+    size: Size, num_classes: int, annotations: set[str], objects: int
 ):
     from mmdet.structures import DetDataSample
     from mmdet.structures.bbox import HorizontalBoxes
@@ -276,12 +249,19 @@ def _detection_sample(
     return sample
 
 
-def _video_sample(frames: int, size: Size, objects: int, *args):
+def _video_sample(
+    size: Size,
+    num_classes: int,
+    annotations: set[str],
+    objects: int,
+    frames: int,
+):
     from mmdet.structures import TrackDataSample
 
     sample = TrackDataSample()
     sample.video_data_samples = [
-        _detection_sample(size, objects, *args) for _ in range(frames)
+        _detection_sample(size, num_classes, annotations, objects)
+        for _ in range(frames)
     ]
     for frame in sample:
         # The same objects, elsewhere.
@@ -300,7 +280,7 @@ def _segmentation_sample(size: Size, num_classes: int, annotations: set[str]):
     return sample
 
 
-def _classification_sample(size: Size, num_classes: int):
+def _classification_sample(size: Size, num_classes: int, _: set[str]):
     from mmpretrain.structures import DataSample
 
     sample = DataSample(metainfo=_meta(size))

@@ -1,11 +1,11 @@
 """Bytes that a forward pass keeps for the backward pass, and where.
 
-Counted by live storages, whoever holds them: a tensor on a ``ctx``, a module
-or a buffer is found as well as one that autograd saves.
+Counted by live storages: a tensor on a ``ctx``, a module or a buffer is found
+as well as one that autograd saves.
 """
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
 from e3va_mm.measure.live_bytes import LiveBytes
 
@@ -26,7 +26,8 @@ def kept_for_backward(module: nn.Module, *inputs, **kwargs) -> int:
     sum of the outputs.
 
     Args:
-        module (nn.Module): Called with the other arguments.
+        module (nn.Module): Called with the other arguments; a detector with
+            ``inputs``, ``data_samples`` and ``mode='loss'``.
         *inputs: Positional arguments of the call.
         **kwargs: Its keyword arguments.
 
@@ -38,39 +39,18 @@ def kept_for_backward(module: nn.Module, *inputs, **kwargs) -> int:
         >>> kept_for_backward(layers, torch.zeros(4, 8))  # output of tanh
         128
     """
-    return sum(kept_by_module(module, *inputs, **kwargs).values())
-
-
-def kept_by_module(module: nn.Module, *inputs, **kwargs) -> dict[str, int]:
-    """Bytes that one forward pass keeps, by the module that makes them.
-
-    Args:
-        module (nn.Module): Called with the other arguments; a detector with
-            ``inputs``, ``data_samples`` and ``mode='loss'``.
-        *inputs: Positional arguments of the call.
-        **kwargs: Its keyword arguments.
-
-    Returns:
-        dict[str, int]: Dotted path to bytes, the largest first. Each storage
-        counts once, for the innermost module in whose forward it was first
-        seen; what belongs to no child is under ``''``.
-    """
-    given = [*module.parameters(), *module.buffers()]
-    given += _tensors((inputs, kwargs))
-    with (
-        torch.enable_grad(),
-        ModulePath(module) as path,
-        LiveBytes(given, place=path) as count,
-    ):
+    known = [*module.parameters(), *module.buffers()]
+    known += _tensors((inputs, kwargs))
+    with torch.enable_grad(), LiveBytes(known) as count:
         outputs = module(*inputs, **kwargs)
-    leaves, _ = tree_flatten(outputs)
+    leaves = tree_leaves(outputs)
     # The nodes hold what is kept as the sum of the outputs would.
     nodes = [leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor)]
     del outputs, leaves
     gc.collect()
-    sizes = count.by_place()
+    kept = sum(count.by_place().values())
     del nodes
-    return _sorted(sizes)
+    return kept
 
 
 def fold_paths(sizes: Mapping[str, int], depth: int) -> dict[str, int]:
@@ -87,17 +67,43 @@ def fold_paths(sizes: Mapping[str, int], depth: int) -> dict[str, int]:
         >>> fold_paths({'neck.convs.0': 2, 'neck.convs.1': 3}, 2)
         {'neck.convs': 5}
     """
-    folded: dict[str, int] = {}
+    return _summed(sizes, lambda names: depth)
+
+
+def kept_by_part(kept_modules: Mapping[str, int]) -> dict[str, int]:
+    """Sum the bytes kept by module to parts that a config names.
+
+    Args:
+        kept_modules (Mapping[str, int]): Module path to bytes.
+
+    Returns:
+        dict[str, int]: ``backbone``, ``neck``, ``roi_head.bbox_head.0``... to
+        bytes, the largest first.
+    """
+
+    def depth(names: list[str]) -> int:
+        length = 2 if names[0] == 'roi_head' else 1
+        one_of_several = len(names) > length and names[length].isdigit()
+        return length + one_of_several
+
+    return _summed(kept_modules, depth)
+
+
+def _summed(
+    sizes: Mapping[str, int], depth: Callable[[list[str]], int]
+) -> dict[str, int]:
+    sums: dict[str, int] = {}
     for path, size in sizes.items():
-        short = '.'.join(path.split('.')[:depth])
-        folded[short] = folded.get(short, 0) + size
-    return _sorted(folded)
+        names = path.split('.')
+        short = '.'.join(names[: depth(names)])
+        sums[short] = sums.get(short, 0) + size
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
 class ModulePath:
-    """Says, when called, which module's forward runs now.
+    """Returns, when called, the path of the module whose forward runs now.
 
-    A context manager; torch's own ``ModTracker`` would hook gradients too and
+    A context manager. torch's own ``ModTracker`` would hook gradients too and
     so keep tensors alive.
 
     Args:
@@ -106,11 +112,11 @@ class ModulePath:
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {module: name for name, module in model.named_modules()}
-        self._running: list[nn.Module] = []
+        self._running: list[str] = []
 
     def __call__(self) -> str:
         """The dotted path of the innermost module, or ``''``."""
-        return self._names[self._running[-1]] if self._running else ''
+        return self._running[-1] if self._running else ''
 
     def __enter__(self) -> 'ModulePath':
         self._handles = (
@@ -126,7 +132,7 @@ class ModulePath:
 
     def _enter_module(self, module: nn.Module, args: tuple) -> None:
         if module in self._names:
-            self._running.append(module)
+            self._running.append(self._names[module])
 
     def _leave_module(self, module: nn.Module, args: tuple, output) -> None:
         if module in self._names:
@@ -134,7 +140,7 @@ class ModulePath:
 
 
 def _tensors(value) -> Iterator[Tensor]:
-    """Tensors in arguments: also in data samples, which are plain objects."""
+    """Tensors in arguments, also in data samples, which are plain objects."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -144,7 +150,3 @@ def _tensors(value) -> Iterator[Tensor]:
             yield from _tensors(item)
     elif hasattr(value, '__dict__'):
         yield from _tensors(vars(value))
-
-
-def _sorted(sizes: Mapping[str, int]) -> dict[str, int]:
-    return dict(sorted(sizes.items(), key=lambda item: -item[1]))

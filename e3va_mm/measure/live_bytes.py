@@ -1,9 +1,8 @@
 """Bytes of live tensor storages by category, moment by moment.
 
-torch's own ``torch.distributed._tools.MemTracker`` refuses models that have
-frozen parameters (it hooks the gradient of every one), so this counts itself,
-by the same means: a dispatch mode sees every new tensor, a weak reference on
-its storage sees it go.
+``torch.distributed._tools.MemTracker`` refuses models that have frozen
+parameters (it hooks the gradient of every one). The means are the same here: a
+dispatch mode sees every new tensor, a weak reference sees its storage go.
 """
 
 import weakref
@@ -11,19 +10,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from mmengine.utils import digit_version
 from torch import Tensor, nn
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     is_traceable_wrapper_subclass,
 )
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
-from e3va_mm.errors import E3VAError
 from e3va_mm.frameworks.autograd import in_backward
 
-# The first whose own MemTracker does the same.
-OLDEST_TORCH = '2.4'
 WEIGHTS, GRADIENTS, OPTIMIZER, KEPT, TEMPORARIES = CATEGORIES = (
     'weights',
     'gradients',
@@ -36,40 +31,36 @@ WEIGHTS, GRADIENTS, OPTIMIZER, KEPT, TEMPORARIES = CATEGORIES = (
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensor storages that are alive.
 
-    Views share a storage and count once. Every storage is of one category:
+    Views share a storage and count once. Every storage has one category:
 
-    * ``weights`` and ``optimizer``: those given, buffers being weights;
-    * ``gradients``: the ``.grad`` of a given weight;
-    * ``kept``: what forward has left alive when backward begins, whoever
-      holds it: autograd, a ctx, a module, or Python (as it does the batch);
+    * ``weights`` and ``optimizer``: those passed in, buffers being weights;
+    * ``gradients``: the ``.grad`` of a weight;
+    * ``kept``: what is alive after forward when backward begins, whoever
+      holds it: autograd, a ctx, a module, or Python (such as the batch);
     * ``temporaries``: all others.
 
-    What a storage turns out to be it has been from its beginning: the figures
-    of a peak in forward say how much of it was kept.
-
-    What operators use inside, and what other libraries hold, is not seen. On
-    an accelerator only its own storages count.
+    A storage has had its final category from birth: the figures of a peak
+    during forward say how much of it was kept. Storages that operators use
+    internally or other libraries hold are not seen. On an accelerator only its
+    own storages count.
 
     Args:
         weights (nn.Module | Iterable[Tensor]): Parameters and buffers. The
-            first says which type of device counts; without any, all do.
-            Defaults to none.
-        optimizer (object, optional): An optimizer, or a wrapper of one: all
-            tensors in its ``state_dict()`` are its state, also those that are
-            made while counting. Defaults to None.
-        place (Callable, optional): Called at the birth of a storage, says
+            first determines the type of device that counts; without any, all
+            do. Defaults to none.
+        optimizer (object, optional): An optimizer or a wrapper of one: all
+            tensors in its ``state_dict()`` are its state, also those made
+            while counting. Defaults to None.
+        place (Callable, optional): Called at the birth of a storage; returns
             where in the model that is. Defaults to ``''`` for all.
 
     Attributes:
         live (int): Bytes alive now.
         now (dict[str, int]): The same by category.
-        peak (int): The most bytes that were alive at any moment.
+        peak (int): The most bytes alive at any moment.
         at_peak (dict[str, int]): The same by category.
         kept_at_backward (dict[str, int]): Kept bytes by ``place`` when the
             last backward began.
-
-    Raises:
-        E3VAError: If torch is too old.
 
     Examples:
         >>> with LiveBytes() as count:
@@ -86,12 +77,6 @@ class LiveBytes(TorchDispatchMode):
         place: Callable[[], str] = str,
     ) -> None:
         super().__init__()
-        if digit_version(torch.__version__) < digit_version(OLDEST_TORCH):
-            raise E3VAError(
-                f'Counting live tensors needs torch {OLDEST_TORCH}, but this '
-                f'is {torch.__version__}, which crashes at weak references '
-                'to storages. Measure in an environment with a newer torch.'
-            )
         self.now = dict.fromkeys(CATEGORIES, 0)
         self.peak = 0
         self.at_peak = dict(self.now)
@@ -118,7 +103,7 @@ class LiveBytes(TorchDispatchMode):
         return sum(self.now.values())
 
     def by_place(self) -> dict[str, int]:
-        """Bytes alive now that are neither given nor gradients, by place."""
+        """Bytes of kept and temporary storages alive now, by place."""
         sizes: dict[str, int] = {}
         for storage in list(self._storages.values()):
             if storage.category in (KEPT, TEMPORARIES):
@@ -142,21 +127,15 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         backward = in_backward()
         if backward and not self._in_backward:
-            self._begin_backward()
+            for storage in list(self._storages.values()):
+                if storage.category == TEMPORARIES:
+                    self._move(storage, KEPT)
+            self.kept_at_backward = self.by_place()
         self._in_backward = backward
         result = func(*args, **(kwargs or {}))
         # Arguments too: a tensor may have come from elsewhere, e.g. numpy.
-        leaves, _ = tree_flatten((args, kwargs, result))
-        for leaf in leaves:
-            if isinstance(leaf, Tensor):
-                self._see(leaf)
+        self._see_all((args, kwargs, result))
         return result
-
-    def _begin_backward(self) -> None:
-        for storage in list(self._storages.values()):
-            if storage.category == TEMPORARIES:
-                self._move(storage, KEPT)
-        self.kept_at_backward = self.by_place()
 
     def _see_gradient(self, weight: Tensor) -> None:
         if weight.grad is not None:
@@ -164,36 +143,37 @@ class LiveBytes(TorchDispatchMode):
 
     def _see_optimizer(self) -> None:
         if self._optimizer is not None:
-            leaves, _ = tree_flatten(self._optimizer.state_dict())
-            for leaf in leaves:
-                if isinstance(leaf, Tensor):
-                    self._see(leaf, OPTIMIZER)
+            self._see_all(self._optimizer.state_dict(), OPTIMIZER)
+
+    def _see_all(self, tree, category: str | None = None) -> None:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                self._see(leaf, category)
 
     def _see(self, tensor: Tensor, category: str | None = None) -> None:
-        """Take in what is new, its new size, or what it turns out to be."""
+        """Record a new storage, or a new size or category of a known one."""
         for storage in _untyped_storages(tensor):
             if self._device not in (None, storage.device.type):
                 continue
             known = self._storages.get(storage._cdata)
             if known is None:
-                self._add(storage, category or TEMPORARIES)
-                continue
-            if category is not None:
+                known = self._add(storage, category or TEMPORARIES)
+            elif category is not None:
                 self._move(known, category)
             if known.size != storage.nbytes():
                 self._grow(known, storage.nbytes() - known.size)
 
-    def _add(self, storage: torch.UntypedStorage, category: str) -> None:
+    def _add(self, storage: torch.UntypedStorage, category: str) -> '_Storage':
         key = storage._cdata
 
-        def gone(reference: weakref.ref) -> None:
+        def forget(reference: weakref.ref) -> None:
             known = self._storages.pop(key)
             self.now[known.category] -= known.size
 
-        reference = weakref.ref(storage, gone)
+        reference = weakref.ref(storage, forget)
         known = _Storage(reference, category, self._place())
         self._storages[key] = known
-        self._grow(known, storage.nbytes())
+        return known
 
     def _grow(self, storage: '_Storage', size: int) -> None:
         self._births += 1
@@ -219,8 +199,6 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass
 class _Storage:
-    """What is known of a storage that is alive."""
-
     reference: weakref.ref
     category: str
     place: str
@@ -229,7 +207,7 @@ class _Storage:
 
 
 def _untyped_storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """Storages of a tensor: several for a quantised weight, none sparse."""
+    """Storages of a tensor: several of a quantised one, none if sparse."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         for name in names:

@@ -1,95 +1,132 @@
-"""The figures of measured steps as tables, advice and a picture.
-
-What rows are, :mod:`~e3va_mm.measure.results` says.
-"""
+"""The figures of measured steps as tables, advice and a plot."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
-from e3va_mm.measure.fits import MIB, Verdict, kept_by_part
+from e3va_mm.measure.fits import Change
+from e3va_mm.measure.kept import kept_by_part
 from e3va_mm.measure.live_bytes import CATEGORIES
-from e3va_mm.measure.results import Rows, references
+from e3va_mm.measure.results import Rows, groups
+from e3va_mm.utils.sizes import GIB, MIB
 
-# What torch's allocator says, on CUDA.
-ALLOCATOR = ('allocated', 'reserved')
+
+def mib(size: int | None) -> str:
+    """Bytes in MiB, for a table."""
+    return '' if size is None else f'{size / MIB:,.1f}'
+
+
+def peak_bytes(row: Mapping) -> int | None:
+    """Accounted peak of a row, if it was measured."""
+    return row.get('memory_bytes', {}).get('peak')
+
+
+def median_seconds(row: Mapping) -> float | None:
+    """Median of the timed steps of a row, if there are any."""
+    return statistics.median(row['seconds']) if row.get('seconds') else None
+
+
+def _count(key: str) -> Callable[[Mapping], str]:
+    return lambda row: (
+        f'{row["parameters"][key]:,}' if 'parameters' in row else ''
+    )
+
+
+def _memory(key: str) -> Callable[[Mapping], str]:
+    return lambda row: mib(row.get('memory_bytes', {}).get(key))
+
+
+def _share(row: Mapping) -> str:
+    parameters = row.get('parameters', {})
+    if not parameters.get('backbone'):
+        return ''
+    share = parameters['trainable_backbone'] / parameters['backbone']
+    return f'{100 * share:.2f} %'
+
+
+def _held(row: Mapping) -> str:
+    sizes = row.get('memory_bytes', {}).get('kept_modules')
+    return mib(sizes and kept_by_part(sizes).get('backbone', 0))
+
+
+def _seconds(row: Mapping) -> str:
+    median = median_seconds(row)
+    return '' if median is None else f'{median:.3f}'
+
+
+def _spread(row: Mapping) -> str:
+    times = row.get('seconds')
+    if not times:
+        return ''
+    return f'{_seconds(row)} ({min(times):.3f}-{max(times):.3f})'
+
+
+def _file(row: Mapping) -> str:
+    size = row.get('file_bytes')
+    return '' if size is None else f'{size / 1e6:.2f}'
+
+
+# What a column has in it for a row, '' where that is not known.
+COLUMNS: Mapping[str, Callable[[Mapping], str]] = {
+    'trainable': _count('trainable'),
+    'trainable in backbone': _count('trainable_backbone'),
+    'of the backbone': _share,
+    'peak MiB': _memory('peak'),
+    **{key: _memory(key) for key in (*CATEGORIES, 'allocated', 'reserved')},
+    'held MiB': _held,
+    's/step': _seconds,
+    's/step (min-max)': _spread,
+    'file MB': _file,
+}
+FIGURES = (
+    *('trainable', 'of the backbone', 'peak MiB', *CATEGORIES),
+    *('allocated', 'reserved', 's/step (min-max)'),
+)
 
 
 def figures_table(rows: Rows, title: str) -> Table:
     """The figures of all rows; ratios where there is more than one.
 
     Args:
-        rows (Rows): What was measured; what no row has takes no column.
+        rows (Rows): What was measured; what no row has gets no column.
         title (str): Stands above the table.
 
     Returns:
         Table: For rich.
     """
-    columns = _columns(rows)
+    columns = {
+        name: [COLUMNS[name](row) for row in rows.values()] for name in FIGURES
+    }
+    if len(rows) > 1:
+        base_of = {k: base for base, group in groups(rows) for k in group}
+        names = set(base_of.values())
+        # Each config may have a reference of its own, of the same variant.
+        name = next(iter(base_of.values()))
+        if len(names) > 1:
+            name = rows[name]['variant']
+        for what, value in dict(peak=peak_bytes, time=median_seconds).items():
+            columns[f'{what} / {name}'] = [
+                f'{value(row) / value(rows[base_of[label]]):.3f}'
+                if value(row) and value(rows[base_of[label]])
+                else ''
+                for label, row in rows.items()
+            ]
+    return _table(title, rows, columns)
+
+
+def _table(
+    title: str, labels: Sequence[str], columns: Mapping[str, Sequence[str]]
+) -> Table:
+    """A table of the columns that have something in them."""
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
     table = Table(title=title)
     table.add_column('')
     for name in columns:
         table.add_column(name, justify='right')
-    for i, label in enumerate(rows):
-        table.add_row(label, *(values[i] for values in columns.values()))
+    for label, *cells in zip(labels, *columns.values(), strict=True):
+        table.add_row(label, *cells)
     return table
-
-
-def _columns(rows: Rows) -> dict[str, list[str]]:
-    """Heading to the texts of all rows."""
-    parameters = {k: r['parameters'] for k, r in rows.items()}
-    columns = {
-        'trainable': [f'{p["trainable"]:,}' for p in parameters.values()],
-        'of backbone': [
-            f'{100 * p["trainable_backbone"] / p["backbone"]:.2f} %'
-            if p['backbone']
-            else ''
-            for p in parameters.values()
-        ],
-    }
-    memory = {k: r.get('memory_bytes', {}) for k, r in rows.items()}
-    for key in ('peak', *CATEGORIES, *ALLOCATOR):
-        values = [_mib(figures.get(key)) for figures in memory.values()]
-        if any(values):
-            columns['peak MiB' if key == 'peak' else key] = values
-    seconds = {k: r.get('seconds') for k, r in rows.items()}
-    if any(seconds.values()):
-        columns['s/step (min-max)'] = [
-            _spread(times) for times in seconds.values()
-        ]
-    if len(rows) > 1:
-        peaks = {k: figures.get('peak') for k, figures in memory.items()}
-        medians = {k: t and statistics.median(t) for k, t in seconds.items()}
-        columns |= _ratios('peak', peaks, rows)
-        columns |= _ratios('time', medians, rows)
-    return columns
-
-
-def _ratios(what: str, values: Mapping, rows: Rows) -> dict[str, list[str]]:
-    """Each row's value over that of its reference, as one column."""
-    base = references(rows)
-    texts = [
-        f'{values[k] / values[base[k]]:.3f}'
-        if values[k] and values[base[k]]
-        else ''
-        for k in rows
-    ]
-    names = {rows[label]['variant'] for label in base.values()}
-    single = set(base.values())
-    name = single.pop() if len(single) == 1 else names.pop()
-    return {f'{what} / {name}': texts} if any(texts) else {}
-
-
-def _mib(size: int | None) -> str:
-    return '' if size is None else f'{size / MIB:,.1f}'
-
-
-def _spread(times: Sequence[float] | None) -> str:
-    if not times:
-        return ''
-    median = statistics.median(times)
-    return f'{median:.3f} ({min(times):.3f}-{max(times):.3f})'
 
 
 def modules_table(rows: Rows) -> Table:
@@ -99,104 +136,78 @@ def modules_table(rows: Rows) -> Table:
         rows (Rows): What was measured; all have ``memory_bytes``.
 
     Returns:
-        Table: One column a row; the parts in the order of the first.
+        Table: One column per row; the parts in the order of the first.
     """
-    parts = {
+    kept = {
         label: kept_by_part(row['memory_bytes']['kept_modules'])
         for label, row in rows.items()
     }
-    table = Table(title='MiB kept for backward, by module')
-    table.add_column('')
-    for label in rows:
-        table.add_column(label, justify='right')
-    for name in dict.fromkeys(n for found in parts.values() for n in found):
-        table.add_row(
-            name or '(model)', *(_mib(p.get(name, 0)) for p in parts.values())
-        )
-    table.add_section()
-    table.add_row('sum', *(_mib(sum(p.values())) for p in parts.values()))
-    return table
+    parts = dict.fromkeys(part for sizes in kept.values() for part in sizes)
+    columns = {
+        label: [
+            *(mib(sizes.get(part, 0)) for part in parts),
+            mib(sum(sizes.values())),
+        ]
+        for label, sizes in kept.items()
+    }
+    labels = [*(part or '(model)' for part in parts), 'sum']
+    return _table('MiB kept for backward, by module', labels, columns)
 
 
-def fits_table(verdicts: Mapping[str, Sequence[Verdict]]) -> Table:
+def fits_table(needed: Mapping[str, int], sizes: Sequence[float]) -> Table:
     """Which cards hold the step of each row.
 
     Args:
-        verdicts (Mapping[str, Sequence[Verdict]]): Label to those of
-            :func:`~e3va_mm.measure.fits`, the same sizes in each.
+        needed (Mapping[str, int]): Label to the bytes that a step needs.
+        sizes (Sequence[float]): GiB of the cards.
 
     Returns:
-        Table: With a column of the bytes needed, and one for each size.
+        Table: With a column of the bytes needed, and one per size.
     """
-    table = Table(title='Cards that hold the step')
-    table.add_column('')
-    table.add_column('needs MiB', justify='right')
-    for verdict in next(iter(verdicts.values())):
-        table.add_column(f'{verdict.size:g} GB', justify='right')
-    for label, found in verdicts.items():
-        holds = ('yes' if verdict.holds else 'no' for verdict in found)
-        table.add_row(label, _mib(found[0].needed), *holds)
-    return table
+    columns = {'needs MiB': [mib(size) for size in needed.values()]}
+    for size in sizes:
+        columns[f'{size:g} GB'] = [
+            'yes' if need <= size * GIB else 'no' for need in needed.values()
+        ]
+    return _table('Cards that hold the step', list(needed), columns)
 
 
-def advice(label: str, verdicts: Sequence[Verdict]) -> str:
-    """What to change for the cards that do not hold a step.
-
-    Args:
-        label (str): Of the row.
-        verdicts (Sequence[Verdict]): Of the row.
-
-    Returns:
-        str: Plain text, with lines to paste; empty if all cards hold it.
-    """
-    sizes: dict[str, list[str]] = {}
-    changes = {}
-    for verdict in verdicts:
-        for change in verdict.changes:
-            changes[change.lines] = change
-            sizes.setdefault(change.lines, []).append(f'{verdict.size:g}')
-    short = [f'{v.size:g}' for v in verdicts if not v.holds]
-    if not short:
-        return ''
+def advice(label: str, changes: Sequence[Change]) -> str:
+    """Changes of a config as text, with lines to paste."""
     lines = [
-        f'{label} does not fit {", ".join(short)} GB. What to change in a '
-        'config with this one as its _base_, by the MiB it works on:'
+        f'{label} does not fit all cards. What to change in a config with '
+        'this one as its _base_, by the MiB it works on:'
     ]
-    for key in sorted(changes, key=lambda k: -changes[k].addresses):
-        change = changes[key]
-        cards = '' if sizes[key] == short else f' [{", ".join(sizes[key])} GB]'
-        lines.append(f'# {_mib(change.addresses)} {change.reason}{cards}')
-        lines.append(key)
-    if not changes:
-        lines.append('Nothing that this tool knows of.')
-    return '\n'.join(lines)
+    for change in changes:
+        lines.append(f'# {mib(change.addresses)} {change.reason}')
+        lines.append(change.lines)
+    return '\n'.join(lines if changes else [*lines, 'Nothing known.'])
 
 
 def draw(rows: Rows, title: str):
-    """Draw peaks by category and seconds a step beside each other.
+    """Draw peaks by category and seconds per step beside each other.
 
     Args:
         rows (Rows): What was measured.
-        title (str): Stands above the picture.
+        title (str): Stands above the plot.
 
     Returns:
         matplotlib.figure.Figure: One panel for each that was measured.
     """
     from matplotlib.figure import Figure
 
+    values = rows.values()
+    panels = dict(memory_bytes=_draw_memory, seconds=_draw_seconds)
     panels = [
-        panel
-        for key, panel in (
-            ('memory_bytes', _draw_memory),
-            ('seconds', _draw_seconds),
-        )
-        if all(row.get(key) for row in rows.values())
+        draw_panel
+        for key, draw_panel in panels.items()
+        if all(row.get(key) for row in values)
     ]
     figure = Figure(figsize=(11, 1.8 + 0.4 * len(rows)), layout='constrained')
     figure.suptitle(title)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for panel, axis in zip(panels, axes, strict=True):
-        panel(axis, rows)
+    for draw_panel, axis in zip(panels, axes, strict=True):
+        draw_panel(axis, rows)
         axis.grid(axis='x', alpha=0.3)
         axis.set_axisbelow(True)
     # The first row on top, as in the table; the axes share it.
@@ -215,11 +226,11 @@ def _draw_memory(axis, rows: Rows) -> None:
 
 
 def _draw_seconds(axis, rows: Rows) -> None:
-    times = [row['seconds'] for row in rows.values()]
-    medians = [statistics.median(taken) for taken in times]
+    medians = [median_seconds(row) for row in rows.values()]
+    times = [(min(r['seconds']), max(r['seconds'])) for r in rows.values()]
     spread = [
-        [m - min(t) for m, t in zip(medians, times, strict=True)],
-        [max(t) - m for m, t in zip(medians, times, strict=True)],
+        [m - low for m, (low, _) in zip(medians, times, strict=True)],
+        [high - m for m, (_, high) in zip(medians, times, strict=True)],
     ]
     axis.barh(list(rows), medians, xerr=spread, color='tab:gray', capsize=3)
-    axis.set_xlabel('seconds a step, median (min-max)')
+    axis.set_xlabel('seconds per step, median (min-max)')

@@ -1,31 +1,70 @@
 """The rows of a measurement: their file, and which belong together.
 
 A *row* is what is known of one measured step: ``config`` (path) and
-``variant``, and of ``parameters``, ``memory_bytes`` (those of
-:class:`~e3va_mm.measure.TrainingStep`) and ``seconds`` (of each timed step)
-what was measured. *Rows* are a mapping of labels to them, in order.
+``variant``, and what was measured of ``parameters``, ``memory_bytes`` (those
+of :class:`~e3va_mm.measure.TrainingStep`) and ``seconds`` (of each timed
+step). *Rows* map labels to them, in order.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from e3va_mm.errors import ConfigError
-from e3va_mm.measure.fits import GIB
+from e3va_mm.utils.files import write_whole
+from e3va_mm.utils.sizes import GIB
 
 Rows = Mapping[str, Mapping]
 
 
-class Results:
-    """The rows, and their file, written anew after every change.
+def read_figures(path: Path, header: Mapping[str, Mapping], other: str):
+    """Read a file of figures that further ones are added to.
 
     Args:
-        rows (dict[str, dict]): Those planned; what the file holds of them is
+        path (Path): A JSON file.
+        header (Mapping[str, Mapping]): What figures depend on: keys of the
+            file to settings.
+        other (str): How to take another file, for the messages.
+
+    Returns:
+        dict: What the file holds.
+
+    Raises:
+        ConfigError: If it is no such file, or of other settings.
+    """
+    changed = []
+    try:
+        found = json.loads(path.read_text())
+        for part, settings in header.items():
+            before = found[part]
+            changed += [
+                f'{key} was {before.get(key)}, is {value}'
+                for key, value in settings.items()
+                if before.get(key) != value
+            ]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ConfigError(
+            f'{path} does not hold figures of this tool. Remove it, or '
+            f'{other}.'
+        ) from None
+    if changed:
+        raise ConfigError(
+            f'{path} holds figures of another run: {"; ".join(changed)}. Use '
+            f'its settings on its machine, or {other}.'
+        )
+    return found
+
+
+class Results:
+    """The rows and their file, rewritten after every change.
+
+    Args:
+        rows (dict[str, dict]): Those planned; figures that the file holds are
             filled in.
         header (dict): ``environment`` and ``arguments`` of this measurement.
         path (Path, optional): The file. Defaults to none.
-        resume (bool): Whether to go on with what the file holds. Defaults to
-            False.
+        resume (bool): Whether to continue with what the file holds. Defaults
+            to False.
 
     Raises:
         ConfigError: If the file holds figures of other arguments, or of
@@ -39,93 +78,51 @@ class Results:
         path: Path | None = None,
         resume: bool = False,
     ) -> None:
-        self.header, self.path = header, path
+        self.header, self.path, self.rows = header, path, rows
         # Also what was measured before and is not asked for now.
-        self.all = {}
+        self.all: dict[str, dict] = {}
         if resume and path.exists():
-            self.all = self._read()
+            found = read_figures(
+                path, {**header, 'variants': {}}, 'name another with --json'
+            )
+            self.all = found['variants']
         for label, row in rows.items():
             old = self.all.get(label, {})
             # A config that has changed since is measured again.
             if all(old.get(key) == value for key, value in row.items()):
                 rows[label] = old
-        self.rows = rows
         self.all |= rows
-
-    def _read(self) -> dict[str, dict]:
-        try:
-            found = json.loads(self.path.read_text())
-            rows = found['variants']
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(
-                f'{self.path} does not hold figures of this tool. Remove it, '
-                'or name another file with --json.'
-            ) from None
-        for part, values in self.header.items():
-            before = found.get(part, {})
-            changed = [
-                f'{key} was {before.get(key)}, is {value}'
-                for key, value in values.items()
-                if before.get(key) != value
-            ]
-            if changed:
-                raise ConfigError(
-                    f'{self.path} holds figures of another measurement: '
-                    f'{"; ".join(changed)}. Repeat its arguments on its '
-                    'machine, or name another file with --json.'
-                )
-        return rows
 
     def update(self, label: str, **figures) -> None:
         """Fill in a row; the file is whole at every moment."""
         self.rows[label].update(figures)
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_name(f'{self.path.name}.new')
-        new.write_text(
-            json.dumps(dict(self.header, variants=self.all), indent=2)
-        )
-        new.replace(self.path)
+        if self.path is not None:
+            text = json.dumps(dict(self.header, variants=self.all), indent=2)
+            write_whole(self.path, text.encode())
 
 
-def references(rows: Rows) -> dict[str, str]:
-    """What each row is compared with.
+def groups(rows: Rows) -> Iterator[tuple[str, Rows]]:
+    """Split rows into those that are compared with each other.
 
-    That is the row ``full`` of the same config; where there is none, the
-    first of the config's rows; where that is its only row, the first of all.
-
-    Args:
-        rows (Rows): The rows.
-
-    Returns:
-        dict[str, str]: Label to label.
-    """
-    found = {}
-    for label, row in rows.items():
-        same = [k for k, r in rows.items() if r['config'] == row['config']]
-        full = [k for k in same if rows[k]['variant'] == 'full']
-        first = same if len(same) > 1 else list(rows)
-        found[label] = (full or first)[0]
-    return found
-
-
-def groups(rows: Rows) -> Iterator[Rows]:
-    """Split rows into those that are compared with the same one.
+    These are the rows of one config; configs with a single row together.
 
     Args:
         rows (Rows): The rows.
 
     Yields:
-        Rows: A part of them; see :func:`references`.
+        tuple[str, Rows]: The label of the reference, the row ``full`` or else
+        the first, and the rows.
     """
-    base = references(rows)
-    for reference in dict.fromkeys(base.values()):
-        yield {k: row for k, row in rows.items() if base[k] == reference}
+    configs = [row['config'] for row in rows.values()]
+    keys = {c: c if configs.count(c) > 1 else None for c in configs}
+    for key in dict.fromkeys(keys.values()):
+        group = {k: r for k, r in rows.items() if keys[r['config']] == key}
+        full = [k for k, row in group.items() if row['variant'] == 'full']
+        yield (full or list(group))[0], group
 
 
 def check_room(rows: Rows, free: int | None) -> None:
-    """See that all steps of one timing have room beside each other.
+    """Check that all steps of one timing have room beside each other.
 
     Each holds its weights and optimizer state all the time, and one at a
     time the rest of its peak.
@@ -136,34 +133,18 @@ def check_room(rows: Rows, free: int | None) -> None:
         free (int, optional): Bytes that are free; None where not known.
 
     Raises:
-        ConfigError: If they have not; it proposes what to compare at a time.
+        ConfigError: If there is not enough.
     """
-    memory = {
-        k: r['memory_bytes'] for k, r in rows.items() if 'memory_bytes' in r
-    }
-    if free is None or len(memory) < len(rows):
+    memory = [row.get('memory_bytes') for row in rows.values()]
+    if free is None or not all(memory):
         return
-
-    def needed(labels: Sequence[str]) -> int:
-        held = [memory[k]['weights'] + memory[k]['optimizer'] for k in labels]
-        rest = (
-            memory[k]['peak'] - h for k, h in zip(labels, held, strict=True)
+    held = [m['weights'] + m['optimizer'] for m in memory]
+    rest = (m['peak'] - h for m, h in zip(memory, held, strict=True))
+    needed = sum(held) + max(rest)
+    if needed > free:
+        raise ConfigError(
+            f'Timing {", ".join(rows)} in turns needs about '
+            f'{needed / GIB:.1f} GiB, weights and optimizer state of all at '
+            f'once, but {free / GIB:.1f} GiB are free. Compare fewer at a '
+            'time, or leave time out with --memory-only.'
         )
-        return sum(held) + max(rest)
-
-    labels = list(rows)
-    if needed(labels) <= free:
-        return
-    fitting = labels[:1]
-    for label in labels[1:]:
-        if needed([*fitting, label]) <= free:
-            fitting.append(label)
-    proposal = 'Leave'
-    if len(fitting) > 1:
-        proposal = f'Compare fewer, such as {", ".join(fitting)}; or leave'
-    raise ConfigError(
-        f'Timing {", ".join(labels)} in turns needs about '
-        f'{needed(labels) / GIB:.1f} GiB, weights and optimizer state of all '
-        f'at once, but {free / GIB:.1f} GiB are free. {proposal} '
-        'time out with --memory-only.'
-    )

@@ -135,7 +135,7 @@ def test_the_preprocessor_where_the_pipeline_fixes_no_size():
         model = dict(data_preprocessor=preprocessor)
         assert image_size(config(model=model)) == (96, 128)
         assert image_size(config(RESIZE, model=model)) == (800, 1333)
-    with pytest.raises(ConfigError, match='but found none. Give it with --s'):
+    with pytest.raises(ConfigError, match='but found none. Pass it with --s'):
         image_size(config(dict(type='Resize', scale=(0.5, 0.5))))
 
 
@@ -156,7 +156,7 @@ def test_another_size_is_not_padded_to_that_of_the_config():
 
 def test_the_batch_is_the_configs():
     assert batch_size(config()) == 3
-    with pytest.raises(ConfigError, match='Give it with --batch'):
+    with pytest.raises(ConfigError, match='Pass it with --batch'):
         batch_size(Config(dict(model={})))
 
 
@@ -196,7 +196,7 @@ def test_labels_are_classes_that_all_heads_know():
     assert set(labels(panoptic).tolist()) == set(range(3))
 
 
-def test_boxes_lie_inside_the_pictures():
+def test_boxes_lie_inside_the_images():
     batch = generated()
     assert [p.shape for p in batch['inputs']] == [(3, 64, 96)] * 2
     assert batch['inputs'][0].dtype == torch.uint8

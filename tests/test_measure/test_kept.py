@@ -2,18 +2,11 @@
 
 import pytest
 import torch
-from mmengine.config import Config
 from torch import nn
 
-from e3va_mm.measure import (
-    TrainingStep,
-    fold_paths,
-    kept_by_module,
-    kept_for_backward,
-)
-from e3va_mm.measure.kept import ModulePath
+from e3va_mm.measure import fold_paths, kept_for_backward
+from e3va_mm.measure.kept import ModulePath, kept_by_part
 from tests.helpers import build_e3va, build_stock
-from tests.test_configs import CONFIGS
 from tests.test_measure.test_live_bytes import Hiding
 
 N, C = 6, 32  # tokens and channels
@@ -52,7 +45,7 @@ class Holding(nn.Module):
 
 
 def saved_bytes(module, *inputs):
-    """By saved-tensor hooks, each storage once, nothing that was given."""
+    """By saved-tensor hooks, each storage once, nothing that was passed in."""
     saved = {}
 
     def pack(tensor):
@@ -62,10 +55,8 @@ def saved_bytes(module, *inputs):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outputs = module(*inputs)
     del outputs
-    # Looked at now: a first forward pass may store weights anew, and what is
-    # saved may then take the place in memory of those that went.
-    given = [*module.parameters(), *module.buffers(), *inputs]
-    known = {t.untyped_storage()._cdata for t in given}
+    known = [*module.parameters(), *module.buffers(), *inputs]
+    known = {t.untyped_storage()._cdata for t in known}
     return sum(
         tensor.untyped_storage().nbytes()
         for key, tensor in saved.items()
@@ -73,26 +64,15 @@ def saved_bytes(module, *inputs):
     )
 
 
-def test_a_linear_layer_keeps_nothing_but_its_input():
-    layer = nn.Linear(C, C)
-    x = torch.zeros(N, C)
+def test_bytes_by_arithmetic():
+    layer, x = nn.Linear(C, C), torch.zeros(N, C)
     assert kept_for_backward(layer, x) == 0, 'inputs do not count'
     assert kept_for_backward(nn.Sequential(nn.ReLU(), layer), x) == SIZE
-
-
-def test_each_storage_counts_once_where_it_is_made():
-    # Sigmoid and tanh keep their outputs, sin its input; the product with a
-    # number and the views keep nothing, and nor do the outputs.
-    sizes = kept_by_module(Model(), torch.zeros(N, C))
-    assert sizes == {'second': 2 * SIZE, 'first.1': SIZE, '': SIZE}
-    assert list(sizes) == ['second', 'first.1', ''], 'the largest first'
-
-
-def test_nothing_is_kept_without_a_graph():
-    model = Model().requires_grad_(False)
-    assert kept_by_module(model, torch.zeros(N, C)) == {}
+    # Sigmoid and both tanh keep their outputs, sin its input; the product
+    # with a number and the views keep nothing, and nor do the outputs.
     with torch.no_grad():  # does not matter to what training keeps
-        assert kept_for_backward(Model(), torch.zeros(N, C)) == 4 * SIZE
+        assert kept_for_backward(Model(), x) == 4 * SIZE
+    assert kept_for_backward(Model().requires_grad_(False), x) == 0
 
 
 def test_inputs_inside_containers_do_not_count():
@@ -106,8 +86,8 @@ def test_inputs_inside_containers_do_not_count():
             return pair[1].exp() * sample.tensors['a'][0]
 
     x, y = (torch.zeros(N, C, requires_grad=True) for _ in range(2))
-    kept = kept_by_module(Nested(), (0, x), sample=Sample(y))
-    assert kept == {'': SIZE}, 'exp alone'
+    kept = kept_for_backward(Nested(), (0, x), sample=Sample(y))
+    assert kept == SIZE, 'exp alone'
 
 
 @pytest.mark.parametrize('where', ['context', 'module', 'buffer'])
@@ -115,7 +95,7 @@ def test_a_hiding_place_is_found_out(where):
     module = nn.Sequential(nn.Linear(C, C), Holding(where))
     x = torch.zeros(N, C)
     assert saved_bytes(module, x) == 0
-    assert kept_by_module(module, x) == {'1': SIZE}
+    assert kept_for_backward(module, x) == SIZE
 
 
 @pytest.mark.parametrize(
@@ -123,10 +103,10 @@ def test_a_hiding_place_is_found_out(where):
     [
         build_stock,
         build_e3va,
-        lambda: build_e3va(side_path=dict(preset='lean')),
-        lambda: build_e3va(side_path=dict(save_taps='bf16')),
-        lambda: build_e3va(side_path=dict(save_taps='recompute')),
-        lambda: build_e3va(side_path=dict(downsampling='linear')),
+        lambda: build_e3va(tuner=dict(preset='lean')),
+        lambda: build_e3va(tuner=dict(save_taps='bf16')),
+        lambda: build_e3va(tuner=dict(save_taps='recompute')),
+        lambda: build_e3va(tuner=dict(downsampling='linear')),
         lambda: build_e3va(out_indices=(1, 2)),
     ],
     ids='stock exact lean bf16 recompute linear out_indices'.split(),
@@ -141,35 +121,21 @@ def test_no_tensor_hides_in_a_backbone(backbone):
     assert kept_for_backward(module, image) == saved
 
 
-def test_a_frozen_stock_backbone_keeps_nothing():
-    module = build_stock().requires_grad_(False)
-    assert kept_for_backward(module, torch.randn(1, 3, 64, 64)) == 0
-
-
-def test_the_loss_of_a_whole_detector_has_its_places():
-    step = TrainingStep(
-        Config.fromfile(CONFIGS / 'cascade_e3va_swin_nano_digits.py'),
-        'full',
-        size=(64, 96),
-        batch=1,
-    )
-    data = step.model.data_preprocessor(step.data, True)
-    sizes = kept_by_module(step.model, **data, mode='loss')
-    assert fold_paths(sizes, 1).keys() == {
-        *('backbone', 'neck', 'rpn_head', 'roi_head', ''),
-    }
-    alone = kept_by_module(step.model.backbone, data['inputs'])
-    # Path for path as of the backbone alone; the neck keeps its outputs too.
-    for path, size in alone.items():
-        if path:
-            assert sizes[f'backbone.{path}'] == size, path
-
-
-def test_paths_fold_to_a_depth():
+def test_paths_fold_to_a_depth_and_to_parts_of_a_config():
     sizes = {'a.b.c': 1, 'a.b.d': 2, 'a.e': 4, 'f': 8, '': 16}
     assert fold_paths(sizes, 2) == {'': 16, 'f': 8, 'a.e': 4, 'a.b': 3}
     assert list(fold_paths(sizes, 1).items()) == [('', 16), ('f', 8), ('a', 7)]
     assert fold_paths({}, 1) == {}
+    names = {
+        'neck.fpn_convs.0': 'neck',
+        'auxiliary_head.1.convs.0.conv': 'auxiliary_head.1',
+        'roi_head.mask_head.convs.0': 'roi_head.mask_head',
+        'roi_head.bbox_head.1.loss_cls': 'roi_head.bbox_head.1',
+        'roi_head': 'roi_head',
+        '': '',
+    }
+    for path, name in names.items():
+        assert kept_by_part({path: 1}) == {name: 1}
 
 
 def test_the_path_is_right_after_an_error_that_is_caught():

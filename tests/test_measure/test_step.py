@@ -8,18 +8,25 @@ from mmengine.config import Config
 from torch import nn
 
 from e3va_mm.errors import ConfigError
-from e3va_mm.measure import CATEGORIES, VARIANTS, TrainingStep, fold_paths
+from e3va_mm.measure import CATEGORIES, TrainingStep, fold_paths
+from e3va_mm.utils import mark_trainable
 from tests.test_configs import CONFIGS
 
 DIGITS = CONFIGS / 'cascade_e3va_swin_nano_digits.py'
 MAPS = CONFIGS / 'upernet_e3va_swin_nano_digits.py'
 SMALL = dict(size=(64, 96), batch=2)
 ONE = dict(size=(64, 96), batch=1)
+AMP = dict(type='AmpOptimWrapper', loss_scale='dynamic')
+VARIANTS = (
+    *('full', 'frozen', 'frozen-same', 'frozen-lean', 'exact', 'lean'),
+    *('adapter', 'lora'),
+)
 
 
-def stock_config(framework, path):
-    root = Path(importlib.util.find_spec(framework).origin).parent
-    return Config.fromfile(root / '.mim' / 'configs' / path)
+def step_of(path=MAPS, variant='as-is', size=SMALL, **changes):
+    config = Config.fromfile(path)
+    config.merge_from_dict(changes)
+    return TrainingStep(config, variant, **size)
 
 
 def tensor_bytes(tensors):
@@ -31,7 +38,7 @@ def tensor_bytes(tensors):
 def measured():
     figures = {}
     for variant in VARIANTS:
-        step = TrainingStep(Config.fromfile(DIGITS), variant, **ONE)
+        step = step_of(DIGITS, variant, ONE)
         figures[variant] = dict(
             step.parameters(),
             **step.memory(),
@@ -43,31 +50,22 @@ def measured():
     return figures
 
 
-def test_side_path_trains_what_it_declares(measured):
+def test_variants_train_what_they_declare(measured):
     # 49.5 values for a channel of each of two taps in each block, and norms.
     blocks = 2 * 32 + 2 * 64 + 4 * 128 + 2 * 256
     norms = 2 * (32 + 64 + 128 + 256)
     trains = {v: m['trainable_backbone'] for v, m in measured.items()}
-    whole = measured['full']['backbone']
-    rivals = {
+    assert trains == {
+        'full': measured['full']['backbone'],
+        **dict.fromkeys(('frozen', 'frozen-same', 'frozen-lean'), 0),
+        **dict.fromkeys(('exact', 'lean'), 99 * blocks + norms),
         # A weight of (64, C) down and one up, with biases, twice a block.
-        **dict.fromkeys(('adapter', 'adaptformer'), 2 * (129 * blocks + 640)),
+        'adapter': 2 * (129 * blocks + 640),
         # Two of (64, C) for each of q and v.
         'lora': 4 * 64 * blocks,
     }
-    others = ('bitfit', 'norm', 'partial1', 'lorand', 'mona')
-    assert all(0 < trains.pop(name) < whole for name in others)
-    assert trains == {
-        **rivals,
-        **dict.fromkeys(('as-is', 'exact', 'lean'), 99 * blocks + norms),
-        **dict.fromkeys(('frozen', 'frozen-same', 'frozen-lean'), 0),
-        'full': whole,
-    }
-    heads = {
-        v: m['trainable'] - m['trainable_backbone']
-        for v, m in measured.items()
-    }
-    assert len(set(heads.values())) == 1, 'neck and heads train alike'
+    heads = {m['trainable'] - trains[v] for v, m in measured.items()}
+    assert len(heads) == 1, 'neck and heads train alike'
 
 
 def test_the_peak_is_the_sum_of_its_categories(measured):
@@ -86,108 +84,95 @@ def test_the_peak_is_the_sum_of_its_categories(measured):
         assert 'allocated' not in figures
 
 
-def test_peaks_stand_in_their_order(measured):
+def test_variants_differ_in_the_backbone_alone(measured):
     peaks = {v: m['peak'] for v, m in measured.items()}
     order = ['frozen-lean', 'lean', 'exact', 'lora', 'full']
     assert sorted(order, key=peaks.get) == order
-    assert peaks['exact'] == peaks['as-is']
     # An eager trunk without a graph; the peak is in the heads.
     assert peaks['frozen-same'] <= peaks['frozen'] < peaks['exact']
-
-
-def test_all_variants_have_the_same_work_in_the_heads(measured):
-    """The heads draw samples: numbers of them must not differ by chance."""
-    eval_mode = ('as-is', 'exact', 'frozen', 'frozen-same')
+    # The heads sample: numbers of samples must not differ by chance.
     heads = [
         {
             path: size
             for path, size in measured[variant]['kept_modules'].items()
             if path and not path.startswith('backbone')
         }
-        for variant in eval_mode
+        for variant in ('exact', 'frozen', 'frozen-same')
     ]
-    assert all(found == heads[0] for found in heads)
+    assert heads[0] == heads[1] == heads[2]
     assert heads[0]['roi_head.mask_head'] > 500_000
     kept = {
-        v: fold_paths(measured[v]['kept_modules'], 1).get('backbone')
-        for v in VARIANTS
+        v: fold_paths(m['kept_modules'], 1).get('backbone')
+        for v, m in measured.items()
     }
-    # The neck keeps what the frozen trunk gives: 4 bytes, C channels on
+    # The neck keeps the outputs of the frozen trunk: 4 bytes, C channels on
     # (H / s) (W / s) tokens.
     stages = zip((32, 64, 128, 256), (4, 8, 16, 32), strict=True)
-    given = sum(4 * c * (64 // s) * (96 // s) for c, s in stages)
-    assert kept['frozen'] == kept['frozen-same'] == given
-    assert given < kept['lean'] < kept['exact'] < kept['lora'] < kept['full']
+    outputs = sum(4 * c * (64 // s) * (96 // s) for c, s in stages)
+    assert kept['frozen'] == kept['frozen-same'] == outputs
+    assert outputs < kept['lean'] < kept['exact'] < kept['lora'] < kept['full']
 
 
-def test_figures_repeat():
-    step = TrainingStep(Config.fromfile(MAPS), **SMALL)
-    first = step.memory()
-    assert step.memory() == first
-    again = TrainingStep(Config.fromfile(MAPS), **SMALL)
-    again.run()
-    assert again.memory() == first, 'whatever ran before'
+@pytest.mark.parametrize('variant', ['full', 'frozen'])
+def test_figures_of_tuners_are_those_of_the_stock_class(measured, variant):
+    config = Config.fromfile(DIGITS)
+    backbone = config.model.backbone
+    for key in ('side_path', 'tuner'):
+        backbone.pop(key, None)
+    backbone.type = 'mmdet.SwinTransformer'
+    step = TrainingStep(config, **ONE)
+    if variant == 'frozen':
+        mark_trainable(step.model.backbone, [])
+        step.model.backbone.eval()
+    found = step.memory()
+    for key in ('peak', *CATEGORIES, 'kept_modules'):
+        assert found[key] == measured[variant][key], key
 
 
-def test_every_step_draws_the_same():
-    step = TrainingStep(Config.fromfile(MAPS), **SMALL)
+def test_figures_and_draws_repeat_and_no_weight_changes():
+    step = step_of()
     draws = []
     step.model.register_forward_pre_hook(
         lambda *_: draws.append(torch.rand(1).item())
     )
-    step.run()
-    torch.rand(5)
-    step.run()
-    assert draws[0] == draws[1]
-
-
-def test_measuring_memory_changes_no_weight():
-    step = TrainingStep(Config.fromfile(MAPS), **SMALL)
     rates = [group['lr'] for group in step.optim_wrapper.param_groups]
     before = {k: v.clone() for k, v in step.model.named_parameters()}
-    step.memory()
+    first = step.memory()
     for name, parameter in step.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
     assert rates == [g['lr'] for g in step.optim_wrapper.param_groups]
     assert min(rates) > 0
+    torch.rand(5)
+    step.run()
+    assert len(set(draws)) == 1
+    assert step.memory() == first, 'whatever ran before'
 
 
 @pytest.mark.parametrize('learn', [True, False])
-def test_a_step_trains_unless_it_shall_not(learn):
-    step = TrainingStep(Config.fromfile(MAPS), learn=learn, **SMALL)
+def test_each_step_updates_and_learns_unless_told_not_to(learn):
+    config = Config.fromfile(MAPS)
+    config.optim_wrapper.accumulative_counts = 4
+    step = TrainingStep(config, learn=learn, **SMALL)
+    sizes = []
+    step.model.backbone.register_forward_hook(
+        lambda module, args, output: sizes.append(args[0].shape)
+    )
     side = step.model.backbone.side_path.stages[0][0]['attn'].up
     assert not side.q.any()
     assert step.run() > 0
     assert side.q.any() == learn
     assert len(step.optim_wrapper.optimizer.state) > 100, 'updated anyway'
-
-
-def test_pictures_have_the_size_of_the_pipeline():
-    step = TrainingStep(Config.fromfile(DIGITS), 'frozen')
-    assert len(step.data['inputs']) == 4
-    assert step.data['inputs'][0].shape == (3, 224, 224)
-    config = Config.fromfile(DIGITS)
-    for transform in config.train_dataloader.dataset.pipeline:
-        transform.pop('scale', None)
-    with pytest.raises(ConfigError, match='Give it with --size'):
-        TrainingStep(config, 'frozen')
-
-
-def test_a_size_that_is_asked_for_reaches_the_model():
-    step = TrainingStep(Config.fromfile(MAPS), **SMALL)
-    sizes = []
-    step.model.backbone.register_forward_hook(
-        lambda module, args, output: sizes.append(args[0].shape)
-    )
-    step.run()
     assert sizes == [(2, 3, 64, 96)], 'the config pads to 224 x 224'
 
 
-def test_variants_get_the_same_pictures_and_weights():
-    ours, full = (
-        TrainingStep(Config.fromfile(DIGITS), v, **ONE)
-        for v in ('exact', 'full')
-    )
+def test_images_have_the_size_of_the_pipeline():
+    step = step_of(DIGITS, 'frozen', {})
+    assert len(step.data['inputs']) == 4
+    assert step.data['inputs'][0].shape == (3, 224, 224)
+
+
+def test_variants_get_the_same_images_and_weights():
+    ours, full = (step_of(DIGITS, v, ONE) for v in ('exact', 'full'))
     for a, b in zip(ours.data['inputs'], full.data['inputs'], strict=True):
         assert torch.equal(a, b)
     boxes = [
@@ -199,61 +184,36 @@ def test_variants_get_the_same_pictures_and_weights():
     for name, value in ours.model.state_dict().items():
         if '.side_path.' not in name:
             assert torch.equal(value, theirs[name]), name
-    assert not torch.equal(
-        theirs['neck.fpn_convs.0.conv.weight'][0],
-        theirs['neck.fpn_convs.0.conv.weight'][1],
-    )
+    weight = theirs['neck.fpn_convs.0.conv.weight']
+    assert not torch.equal(weight[0], weight[1])
 
 
-def test_each_step_updates():
-    config = Config.fromfile(MAPS)
-    config.optim_wrapper.accumulative_counts = 4
-    step = TrainingStep(config, **SMALL)
-    before = step.model.decode_head.conv_seg.weight.detach().clone()
-    step.run()
-    assert not torch.equal(step.model.decode_head.conv_seg.weight, before)
-
-
-def test_mixed_precision_halves_what_the_heads_keep():
-    single, half = (
-        TrainingStep(
-            Config.fromfile(DIGITS), 'frozen', amp=amp, **ONE
-        ).memory()
-        for amp in (False, True)
-    )
-    path = 'roi_head.mask_head'
+def test_mixed_precision_halves_what_the_heads_keep(measured):
+    changes = {f'optim_wrapper.{key}': value for key, value in AMP.items()}
+    half = step_of(DIGITS, 'frozen', ONE, **changes).memory()
+    single, path = measured['frozen'], 'roi_head.mask_head'
     ratio = half['kept_modules'][path] / single['kept_modules'][path]
     assert 0.45 < ratio < 0.65
     assert half['weights'] == single['weights']
-    # A config that asks for it has it without the argument.
-    config = Config.fromfile(DIGITS)
-    config.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
-    assert TrainingStep(config, 'frozen', **ONE).memory() == half
 
 
-def test_activation_checkpoints_of_the_config_are_heeded():
-    config = Config.fromfile(DIGITS)
-    plain = TrainingStep(config, **ONE).memory()['kept_modules']
-    config.custom_hooks.append(
-        dict(
-            type='e3va_mm.ActivationCheckpointHook',
-            modules=['roi_head.mask_head.*'],
-        )
+def test_activation_checkpoints_of_the_config_apply(measured):
+    hook = dict(
+        type='e3va_mm.ActivationCheckpointHook',
+        modules=['roi_head.mask_head.*'],
     )
-    found = TrainingStep(config, **ONE).memory()['kept_modules']
+    found = step_of(DIGITS, 'exact', ONE, custom_hooks=[hook]).memory()
+    found, before = found['kept_modules'], measured['exact']['kept_modules']
     path = 'roi_head.mask_head'
-    assert found.get(path, 0) < 0.3 * plain[path]
-    others = plain.keys() - {path, ''}
-    assert all(found[key] == plain[key] for key in others if 'roi' not in key)
+    assert found.get(path, 0) < 0.3 * before[path]
+    others = before.keys() - {path, ''}
+    assert all(found[k] == before[k] for k in others if 'roi' not in k)
 
 
-def test_a_batch_that_is_too_small_is_an_error_that_says_so():
-    step = TrainingStep(Config.fromfile(MAPS), size=(64, 64), batch=1)
+def test_what_cannot_train_is_refused():
+    step = step_of(size=dict(size=(64, 64), batch=1))
     with pytest.raises(ConfigError, match='the batch is 1.*--batch 2'):
         step.run()
-
-
-def test_configs_that_cannot_train_are_refused():
     config = Config.fromfile(MAPS)
     config.pop('optim_wrapper')
     with pytest.raises(ConfigError, match='training config with `optim_wra'):
@@ -261,7 +221,7 @@ def test_configs_that_cannot_train_are_refused():
 
 
 def test_a_model_may_have_its_backbone_deeper_or_nowhere():
-    step = TrainingStep(Config.fromfile(MAPS), 'frozen', **SMALL)
+    step = step_of(variant='frozen')
     expected = step.parameters()
     assert expected['backbone'] > 1_000_000
     wrapped = nn.Module()
@@ -277,11 +237,8 @@ def test_a_model_may_have_its_backbone_deeper_or_nowhere():
 # One of each kind of data and head; the smallest of the frameworks' configs.
 STOCK = [
     ('mmdet', 'detr/detr_r50_8xb2-150e_coco.py'),
-    ('mmdet', 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py'),
     ('mmdet', 'yolox/yolox_tiny_8xb8-300e_coco.py'),
     ('mmdet', 'mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py'),
-    ('mmdet', 'mask_rcnn/mask-rcnn_r50_fpn_amp-1x_coco.py'),
-    ('mmseg', 'segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'),
     ('mmseg', 'pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes.py'),
 ]
 
@@ -290,11 +247,9 @@ STOCK = [
     'framework, path', STOCK, ids=lambda v: v.split('/')[0]
 )
 def test_stock_configs_train(framework, path):
-    config = stock_config(framework, path)
-    step = TrainingStep(config, **SMALL)
-    name, first = next(
-        (n, p) for n, p in step.model.named_parameters() if p.requires_grad
-    )
+    root = Path(importlib.util.find_spec(framework).origin).parent
+    step = step_of(root / '.mim' / 'configs' / path)
+    first = next(p for p in step.model.parameters() if p.requires_grad)
     assert step.run() > 0
     assert first.grad is None, 'the step ends without gradients'
     trained = [p for p in step.model.parameters() if p.requires_grad]
@@ -358,19 +313,19 @@ optim_wrapper = dict(type=OptimWrapper, optimizer=dict(type=SGD, lr=0.01))
 def test_new_style_configs_train(tmp_path, variant):
     path = tmp_path / 'new.py'
     path.write_text(NEW_STYLE)
-    step = TrainingStep(Config.fromfile(path), variant)
+    step = step_of(path, variant, {})
     assert step.data['inputs'][0].shape == (3, 64, 96)
     assert step.run() > 0
-    backbone = type(step.model.backbone).__name__
-    assert backbone.startswith('E3VA') == (variant != 'full')
+    counts = step.parameters()
+    whole = counts['trainable_backbone'] == counts['backbone']
+    assert whole == (variant == 'full')
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
-def test_on_cuda_the_allocator_is_heard_too():
-    step = TrainingStep(
-        Config.fromfile(DIGITS), 'frozen', device='cuda', amp=True, **SMALL
-    )
-    figures = step.memory()
+def test_on_cuda_the_allocator_is_measured_too():
+    config = Config.fromfile(DIGITS)
+    config.optim_wrapper.update(AMP)
+    figures = TrainingStep(config, 'frozen', device='cuda', **SMALL).memory()
     assert sum(figures[key] for key in CATEGORIES) == figures['peak']
     assert figures['peak'] < 1.1 * figures['allocated']
     assert figures['allocated'] <= figures['reserved']

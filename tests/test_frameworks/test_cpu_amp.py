@@ -3,7 +3,7 @@ import torch
 from mmcv.ops import RoIAlign, batched_nms
 from torch import nn
 
-from e3va_mm.measure.cpu_amp import CPUAmpOptimWrapper
+from e3va_mm.frameworks.cpu_amp import CPUAmpOptimWrapper
 
 
 @pytest.fixture

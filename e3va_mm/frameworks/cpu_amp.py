@@ -8,7 +8,7 @@ import torch
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 HALF = torch.bfloat16
 
@@ -16,10 +16,9 @@ HALF = torch.bfloat16
 class CPUAmpOptimWrapper(OptimWrapper):
     """Runs forward passes and losses under autocast in bfloat16.
 
-    mmcv's operators (nms, roi_align...) know no bfloat16 on CPU: they compute
-    in float32, and give back what they are given. Losses need no scaling.
-
-    Takes the arguments of ``OptimWrapper``.
+    mmcv's operators (nms, roi_align...) know no bfloat16 on CPU: for as long
+    as a step runs they compute in float32 and return the type they received.
+    Losses need no scaling. Takes the arguments of ``OptimWrapper``.
     """
 
     @contextmanager
@@ -40,7 +39,6 @@ class CPUAmpOptimWrapper(OptimWrapper):
 
 @contextmanager
 def _mmcv_takes_half() -> Iterator[None]:
-    """Let mmcv's operators take half precision while this is entered."""
     before = [
         (function, name, vars(function)[name])
         for function in Function.__subclasses__()
@@ -57,23 +55,21 @@ def _mmcv_takes_half() -> Iterator[None]:
 
 
 def _in_single(method: Callable) -> Callable:
-    """A forward or backward that computes in float32."""
-
     @wraps(method)
     def wrapped(ctx, *args):
-        leaves, _ = tree_flatten(args)
+        leaves = tree_leaves(args)
         if not any(isinstance(a, Tensor) and a.dtype == HALF for a in leaves):
             return method(ctx, *args)
-        args = tree_map(lambda a: _cast(a, HALF, torch.float32), args)
+        args = _cast(args, HALF, torch.float32)
         with torch.autocast('cpu', enabled=False):
             result = method(ctx, *args)
-        return tree_map(lambda r: _cast(r, torch.float32, HALF), result)
+        return _cast(result, torch.float32, HALF)
 
     return wrapped
 
 
-def _cast(value, source: torch.dtype, target: torch.dtype):
-    """A tensor of one type in another; anything else as it is."""
-    if isinstance(value, Tensor) and value.dtype == source:
-        return value.to(target)
-    return value
+def _cast(values, source: torch.dtype, target: torch.dtype):
+    """Tensors of one type in another; all else as it is."""
+    return tree_map_only(
+        Tensor, lambda t: t.to(target) if t.dtype == source else t, values
+    )

@@ -1,0 +1,364 @@
+"""Measure one training step of a config: parameters, memory and time.
+
+    e3va measure CONFIG --compare full,frozen --fits 8,11,24
+
+Takes any detection or segmentation config and generates images of its size
+and batch. Memory is accounted (weights, gradients, optimizer state, tensors
+kept for backward and temporaries, counted by storage), each variant in a
+process of its own. Time is the median over steps that take turns in one
+process, so that a machine's changing speed affects all alike. Updates have a
+learning rate of zero: heads that sample have the same work in every step and
+in every variant.
+"""
+
+import argparse
+import platform
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.logging import MMLogger
+from rich.console import Console
+from rich.progress import Progress
+
+from e3va_mm.commands import launching
+from e3va_mm.errors import ConfigError, E3VAError
+from e3va_mm.frameworks.memory import keep_freed_memory
+from e3va_mm.measure import VARIANTS, TrainingStep, variant_config
+from e3va_mm.measure.fits import (
+    changes,
+    is_amp,
+    margin_text,
+    needed_bytes,
+    updated_at_once,
+)
+from e3va_mm.measure.report import (
+    advice,
+    draw,
+    figures_table,
+    fits_table,
+    modules_table,
+)
+from e3va_mm.measure.results import Results, Rows, check_room, groups
+from e3va_mm.utils.configs import content_key
+from e3va_mm.utils.sizes import GIB
+
+# What a figure depends on, beside the config and the machine.
+SETTINGS = ('size', 'batch', 'device', 'amp', 'threads', 'warmup', 'steps')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``e3va measure``."""
+    return launching.exit_code(measure, _parser().parse_args(argv))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        'e3va measure',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    variants = '; '.join(f'{k}: {v}' for k, v in VARIANTS.items())
+    add('configs', nargs='+', metavar='CONFIG')
+    add(
+        '--compare',
+        default='',
+        metavar='A,B',
+        help=f'also measure these variants of each config: {variants}',
+    )
+    add(
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help="in pixels; default: the config's",
+    )
+    add('--batch', type=int, help="images per step; default: the config's")
+    add('--steps', type=int, default=5, help='timed steps')
+    add('--warmup', type=int, default=2, help='untimed steps')
+    add(
+        '--device',
+        default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='cpu, cuda, cuda:1...; default: cuda if available',
+    )
+    add('--amp', action='store_true', help='mixed precision')
+    add('--threads', type=int, help='of torch, on CPU')
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument('--memory-only', action='store_true')
+    only.add_argument('--time-only', action='store_true')
+    add(
+        '--fits',
+        metavar='GB,GB',
+        help='which of these cards hold the step, and what to change',
+    )
+    add('--modules', action='store_true', help='bytes kept, by module')
+    add('--json', type=Path, help='write the figures to this file')
+    add(
+        '--resume',
+        action='store_true',
+        help='measure only what the file of --json lacks',
+    )
+    add('--plot', type=Path, help='draw a .png or .pdf')
+    add('--cfg-options', nargs='+', action=DictAction, default={})
+    return parser
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure memory, then time; print the tables and write the files."""
+    _check(args)
+    _prepare(args.threads)
+    rows = planned(args.configs, args.compare)
+    for row in rows.values():
+        config = _load(row['config'], args)
+        row['content'] = content_key(config)
+        # What cannot be measured raises before the first measurement.
+        variant_config(config, row['variant'])
+    header = dict(
+        environment=dict(
+            torch=torch.__version__,
+            python=platform.python_version(),
+            device=_device_name(args.device),
+            threads=torch.get_num_threads(),
+        ),
+        arguments={key: getattr(args, key) for key in SETTINGS},
+    )
+    results = Results(rows, header, args.json, args.resume)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        if not args.time_only:
+            _measure_memory(results, args, progress)
+        if not args.memory_only:
+            _measure_time(results, args, progress)
+    _report(results, args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse, before the first measurement, what cannot be measured."""
+    try:
+        device = torch.device(args.device)
+        devices = dict(cpu=1, cuda=torch.cuda.device_count())
+        there = (device.index or 0) < devices.get(device.type, 0)
+    except RuntimeError:
+        there = False
+    if not there:
+        raise ConfigError(
+            f'--device should be cpu or a CUDA device of this machine, but '
+            f'got {args.device}.'
+        )
+    for name, least in dict(steps=1, warmup=0, batch=1, threads=1).items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ConfigError(
+                f'--{name} should be at least {least}, but got {value}.'
+            )
+    if args.resume and not args.json:
+        raise ConfigError('--resume needs the file to continue: --json.')
+    if args.time_only and (args.fits or args.modules):
+        raise ConfigError(
+            '--fits and --modules need memory, which --time-only leaves out.'
+        )
+    _cards(args.fits)
+    if args.plot and args.plot.suffix not in ('.png', '.pdf'):
+        raise ConfigError(
+            f'--plot should end in .png or .pdf, but got {args.plot}.'
+        )
+
+
+def _cards(text: str | None) -> list[float]:
+    """Sizes of the cards of ``--fits``, in GB."""
+    try:
+        sizes = [float(size) for size in text.split(',')] if text else []
+    except ValueError:
+        sizes = [0.0]
+    if not all(size > 0 for size in sizes):
+        raise ConfigError(
+            '--fits should be sizes in GB with commas between them, such as '
+            f'8,11,24, but got {text!r}.'
+        )
+    return sizes
+
+
+def _prepare(threads: int | None) -> None:
+    """Set up this process, or one of a row's own."""
+    # A line for each frozen parameter is of no interest here.
+    MMLogger.get_current_instance().setLevel('ERROR')
+    keep_freed_memory()  # as in training
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _load(path: str, args: argparse.Namespace) -> Config:
+    config = launching.read_config(path, args.cfg_options)
+    if args.amp and 'optim_wrapper' in config and not is_amp(config):
+        config.optim_wrapper.type = 'AmpOptimWrapper'
+    return config
+
+
+def planned(configs: Sequence[str], compare: str) -> dict[str, dict]:
+    """The rows to measure: each config as it is, and its variants."""
+    variants = ['as-is', *(v for v in compare.split(',') if v)]
+    stems = [Path(path).stem for path in configs]
+    names = stems if len(set(stems)) == len(set(configs)) else configs
+    rows = {}
+    for path, name in zip(configs, names, strict=True):
+        for variant in variants:
+            label = variant
+            if len(configs) > 1:
+                label = name if variant == 'as-is' else f'{name} {variant}'
+            rows[label] = dict(config=path, variant=variant)
+    return rows
+
+
+def _step(row: dict, args: argparse.Namespace) -> tuple[TrainingStep, dict]:
+    """The step of a row, and what is known of it before it runs."""
+    step = TrainingStep(
+        _load(row['config'], args),
+        row['variant'],
+        tuple(args.size) if args.size else None,
+        args.batch,
+        device=args.device,
+        learn=False,
+    )
+    images = step.data['inputs']
+    return step, dict(
+        batch=len(images),
+        size=list(images[0].shape[-2:]),
+        parameters=step.parameters(),
+    )
+
+
+def memory_of(row: dict, args: argparse.Namespace) -> dict:
+    """Figures of one row, for a process of its own."""
+    _prepare(args.threads)
+    step, figures = _step(row, args)
+    try:
+        return dict(figures, memory_bytes=step.memory())
+    except torch.cuda.OutOfMemoryError as error:
+        raise E3VAError(
+            f'{args.device} has too little memory for {row["variant"]} of '
+            f'{row["config"]}. Use a smaller --batch or --size, or account it '
+            f'with --device cpu --memory-only. ({error})'
+        ) from None
+
+
+def _measure_memory(
+    results: Results, args: argparse.Namespace, progress: Progress
+) -> None:
+    rows = {k: r for k, r in results.rows.items() if 'memory_bytes' not in r}
+    task = progress.add_task('memory', total=len(rows))
+    for label, row in rows.items():
+        progress.update(task, description=f'memory: {label}')
+        with ProcessPoolExecutor(1, get_context('spawn')) as pool:
+            try:
+                figures = pool.submit(memory_of, row, args).result()
+            except BrokenProcessPool:
+                raise E3VAError(
+                    f'Measuring {row["variant"]} of {row["config"]} was '
+                    'killed: most likely it needs more memory than there is. '
+                    'Use a smaller --batch or --size; with --json and '
+                    '--resume nothing is measured twice.'
+                ) from None
+        results.update(label, **figures)
+        progress.advance(task)
+
+
+def _measure_time(
+    results: Results, args: argparse.Namespace, progress: Progress
+) -> None:
+    """Seconds of each step of each row, in turns."""
+    rounds = args.warmup + args.steps
+    for _, rows in groups(results.rows):
+        if all('seconds' in row for row in rows.values()):
+            continue
+        check_room(rows, _free_bytes(args.device))
+        task = progress.add_task('time', total=rounds * len(rows))
+        steps = {}
+        for label, row in rows.items():
+            progress.update(task, description=f'time: building {label}')
+            steps[label], figures = _step(row, args)
+            row.update(figures)
+        seconds = {label: [] for label in rows}
+        for _ in range(rounds):
+            for label, step in steps.items():
+                progress.update(task, description=f'time: {label}')
+                seconds[label].append(step.run())
+                progress.advance(task)
+        for label, taken in seconds.items():
+            results.update(label, seconds=taken[args.warmup :])
+
+
+def _free_bytes(device: str) -> int | None:
+    """Memory that is free on a device; None where that is not known."""
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    found = _proc('meminfo', 'MemAvailable')
+    return found and int(found.split()[0]) * 1024
+
+
+def _device_name(device: str) -> str:
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return _proc('cpuinfo', 'model name') or platform.machine()
+
+
+def _proc(file: str, key: str) -> str | None:
+    """A value that Linux says of the machine."""
+    try:
+        lines = Path('/proc', file).read_text().splitlines()
+    except OSError:
+        return None
+    found = (line.split(':')[1] for line in lines if line.startswith(key))
+    return next(found, '').strip() or None
+
+
+def _report(results: Results, args: argparse.Namespace) -> None:
+    """Print the tables; draw the plot."""
+    rows = results.rows
+    names = ', '.join(dict.fromkeys(Path(p).name for p in args.configs))
+    title = f'{names}: one training step'
+    out = Console()
+    if not out.is_terminal:  # let no column wrap in a file
+        out = Console(width=200)
+    out.print(figures_table(rows, title))
+    images = {
+        f'{row["batch"]} x {row["size"][0]}x{row["size"][1]}'
+        for row in rows.values()
+    }
+    precisions = {
+        'mixed precision' if is_amp(_load(path, args)) else 'fp32'
+        for path in args.configs
+    }
+    found = results.header['environment']
+    steps = f'; {args.steps} steps after {args.warmup} of warm-up'
+    print(
+        f'torch {found["torch"]}, {found["device"]}, {found["threads"]} '
+        f'threads, {" and ".join(sorted(precisions))}; images '
+        f'{", ".join(sorted(images))}{"" if args.memory_only else steps}'
+    )
+    if args.modules:
+        out.print(modules_table(rows))
+    if args.fits:
+        _report_fits(rows, args, out)
+    if args.plot:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        draw(rows, title).savefig(args.plot, dpi=150)
+
+
+def _report_fits(rows: Rows, args: argparse.Namespace, out: Console) -> None:
+    """Print which cards hold which rows, and advice for the configs."""
+    cards, needed, texts = _cards(args.fits), {}, []
+    for label, row in rows.items():
+        config = _load(row['config'], args)
+        config.train_dataloader.batch_size = row['batch']
+        memory, parameters = row['memory_bytes'], row['parameters']
+        at_once = updated_at_once(config, parameters)
+        needed[label] = needed_bytes(memory, at_once)
+        if row['variant'] == 'as-is' and needed[label] > min(cards) * GIB:
+            texts.append(advice(label, changes(config, memory, parameters)))
+    out.print(fits_table(needed, cards))
+    print(f'needs: {margin_text(memory)}')
+    print(*(f'\n{text}' for text in texts), sep='\n')

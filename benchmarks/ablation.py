@@ -4,8 +4,8 @@
 
 Trains E3VA and all of benchmarks/candidates.py by the comparison's protocol,
 with the first seed and one learning rate; `--methods e3va,state` takes some,
-`--seeds 2` has more seeds, `--no-measure` leaves costs out. The other options,
-and how it goes on where it was interrupted, are those of tools/compare.py.
+`--seeds 2` has more seeds, `--no-measure` leaves costs out. The other options
+are those of tools/compare.py. If interrupted, rerun the command to resume.
 The data must be there: python tools/make_digits.py
 """
 
@@ -13,11 +13,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tools'))
-
-import compare
 
 from benchmarks.candidates import CANDIDATES
+from e3va_mm.commands import compare
 from e3va_mm.comparison import SIDE_PATHS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +35,7 @@ def main() -> None:
     SIDE_PATHS.update(CANDIDATES)
     every = ','.join(['e3va', *CANDIDATES])
     options = ['--methods', every, *PROTOCOL, *sys.argv[1:]]
-    compare.run_from_shell([str(CONFIG), *options])
+    sys.exit(compare.main([str(CONFIG), *options]))
 
 
 if __name__ == '__main__':

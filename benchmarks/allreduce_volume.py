@@ -5,7 +5,7 @@
 Two processes train a config with DDP over gloo on generated input, weights at
 random, once for each variant. A communication hook counts the bytes of every
 bucket that is handed to the all-reduce, and then does what DDP does without.
-The picture is small, for the volume does not depend on it.
+The image is small, for the volume does not depend on it.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def measure(
     Args:
         config (Config): A detection or segmentation config.
         variants (Sequence[str]): Some of ``e3va_mm.measure.VARIANTS``.
-        size (int): Height and width of the pictures in pixels.
+        size (int): Height and width of the images in pixels.
         steps (int): Steps of each; all have to be alike. Defaults to 2.
 
     Returns:

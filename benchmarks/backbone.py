@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from e3va_mm.frameworks.memory import keep_freed_memory
 from e3va_mm.measure import kept_for_backward
-from e3va_mm.registry import MODELS
+from e3va_mm.registry import MODELS, install
 from e3va_mm.utils import mark_trainable
 
 STOCK_CLASSES = {
@@ -91,7 +91,7 @@ def build(variant: str, name: str) -> nn.Module:
         kind = dict(
             type=f'e3va_mm.{ours}',
             allow_random_trunk=True,
-            side_path=SIDE_PATHS[variant],
+            tuner=SIDE_PATHS[variant],
         )
     else:
         kind = dict(type=STOCK_CLASSES[ours], drop_path_rate=0.0)
@@ -101,8 +101,6 @@ def build(variant: str, name: str) -> nn.Module:
     if variant == 'frozen':
         mark_trainable(backbone, [])
         backbone.eval()
-    with torch.no_grad():  # the first pass stores the weights as asked for
-        backbone(torch.zeros(1, 3, 56, 56))
     return backbone
 
 
@@ -191,6 +189,7 @@ def table(kept: dict, taken: dict, title: str) -> Table:
 
 def main() -> None:
     """Measure bytes, then seconds; print the table and write the JSON."""
+    install()
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

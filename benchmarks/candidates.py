@@ -5,18 +5,19 @@ has earned its cost is part of the package, in its own form.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e3va_mm.registry import MODELS
+from e3va_mm.tuners import E3VA, E3VAMix, E3VAMixOptions, E3VAOptions
 from e3va_mm.tuners.e3va.adapter import LowRankAdapter
 from e3va_mm.tuners.e3va.highway import Highway
-from e3va_mm.tuners.e3va.mix import E3VAMixSidePath
 from e3va_mm.tuners.e3va.mixer import StageMixer
-from e3va_mm.tuners.e3va.side_path import E3VASidePath
 from e3va_mm.tuners.grid import on_grid
+from e3va_mm.utils.options import flag, option
 
 
 class CandidateAdapter(LowRankAdapter):
@@ -71,13 +72,13 @@ class HoldsTaps:
     """Holds the taps of a stage until its end, where more is known."""
 
     def start(self, *args) -> Highway:
-        """See :class:`E3VASidePath`."""
+        """See :class:`E3VA`."""
         highway = super().start(*args)
         highway.taps = []
         return highway
 
     def add_tap(self, highway, *tap) -> None:
-        """See :class:`E3VASidePath`."""
+        """See :class:`E3VA`."""
         highway.taps.append(tap)
 
     def held(self, highway, trunk) -> Iterator[tuple]:
@@ -90,11 +91,11 @@ class HoldsTaps:
         highway.taps = []
 
 
-@MODELS.register_module()
-class CandidateSidePath(HoldsTaps, E3VASidePath):
-    """E3VA with one or several candidates.
+@dataclass(frozen=True, kw_only=True)
+class CandidateOptions(E3VAOptions):
+    """Options of :class:`CandidateE3VA`, beside those of E3VA.
 
-    Args:
+    Attributes:
         kernel_size (int, optional): See :class:`CandidateAdapter`.
         tap_scale (bool): Its ``scale``.
         norm_taps (bool): Its ``norm``.
@@ -103,40 +104,50 @@ class CandidateSidePath(HoldsTaps, E3VASidePath):
             after the other.
         after_residual (bool): Whether they read the trunk's stream behind the
             residual addition instead of the branch before it.
-
-    The remaining arguments are those of :class:`E3VASidePath`.
     """
 
-    def __init__(
-        self,
-        stages,
-        *args,
-        kernel_size: int | None = None,
-        tap_scale: bool = False,
-        norm_taps: bool = False,
-        std: float | None = None,
-        state: bool = False,
-        after_residual: bool = False,
-        rank: int = 16,
-        bottleneck_ratio: float = 0.5,
-        **kwargs,
-    ) -> None:
-        super().__init__(stages, rank, bottleneck_ratio, *args, **kwargs)
-        self.state, self.after_residual = state, after_residual
-        options = (kernel_size, tap_scale, norm_taps, std)
+    kernel_size: int | None = option(None)
+    tap_scale: bool = option(False, flag)
+    norm_taps: bool = option(False, flag)
+    std: float | None = option(None)
+    state: bool = option(False, flag)
+    after_residual: bool = option(False, flag)
+
+
+@MODELS.register_module()
+class CandidateE3VA(HoldsTaps, E3VA):
+    """E3VA with one or several candidates.
+
+    Args:
+        **options: See :class:`CandidateOptions`.
+    """
+
+    OPTIONS = CandidateOptions
+
+    def build(self, stages) -> 'CandidateE3VA':
+        """See :class:`E3VA`."""
+        super().build(stages)
+        own = self.options
         for spec, stage in zip(stages, self.stages, strict=True):
             for block in stage:
                 for tap in self.taps:
                     block[tap] = CandidateAdapter(
-                        spec.channels, rank, bottleneck_ratio, *options
+                        spec.channels,
+                        own.rank,
+                        own.bottleneck_ratio,
+                        own.kernel_size,
+                        own.tap_scale,
+                        own.norm_taps,
+                        own.std,
                     )
+        return self
 
     def output(self, highway, trunk, size) -> Tensor:
-        """See :class:`E3VASidePath`."""
+        """See :class:`E3VA`."""
         for stage, block, tap, value, stream in self.held(highway, trunk):
-            read = stream if self.after_residual else value
+            read = stream if self.options.after_residual else value
             state = highway.sum()
-            if self.state and state is not None:
+            if self.options.state and state is not None:
                 read = read + state
             highway.add_to_sum(self.stages[stage][block][tap](read, size))
         return super().output(highway, trunk, size)
@@ -153,51 +164,56 @@ class MixersInARow(nn.ModuleList):
         return mixed - state
 
 
+@dataclass(frozen=True, kw_only=True)
+class CandidateMixOptions(E3VAMixOptions):
+    """Options of :class:`CandidateMix`, beside those of E3VA-Mix.
+
+    Attributes:
+        mixers (int): Mixers at a stage's end, one behind the other.
+        adapters (bool): Whether there are adapters at all.
+        after_residual (bool): As of :class:`CandidateOptions`, for all taps.
+    """
+
+    mixers: int = option(1)
+    adapters: bool = option(True, flag)
+    after_residual: bool = option(False, flag)
+
+
 @MODELS.register_module()
-class CandidateMix(HoldsTaps, E3VAMixSidePath):
+class CandidateMix(HoldsTaps, E3VAMix):
     """E3VA-Mix with one or several candidates.
 
     Args:
-        width (int): As for :class:`E3VAMixSidePath`.
-        mixers (int): Mixers at a stage's end, one behind the other.
-        adapters (bool): Whether there are adapters at all.
-        after_residual (bool): As for :class:`CandidateSidePath`; of all taps.
-
-    The remaining arguments are those of :class:`E3VAMixSidePath`.
+        **options: See :class:`CandidateMixOptions`.
     """
 
-    def __init__(
-        self,
-        stages,
-        *,
-        width: int,
-        mixers: int = 1,
-        adapters: bool = True,
-        after_residual: bool = False,
-        **kwargs,
-    ) -> None:
-        super().__init__(stages, width=width, **kwargs)
-        self.after_residual = after_residual
+    OPTIONS = CandidateMixOptions
+
+    def build(self, stages) -> 'CandidateMix':
+        """See :class:`E3VAMix`."""
+        super().build(stages)
         self.mixers = nn.ModuleList(
             MixersInARow(
-                StageMixer(spec.channels, width) for _ in range(mixers)
+                StageMixer(spec.channels, self.options.width)
+                for _ in range(self.options.mixers)
             )
             for spec in stages
         )
-        if not adapters:
+        if not self.options.adapters:
             self.stages = None
+        return self
 
     def output(self, highway, trunk, size) -> Tensor:
-        """See :class:`E3VASidePath`."""
+        """See :class:`E3VA`."""
         for *place, value, stream in self.held(highway, trunk):
             if self.stages is not None:
-                read = stream if self.after_residual else value
-                E3VAMixSidePath.add_tap(self, highway, *place, read)
+                read = stream if self.options.after_residual else value
+                E3VAMix.add_tap(self, highway, *place, read)
         return super().output(highway, trunk, size)
 
 
 def _candidate(**options) -> dict:
-    return dict(type='e3va_mm.CandidateSidePath', **options)
+    return dict(type='e3va_mm.CandidateE3VA', **options)
 
 
 def _mix(width=256, taps=('attn', 'ffn'), **options) -> dict:

@@ -2,7 +2,7 @@
 
     python benchmarks/lossy_gradients.py
 
-The nano trunk with the weights that come with the package runs over pictures
+The nano trunk with the weights that come with the package runs over images
 of digits: real features. Every value of `save_taps` gives the gradients of
 all that trains in the backbone, in fp32, and they are compared with those of
 `exact` in fp64. All factors of the adapters are drawn at the scale they start
@@ -48,7 +48,7 @@ STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
 Gradients = dict[str, Tensor]
 
 
-def pictures(count: int, size: int) -> Tensor:
+def scene_images(count: int, size: int) -> Tensor:
     """(count, 3, size, size), normalised, from the split for training."""
     scenes = [make_scene('train', i, size).image for i in range(count)]
     images = torch.stack(
@@ -78,7 +78,7 @@ def backbone(
                 type='e3va_mm.E3VASwinTransformer',
                 pretrain_img_size=112,
                 **NANO,
-                side_path=dict(save_taps=save_taps, compute=compute),
+                tuner=dict(save_taps=save_taps, compute=compute),
                 init_cfg=dict(type='Pretrained', checkpoint=WEIGHTS),
             )
         )
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--pictures', type=int, default=4)
+    parser.add_argument('--images', '--pictures', type=int, default=4)
     parser.add_argument('--size', type=int, default=224, help='in pixels')
     parser.add_argument(
         '--compute', help="the side path's option of that name"
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     MMLogger.get_instance('benchmark', log_level='WARNING')
-    images = pictures(args.pictures, args.size)
+    images = scene_images(args.images, args.size)
     console = Console(width=max(Console().width, 96))
     results = {}
     for name, outliers in (('real features', False), ('outliers', True)):

@@ -3,8 +3,8 @@
     python benchmarks/presets_on_digits.py exact lean --seeds 0 1 2
 
 Trains and tests configs/cascade_e3va_swin_nano_digits.py with every preset and
-seed, one after the other, in WORK_DIR. Interrupted, the same command goes on.
-The data must be there: python tools/make_digits.py
+seed, one after the other, in WORK_DIR. If interrupted, rerun the
+command to resume. The data must be there: python tools/make_digits.py
 """
 
 import argparse
@@ -25,7 +25,7 @@ def run(preset: str, seed: int, work_dir: Path, options: list[str]) -> dict:
     done = folder / 'metrics.json'
     if not done.exists():
         options = [
-            f'model.backbone.side_path.preset={preset}',
+            f'model.backbone.tuner.preset={preset}',
             f'randomness.seed={seed}',
             *options,
         ]

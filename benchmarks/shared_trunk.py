@@ -123,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     trunk = sum(
         value.nbytes
-        for _, child in backbones[0].trunk_children()
-        for value in child.parameters()
+        for value in backbones[0].parameters()
+        if not value.requires_grad
     )
     print(
         f'largest difference of outputs: {difference:.1e}\n'

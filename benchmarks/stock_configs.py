@@ -7,10 +7,10 @@ In every config of MMDetection and MMSegmentation whose backbone is a
 transformer or a ConvNeXt, the backbone becomes ours, and the model takes one
 training step on generated input, with the config's own optimizer: weights at
 random, nothing else changed. Left out are configs with a language model, whose
-weights and vocabulary are a download. Each config has a process of its own.
-Interrupted, the same command goes on; what failed is tried again. Seconds are
-those of the first and only step, of all cores together: what else a machine
-does hardly changes them.
+weights and vocabulary are a download. Each config has a process of its own. If
+interrupted, rerun the command to resume; what failed is tried again. Seconds
+are those of the first and only step, of all cores together: what else a
+machine does hardly changes them.
 """
 
 import argparse
@@ -41,11 +41,10 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from e3va_mm.backbones import TunedBackbone
+from e3va_mm.backbones import TunedBackbone, tuned_config
 from e3va_mm.measure import TrainingStep
 from e3va_mm.measure.results import Results
 from e3va_mm.measure.variants import framework
-from e3va_mm.trunks.families import VITS
 
 FRAMEWORKS = ('mmdet', 'mmseg')
 # Stock class -> what configs with it have in their name or text; to parse all
@@ -66,7 +65,7 @@ FAMILIES = {
 }
 # Names of the backbone in a model.
 BACKBONES = ('backbone', 'image_encoder')
-# Made for pictures of their `img_size`.
+# Made for images of their `img_size`.
 OF_ONE_SIZE = ('BEiT', 'MAE')
 
 
@@ -114,24 +113,14 @@ def family_of(model: Mapping) -> str:
 
 
 def change(model: MutableMapping, framework: str) -> None:
-    """Change the line that makes a stock config one of ours.
+    """Make a stock config one of ours.
 
     Args:
         model (MutableMapping): ``model`` of the config, changed in place.
         framework (str): Of the config.
     """
     name, stock = backbone_of(model)
-    kind = stock['type']
-    if '.' not in kind:
-        kind = f'{framework}.{kind}'
-    if kind.endswith('.SwinTransformer'):
-        stock['type'] = 'e3va_mm.E3VASwinTransformer'
-    elif kind in VITS:
-        stock['type'] = 'e3va_mm.E3VAVisionTransformer'
-        stock['trunk_type'] = kind
-    else:
-        trunk = dict(stock, type=kind)
-        model[name] = dict(type='e3va_mm.E3VABackbone', trunk=trunk)
+    model[name] = tuned_config(stock, framework)
 
 
 def one_step(path: Path, size: int, batch: int) -> dict:
@@ -139,7 +128,7 @@ def one_step(path: Path, size: int, batch: int) -> dict:
 
     Args:
         path (Path): A config with a stock backbone.
-        size (int): Height and width of the pictures in pixels, but for
+        size (int): Height and width of the images in pixels, but for
             backbones that are made for one size.
         batch (int): Pictures.
 
@@ -186,8 +175,8 @@ def one_step(path: Path, size: int, batch: int) -> dict:
 
 
 @torch.no_grad()
-def give_statistics(backbone: TunedBackbone, pictures: Tensor) -> None:
-    """Batch norms of a frozen trunk get the statistics of some pictures.
+def give_statistics(backbone: TunedBackbone, images: Tensor) -> None:
+    """Batch norms of a frozen trunk get the statistics of some images.
 
     Pre-trained ones have theirs. Through those that a random trunk begins
     with, values grow from block to block until they are not finite.
@@ -197,7 +186,7 @@ def give_statistics(backbone: TunedBackbone, pictures: Tensor) -> None:
         norm.momentum = None  # the mean of all batches, here of one
         norm.train()
     if norms:
-        backbone(pictures)
+        backbone(images)
     for norm in norms:
         norm.eval()
 
@@ -294,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f'pixels; {" and ".join(OF_ONE_SIZE)} have their own',
     )
     # Batch norms of maps of 1x1 need two.
-    parser.add_argument('--batch', type=int, default=2, help='pictures')
+    parser.add_argument('--batch', type=int, default=2, help='images')
     parser.add_argument('--json', type=Path, help='figures, to go on from')
     args = parser.parse_args(argv)
     paths = [path.resolve() for path in args.configs] or [

@@ -5,10 +5,10 @@
 #
 #   bash benchmarks/workloads.sh w1 [options of tools/measure.py]
 #     (but --cfg-options, which it gives itself)
-#   bash benchmarks/workloads.sh w1-methods  # all rivals, and E3VA exact, lean
+#   bash benchmarks/workloads.sh w1-methods  # all baselines, and E3VA exact, lean
 #   bash benchmarks/workloads.sh w1-mix  # E3VA-Mix as `lean`
 #
-# Figures go to work_dirs/benchmarks/; interrupted, the same command goes on.
+# Figures go to work_dirs/benchmarks/; if interrupted, rerun the command to resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -16,6 +16,10 @@ check_distributions()  # before mmengine, which may be a mixture of two
 
 from mmengine import registry as mmengine  # noqa: E402
 
+from e3va_mm.frameworks.distributed import (  # noqa: E402
+    GlooDistributedDataParallel,
+)
+
 
 def install() -> None:
     """Change the frameworks as docs/frameworks.md lists it.
@@ -88,5 +92,6 @@ MODEL_WRAPPERS = _Registry(
     'model wrapper',
     parent=mmengine.MODEL_WRAPPERS,
     scope='e3va_mm',
-    locations=['e3va_mm.engine.wrappers'],
+    locations=[],
 )
+MODEL_WRAPPERS.register_module(module=GlooDistributedDataParallel)

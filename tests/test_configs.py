@@ -129,8 +129,8 @@ def stock_arguments(backbone):
 def stock_name(backbone):
     """Which stock class a backbone's config means."""
     kind = backbone.get('trunk_type') or stock_arguments(backbone)['type']
-    # Not a name in a config of the new style.
-    name = kind if isinstance(kind, str) else kind.__name__
+    # A class in a config of the new style.
+    name = kind.__name__ if isinstance(kind, type) else kind
     return name.removeprefix('e3va_mm.')
 
 
@@ -303,7 +303,7 @@ def test_header_says_what_trains(name, undrawn):
     ).groups()
     config = load(name)
     backbone = config.model.backbone.to_dict()
-    if callable(backbone['type']):  # in a config of the new style
+    if isinstance(backbone['type'], type):  # in a config of the new style
         backbone['type'] = f'e3va_mm.{backbone["type"].__name__}'
     # Weights are out of reach, and how the trunk computes does not count.
     del stock_arguments(backbone)['init_cfg']

@@ -1,4 +1,4 @@
-"""`e3va doctor` in a clone; see --help."""
+"""Say what is installed, what cannot work together, and what mends it."""
 
 import sys
 from pathlib import Path

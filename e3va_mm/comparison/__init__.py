@@ -1,3 +1,4 @@
+from e3va_mm.comparison.jobs import Jobs
 from e3va_mm.comparison.methods import (
     METHODS,
     SIDE_PATHS,
@@ -10,6 +11,7 @@ from e3va_mm.comparison.report import draw, markdown
 __all__ = [
     'METHODS',
     'SIDE_PATHS',
+    'Jobs',
     'Records',
     'Run',
     'draw',

@@ -6,28 +6,24 @@ from collections.abc import Mapping
 
 from mmengine.config import Config, ConfigDict
 
+from e3va_mm.backbones import tuned_config
 from e3va_mm.backbones.stock import stock_class
 from e3va_mm.errors import ConfigError
-from e3va_mm.measure.variants import (
-    METHODS,
-    framework,
-    own_backbone,
-    rival_backbone,
-    side_path_of,
-    stock_backbone,
-    type_name,
-)
+from e3va_mm.measure.variants import TUNERS, framework, side_path_of
+from e3va_mm.utils.configs import class_name
 
-PAPER = 'e3va_mm.E3VASidePath'
-# Beside it: what is set of the side path.
+METHODS: dict[str, Mapping] = {
+    'fixed' if name == 'frozen' else name: tuner
+    for name, tuner in TUNERS.items()
+}
 SIDE_PATHS: dict[str, Mapping] = {
-    'e3va': dict(type=PAPER),
-    'e3va-mix': dict(type='e3va_mm.E3VAMixSidePath'),
+    'e3va': dict(type='E3VA'),
+    'e3va-mix': dict(type='E3VAMix'),
 }
 
 
 def method_config(config: Config, method: str) -> Config:
-    """The config of a method: another backbone, and nothing else.
+    """The config of a method: another tuner, and nothing else.
 
     No method has stochastic depth: a frozen trunk has none.
 
@@ -47,33 +43,32 @@ def method_config(config: Config, method: str) -> Config:
             f'{method!r}.'
         )
     config = copy.deepcopy(config)
-    backbone = config.model.backbone
-    kind = type_name(config, backbone)
-    stock = stock_backbone(backbone, kind, framework(config))
-    if method in SIDE_PATHS:
-        changed = ConfigDict(own_backbone(backbone, kind))
-        changed.side_path = _side_path(
-            SIDE_PATHS[method], changed.get('side_path') or {}
-        )
-    else:
-        changed = rival_backbone(config, method)
-    # Left out, it would be the class's own.
-    if 'drop_path_rate' in _parameters(type_name(config, stock)):
-        changed.get('trunk', changed).drop_path_rate = 0.0
-    config.model.backbone = changed
+    backbone = tuned_config(config.model.backbone, framework(config))
+    tuner = METHODS.get(method)
+    if tuner is None:
+        own, before = SIDE_PATHS[method], backbone['tuner']
+        if _kind(before) != _kind(own):  # options that not all kinds have
+            before = {
+                k: v for k, v in before.items() if k not in ('width', 'taps')
+            }
+        tuner = {**side_path_of('exact', before), 'type': 'E3VA', **own}
+    backbone['tuner'] = dict(tuner)
+    trunk = backbone.get('trunk')
+    # Left out, it would be the default of the class.
+    if trunk is None:
+        backbone['drop_path_rate'] = 0.0
+    elif 'drop_path_rate' in _parameters(trunk['type']):
+        trunk['drop_path_rate'] = 0.0
+    config.model.backbone = ConfigDict(backbone)
     return config
 
 
-def _side_path(own: Mapping, given: Mapping) -> dict:
-    """A side path of a kind, with what a config sets that all kinds have."""
-    kind = own.get('type', PAPER)
-    if given.get('type', PAPER) != kind:
-        given = {k: v for k, v in given.items() if k not in ('width', 'taps')}
-    return {**side_path_of('exact', given), **own, 'type': kind}
+def _kind(tuner: Mapping) -> str:
+    return class_name({'type': 'E3VA', **tuner}).removesuffix('SidePath')
 
 
 def _parameters(kind: str) -> Mapping[str, inspect.Parameter]:
-    """What the class of a stock backbone takes."""
+    """Arguments of the class of a stock backbone."""
     return inspect.signature(stock_class(kind)).parameters
 
 
@@ -83,7 +78,7 @@ def run_config(config: Config, lr: float, seed: int) -> Config:
     Args:
         config (Config): Of a method.
         lr (float): Learning rate of the optimizer.
-        seed (int): Of the order of the pictures and of what is drawn.
+        seed (int): Of the order of the images and of all that is random.
 
     Returns:
         Config: A changed copy.

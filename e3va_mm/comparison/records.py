@@ -2,15 +2,12 @@
 
 import json
 import math
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from e3va_mm.errors import ConfigError
+from e3va_mm.measure.results import read_figures
 from e3va_mm.utils.files import write_whole
-
-FILE = 'comparison.json'
 
 
 class Run(NamedTuple):
@@ -31,7 +28,7 @@ class Records:
 
     Every method trains with each learning rate and the first seed; the rate
     that is best on validation trains with the other seeds. The test split is
-    for the runs of that rate, when all are trained.
+    for the runs of that rate.
 
     Args:
         folder (Path): Where ``comparison.json`` is, or will be.
@@ -40,6 +37,12 @@ class Records:
         methods (Sequence[str]): What to compare.
         lrs (Sequence[float]): The learning rates.
         seeds (Mapping[str, int]): How many seeds a method has.
+
+    Attributes:
+        runs (dict[str, dict]): Name of a run to its figures: ``validation``
+            and ``test`` by metric, or ``diverged``.
+        measured (dict[str, dict]): Method to the figures of its step.
+        cpu_seconds (float): What all of it has computed.
 
     Raises:
         ConfigError: If the file holds figures of other settings.
@@ -53,138 +56,93 @@ class Records:
         lrs: Sequence[float],
         seeds: Mapping[str, int],
     ) -> None:
-        self.path = folder / FILE
+        self.path = folder / 'comparison.json'
         self.settings = dict(settings)
         self.methods, self.seeds = list(methods), seeds
         self.lrs = sorted(set(lrs))
-        self.cpu_seconds = 0.0
-        self.runs: dict[str, dict] = {}
-        self.measured: dict[str, dict] = {}
+        found: dict = {}
         if self.path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        try:
-            found = json.loads(self.path.read_text())
-            before = found['settings']
-            self.runs, self.measured = found['runs'], found['measured']
-            self.cpu_seconds = found['cpu_seconds']
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(
-                f'{self.path} does not hold figures of a comparison. Remove '
-                'it, or name another folder with --work-dir.'
-            ) from None
-        changed = [
-            f'{key} was {before.get(key)}, is {value}'
-            for key, value in self.settings.items()
-            if before.get(key) != value
-        ]
-        if changed:
-            raise ConfigError(
-                f'{self.path} holds figures of another comparison: '
-                f'{"; ".join(changed)}. Name another folder with --work-dir.'
+            header = dict(settings=self.settings, runs={}, measured={})
+            found = read_figures(
+                self.path, header, 'name another folder with --work-dir'
             )
+        self.runs = found.get('runs', {})
+        self.measured = found.get('measured', {})
+        self.cpu_seconds = found.get('cpu_seconds', 0.0)
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write the file; it is whole at every moment."""
         content = dict(
             settings=self.settings,
             cpu_seconds=round(self.cpu_seconds, 1),
             runs=self.runs,
             measured=self.measured,
         )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(content, indent=1).encode())
 
     def update(self, run: Run, **figures) -> None:
-        """Take in figures of a run; the file is whole at every moment."""
-        row = dict(run._asdict(), lost=False, **figures)
-        self.runs[run.name] = {**self.runs.get(run.name, {}), **row}
-        self._write()
-
-    def lose(self, run: Run) -> None:
-        """Have a run trained anew; its rate stays chosen."""
-        self.runs[run.name]['lost'] = True
-        self._write()
-
-    def spend(self, cpu_seconds: float) -> None:
-        """Take in what has been computed up to now."""
-        self.cpu_seconds = cpu_seconds
-        self._write()
-
-    def update_measured(self, method: str, figures: Mapping) -> None:
-        """Take in the costs of a method."""
-        self.measured[method] = dict(figures)
-        self._write()
+        """Add figures of a run."""
+        row = self.runs.setdefault(run.name, run._asdict())
+        row.update(figures)
+        self.write()
 
     def validation(self, run: Run) -> float | None:
         """The metric of a run on validation, if it is trained; or NaN."""
         row = self.runs.get(run.name, {})
         if row.get('diverged'):
             return math.nan
-        found = row.get('validation')
-        return found and found[self.settings['metric']]
+        return row.get('validation', {}).get(self.settings['metric'])
 
     def diverged(self, run: Run) -> bool:
         """Whether a run was trained to no figure."""
-        value = self.validation(run)
-        return value is not None and math.isnan(value)
+        return self.runs.get(run.name, {}).get('diverged', False)
 
     def searches(self, method: str) -> list[Run]:
         """The runs that choose the learning rate."""
         return [Run(method, lr, 0) for lr in self.lrs]
-
-    def is_searched(self, method: str) -> bool:
-        """Whether all rates of a method are tried."""
-        runs = self.searches(method)
-        return all(self.validation(run) is not None for run in runs)
 
     def chosen(self, method: str) -> list[Run]:
         """The runs of the best rate, the lowest of equals.
 
         None while it is not known, or if all have diverged.
         """
-        runs = [r for r in self.searches(method) if not self.diverged(r)]
-        if not runs or not self.is_searched(method):
+        values = {run: self.validation(run) for run in self.searches(method)}
+        if None in values.values():
             return []
-        best = max(runs, key=self.validation)
+        runs = [run for run in values if not self.diverged(run)]
+        if not runs:
+            return []
+        best = max(runs, key=values.get)
         return [best._replace(seed=seed) for seed in range(self.seeds[method])]
 
-    def _waits(self, run: Run) -> bool:
-        """Whether a run is to be trained."""
-        lost = self.runs.get(run.name, {}).get('lost', False)
-        return lost or self.validation(run) is None
-
-    def runs_of(self, method: str) -> list[Run]:
-        """The runs of a method that are known to be needed, each once."""
-        return list(
-            dict.fromkeys([*self.searches(method), *self.chosen(method)])
-        )
-
-    def to_train(self) -> Iterator[Run]:
+    def to_train(self) -> list[Run]:
         """Runs that can be trained now; more may follow from their figures."""
-        for method in self.methods:
-            for run in self.runs_of(method):
-                if self._waits(run):
-                    yield run
+        return [
+            run
+            for method in self.methods
+            for run in dict.fromkeys(
+                [*self.searches(method), *self.chosen(method)]
+            )
+            if self.validation(run) is None
+        ]
 
     def left(self) -> int:
-        """How many trainings are left, those to come included."""
-        left = 0
-        for method in self.methods:
-            left += sum(map(self._waits, self.runs_of(method)))
-            if not self.is_searched(method):
-                left += self.seeds[method] - 1
-        return left
+        """How many trainings are left, including those to come."""
+        unknown = sum(
+            self.seeds[method] - 1
+            for method in self.methods
+            if None in map(self.validation, self.searches(method))
+        )
+        return len(self.to_train()) + unknown
 
     def to_test(self) -> list[Run]:
-        """Chosen runs without test figures, once all are trained."""
-        if self.left():
-            return []
+        """Chosen runs without test figures."""
         return [
             run
             for method in self.methods
             for run in self.chosen(method)
-            if 'test' not in self.runs[run.name] and not self.diverged(run)
+            if not self.diverged(run)
+            and 'test' not in self.runs.get(run.name, {})
         ]
 
     def values(self, method: str, split: str, metric: str) -> list[float]:
@@ -200,9 +158,3 @@ class Records:
             elif metric in figures:
                 found.append(figures[metric])
         return found
-
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample deviation; the latter is 0 of one value."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.mean(values), spread

@@ -1,16 +1,13 @@
-"""A comparison as a table and as pictures."""
+"""A comparison as a table and as plots."""
 
 import math
 import statistics
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 from e3va_mm.comparison.methods import SIDE_PATHS
-from e3va_mm.comparison.records import Records, mean_and_deviation
-from e3va_mm.measure.fits import MIB
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from e3va_mm.comparison.records import Records
+from e3va_mm.measure.report import COLUMNS, median_seconds, peak_bytes
+from e3va_mm.utils.sizes import MIB
 
 # Metrics of the frameworks -> heading, and the factor to points of 100.
 HEADINGS = {
@@ -18,15 +15,28 @@ HEADINGS = {
     'coco/segm_mAP': ('mask AP', 100),
     'mIoU': ('mIoU', 1),
 }
-COSTS = {
-    'memory': 'accounted peak of a training step, MiB',
-    'time': 'seconds of a training step',
-}
+COSTS = ('memory', 'time')
+MEASURED = (
+    *('trainable in backbone', 'of the backbone', 'peak MiB', 'held MiB'),
+    *('s/step', 'file MB'),
+)
 
 
-def points(values: Sequence[float], metric: str) -> list[float]:
-    """Values of a metric in points of 100."""
-    return [value * HEADINGS.get(metric, (metric, 1))[1] for value in values]
+def heading(metric: str) -> str:
+    """A metric in a table."""
+    return HEADINGS.get(metric, (metric, 1))[0]
+
+
+def points(records: Records, method: str, split: str, metric: str) -> list:
+    """Values of the chosen runs of a method, in points of 100."""
+    factor = HEADINGS.get(metric, (metric, 1))[1]
+    return [v * factor for v in records.values(method, split, metric)]
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample deviation; the latter is 0 of one value."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.mean(values), spread
 
 
 def markdown(records: Records, metrics: Sequence[str], split: str) -> str:
@@ -40,91 +50,42 @@ def markdown(records: Records, metrics: Sequence[str], split: str) -> str:
     Returns:
         str: A Markdown table; a dash stands for what is not known.
     """
-    headings = [HEADINGS.get(metric, (metric, 1))[0] for metric in metrics]
-    rows = [
-        [
-            'method',
-            *headings,
-            'learning rate',
-            'trainable',
-            'of the backbone',
-            'peak MiB',
-            'held MiB',
-            's/step',
-            'file MB',
-        ]
-    ]
-    rows.append(['---', *['---:'] * (len(rows[0]) - 1)])
+    heads = ['method', *map(heading, metrics), 'learning rate', *MEASURED]
+    rows = [heads, ['---', *['---:'] * (len(heads) - 1)]]
     for method in records.methods:
         chosen = records.chosen(method)
-        rows.append(
-            [
-                method,
-                *(
-                    _spread(
-                        points(records.values(method, split, metric), metric)
-                    )
-                    for metric in metrics
-                ),
-                f'{chosen[0].lr:g}' if chosen else '-',
-                *_costs(records.measured.get(method, {})),
-            ]
-        )
+        row = records.measured.get(method, {})
+        cells = [
+            *(_spread(points(records, method, split, m)) for m in metrics),
+            f'{chosen[0].lr:g}' if chosen else '',
+            *(COLUMNS[name](row) for name in MEASURED),
+        ]
+        rows.append([method, *(cell or '-' for cell in cells)])
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
 def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return '-'
     each = ', '.join(
         'diverged' if math.isnan(value) else f'{value:.1f}' for value in values
     )
-    if len(values) == 1 or any(map(math.isnan, values)):
+    if len(values) < 2 or any(map(math.isnan, values)):
         return each
     mean, deviation = mean_and_deviation(values)
     return f'{mean:.2f} ± {deviation:.2f} ({each})'
 
 
-def _costs(row: dict) -> list[str]:
-    parameters, memory = row.get('parameters'), row.get('memory_bytes')
-    cells = ['-', '-', '-', '-', '-', '-']
-    if parameters:
-        trained, whole = (
-            parameters['trainable_backbone'],
-            parameters['backbone'],
-        )
-        cells[0] = f'{trained:,}'
-        cells[1] = f'{100 * trained / whole:.2f} %'
-    if memory:
-        cells[2] = f'{memory["peak"] / MIB:,.1f}'
-        cells[3] = f'{held_by_backbone(memory) / MIB:,.1f}'
-    if row.get('seconds'):
-        cells[4] = f'{statistics.median(row["seconds"]):.3f}'
-    if 'file_bytes' in row:
-        cells[5] = f'{row["file_bytes"] / 1e6:.2f}'
-    return cells
-
-
-def held_by_backbone(memory: dict) -> int:
-    """Bytes that a backbone holds when backward begins, outputs included."""
-    return sum(
-        size
-        for path, size in memory['kept_modules'].items()
-        if path.split('.')[0] == 'backbone'
-    )
-
-
-def draw(records: Records, metric: str, split: str, cost: str) -> 'Figure':
-    """Accuracy against a cost.
+def draw(records: Records, metric: str, split: str, cost: str):
+    """Draw accuracy over a cost.
 
     Args:
         records (Records): What was found.
         metric (str): The accuracy.
         split (str): ``'test'`` or ``'validation'``.
-        cost (str): A key of ``COSTS``.
+        cost (str): One of ``COSTS``.
 
     Returns:
-        Figure: A point with its deviation for each method that has both.
+        matplotlib.figure.Figure: A point with its deviation for each method
+        that has both.
     """
     # Slow to import, and not on a machine that only trains.
     from matplotlib.figure import Figure
@@ -132,7 +93,7 @@ def draw(records: Records, metric: str, split: str, cost: str) -> 'Figure':
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.add_subplot()
     for method in records.methods:
-        values = points(records.values(method, split, metric), metric)
+        values = points(records, method, split, metric)
         x = _cost(records.measured.get(method, {}), cost)
         if not values or any(map(math.isnan, values)) or x is None:
             continue
@@ -150,21 +111,21 @@ def draw(records: Records, metric: str, split: str, cost: str) -> 'Figure':
         axes.annotate(
             method,
             (x, mean),
-            # Ours above, rivals below: a point beside hides neither.
+            # Ours above, baselines below: a point beside hides neither.
             xytext=(7, 7 if ours else -13),
             textcoords='offset points',
             weight='bold' if ours else 'normal',
         )
-    heading = HEADINGS.get(metric, (metric, 1))[0]
-    axes.set(xlabel=COSTS[cost], ylabel=f'{heading}, {split} split')
+    label = 'seconds per training step'
+    if cost == 'memory':
+        label = 'accounted peak of a training step, MiB'
+    axes.set(xlabel=label, ylabel=f'{heading(metric)}, {split} split')
     axes.margins(0.15)
     axes.grid(alpha=0.3)
     return figure
 
 
-def _cost(row: dict, cost: str) -> float | None:
-    if cost == 'memory' and row.get('memory_bytes'):
-        return row['memory_bytes']['peak'] / MIB
-    if cost == 'time' and row.get('seconds'):
-        return statistics.median(row['seconds'])
-    return None
+def _cost(row: Mapping, cost: str) -> float | None:
+    if cost == 'time':
+        return median_seconds(row)
+    return peak_bytes(row) and peak_bytes(row) / MIB

@@ -51,13 +51,21 @@ def check_patterns(patterns: Sequence[str], option: str) -> None:
     Raises:
         ConfigError: If the value is no list or tuple of strings.
     """
-    if not isinstance(patterns, (list, tuple)) or not all(
-        isinstance(each, str) for each in patterns
-    ):
-        hint = f' Write [{patterns!r}].' if isinstance(patterns, str) else ''
+    if isinstance(patterns, str):
         raise ConfigError(
-            f'{option} should be a list of paths, but got {patterns!r}.{hint}'
+            f'{option} should be a list of paths, but got the string '
+            f'{patterns!r}. Write [{patterns!r}].'
         )
+    if not isinstance(patterns, (list, tuple)):
+        raise ConfigError(
+            f'{option} should be a list of paths, but got {patterns!r}.'
+        )
+    for each in patterns:
+        if not isinstance(each, str):
+            raise ConfigError(
+                f'{option} should be a list of paths, but got the path '
+                f'{each!r}, which is no string.'
+            )
 
 
 def select(

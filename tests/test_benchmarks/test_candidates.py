@@ -21,16 +21,16 @@ def candidates():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module.CANDIDATES
-    for name in ('CandidateSidePath', 'CandidateMix'):
+    for name in ('CandidateE3VA', 'CandidateMix'):
         MODELS.module_dict.pop(name)
 
 
-def build(side_path):
-    return build_e3va(side_path=side_path).eval()
+def build(tuner):
+    return build_e3va(tuner=tuner).eval()
 
 
 def test_without_any_it_is_the_paper_s(candidates):
-    plain, bare = build({}), build(dict(type='e3va_mm.CandidateSidePath'))
+    plain, bare = build({}), build(dict(type='e3va_mm.CandidateE3VA'))
     state = {
         name: torch.randn_like(value) * 0.2
         if name.startswith('side_path')

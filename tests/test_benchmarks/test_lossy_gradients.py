@@ -23,7 +23,7 @@ def benchmark():
 
 @pytest.fixture(scope='module')
 def figures(benchmark):
-    images = benchmark.pictures(2, 112)
+    images = benchmark.scene_images(2, 112)
     return {
         outliers: benchmark.measure(images, outliers)
         for outliers in (False, True)
@@ -53,7 +53,7 @@ def test_outliers_cost_the_rest_nothing(figures, mode):
 
 
 def test_outlier_channels_are_100_times_as_large(benchmark):
-    images = benchmark.pictures(1, 112)
+    images = benchmark.scene_images(1, 112)
     sizes = []
     for outliers in (False, True):
         model = benchmark.backbone('exact', outliers).eval()
@@ -70,8 +70,8 @@ def test_outlier_channels_are_100_times_as_large(benchmark):
     torch.testing.assert_close(ratio, expected, rtol=1e-3, atol=0)
 
 
-def test_pictures_are_normalised_scenes(benchmark):
-    images = benchmark.pictures(3, 112)
+def test_images_are_normalised_scenes(benchmark):
+    images = benchmark.scene_images(3, 112)
     assert images.shape == (3, 3, 112, 112)
     assert -2.2 < images.min() < images.max() < 2.7
     assert not torch.equal(images[0], images[1])
@@ -105,7 +105,7 @@ def test_figures_by_hand(benchmark):
 def test_command(tmp_path):
     target = tmp_path / 'figures.json'
     done = subprocess.run(
-        [sys.executable, SCRIPT, '--pictures=1', '--size=96']
+        [sys.executable, SCRIPT, '--images=1', '--size=96']
         + [f'--json={target}'],
         check=True,
         capture_output=True,

@@ -102,6 +102,7 @@ def test_all_of_the_other_families(benchmark, framework, counts):
         stock = dict(stock)
         benchmark.change(model, framework)
         ours = dict(model[name])
+        assert ours.pop('tuner') == dict(type='E3VA')
         kind = stock.pop('type')
         scoped = kind if '.' in kind else f'{framework}.{kind}'
         if ours.pop('type') == 'e3va_mm.E3VAVisionTransformer':
@@ -157,7 +158,7 @@ def test_command(benchmark, tmp_path, capsys):
 def test_batch_norms_of_a_random_trunk_get_statistics(benchmark):
     torch.manual_seed(0)
     ours = build_ours('mscan')
-    pictures = 5 + 3 * torch.randn(2, 3, 64, 64)
+    images = 5 + 3 * torch.randn(2, 3, 64, 64)
     seen = {}
 
     def look(module, args):
@@ -169,7 +170,7 @@ def test_batch_norms_of_a_random_trunk_get_statistics(benchmark):
         if isinstance(module, torch.nn.BatchNorm2d)
     }
     handles = [m.register_forward_pre_hook(look) for m in norms.values()]
-    benchmark.give_statistics(ours, pictures)
+    benchmark.give_statistics(ours, images)
     for handle in handles:
         handle.remove()
     assert seen

@@ -29,14 +29,16 @@ def records(tmp_path):
                 validation={BOX: 0.9},
                 test={BOX: value, MASK: value / 2},
             )
-        found.update_measured(method, MEASURED)
+        found.measured[method] = MEASURED
     return found
 
 
 def test_table(records):
     head, rule, *rows = markdown(records, (BOX, MASK), 'test').splitlines()
     assert head.count('|') == rule.count('|') == rows[0].count('|')
-    assert head.startswith('| method | box AP | mask AP | learning rate |')
+    assert head.startswith(
+        '| method | box AP | mask AP | learning rate | trainable in backbone |'
+    )
     assert rows[0] == (
         '| full | 51.00 ± 1.41 (50.0, 52.0) | 25.50 ± 0.71 (25.0, 26.0) '
         '| 0.001 | 1,500 | 1.50 % | 80.0 | 3.0 | 0.500 | 2.50 |'
@@ -64,7 +66,7 @@ def test_the_table_of_validation(records):
 @pytest.mark.parametrize(
     'cost, value, unit', [('memory', 80, 'MiB'), ('time', 0.5, 'seconds')]
 )
-def test_pictures(records, cost, value, unit):
+def test_plots(records, cost, value, unit):
     (axes,) = draw(records, BOX, 'test', cost).axes
     assert axes.get_ylabel() == 'box AP, test split'
     assert unit in axes.get_xlabel()

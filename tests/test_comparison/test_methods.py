@@ -16,13 +16,9 @@ from tests.helpers import TINY
 from tests.test_configs import CONFIGS
 
 ALL = (*METHODS, *SIDE_PATHS)
-DIGITS = [
-    CONFIGS / f'{name}_e3va_swin_nano_digits.py'
-    for name in ('cascade', 'upernet')
-]
+DIGITS = CONFIGS / 'cascade_e3va_swin_nano_digits.py'
+SWIN = 'e3va_mm.E3VASwinTransformer'
 WEIGHTS = dict(type='Pretrained', checkpoint='weights.pth')
-
-every_digits = pytest.mark.parametrize('path', DIGITS, ids=lambda p: p.stem)
 
 
 def config(scope='mmdet', **backbone):
@@ -30,43 +26,30 @@ def config(scope='mmdet', **backbone):
     return Config(dict(default_scope=scope, model=model))
 
 
-def rest(config):
-    found = config.to_dict()
-    del found['model']['backbone']
-    return found
+def backbone_of(given, method):
+    return method_config(given, method).model.backbone
 
 
-@every_digits
-def test_methods_differ_in_the_backbone_only(path):
-    given = Config.fromfile(path)
+def test_methods_differ_in_the_tuner_alone():
+    given = Config.fromfile(DIGITS)
     before = copy.deepcopy(given.to_dict())
-    backbones = []
+    rests = []
     for method in ALL:
-        changed = method_config(given, method)
-        assert rest(changed) == rest(given), method
-        backbone = changed.model.backbone.to_dict()
-        assert backbone.pop('drop_path_rate') == 0, method
+        changed = method_config(given, method).to_dict()
+        backbone = changed['model']['backbone']
+        expected = METHODS.get(method) or SIDE_PATHS[method]
+        found = backbone.pop('tuner')
+        assert {k: found[k] for k in expected} == expected, method
+        assert (backbone['type'], backbone['drop_path_rate']) == (SWIN, 0)
         assert backbone['init_cfg'] == given.model.backbone.init_cfg
-        assert 'side_path' not in backbone or method in SIDE_PATHS
-        backbones.append(backbone)
+        rests.append(changed)
+    assert all(rest == rests[0] for rest in rests)
     assert given.to_dict() == before, 'the original is left alone'
-    for method, backbone in zip(METHODS, backbones, strict=False):
-        assert backbone['type'] == 'e3va_mm.PETLSwinTransformer'
-        assert backbone.pop('method') == METHODS[method]
-    assert backbones[-1].pop('type') == 'e3va_mm.E3VASwinTransformer'
-    stock = [
-        {k: v for k, v in backbone.items() if k in given.model.backbone}
-        for backbone in backbones
-    ]
-    for backbone in stock:
-        backbone.pop('type', None)
-    assert all(backbone == stock[0] for backbone in stock)
 
 
-@every_digits
 @pytest.mark.parametrize('method', ALL)
-def test_every_method_builds(path, method):
-    changed = method_config(Config.fromfile(path), method)
+def test_every_method_builds(method):
+    changed = method_config(config(type='SwinTransformer', **TINY), method)
     with DefaultScope.overwrite_default_scope(changed.default_scope):
         backbone = MODELS.build(changed.model.backbone)
     trained = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
@@ -75,99 +58,45 @@ def test_every_method_builds(path, method):
     assert (trained == whole) == (method == 'full')
 
 
-@pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
-def test_a_stock_swin_becomes_each_method(scope):
-    given = config(
-        scope, type=f'{scope}.SwinTransformer', init_cfg=WEIGHTS, **TINY
-    )
-    rival = method_config(given, 'lora').model.backbone
-    assert rival.type == 'e3va_mm.PETLSwinTransformer'
-    assert rival.method == dict(type='e3va_mm.LoRA')
-    ours = method_config(given, 'e3va').model.backbone
-    assert ours.type == 'e3va_mm.E3VASwinTransformer'
-    for backbone in (rival, ours):
-        assert backbone.init_cfg == WEIGHTS
-        assert {k: backbone[k] for k in TINY} == TINY
-
-
 def test_other_families_are_a_trunk():
     stock = dict(type='mmpretrain.ConvNeXt', arch='tiny', drop_path_rate=0.4)
-    rival = method_config(config(**stock), 'adapter').model.backbone
-    assert rival.type == 'e3va_mm.PETLBackbone'
-    assert rival.method == dict(type='e3va_mm.Adapter')
-    ours = method_config(config(**stock), 'e3va').model.backbone
-    assert ours.type == 'e3va_mm.E3VABackbone'
-    for backbone in (rival, ours):
-        assert backbone.trunk == dict(stock, drop_path_rate=0)
-
-
-def test_no_method_has_the_drop_path_of_the_class():
-    given = config(type='mmseg.SwinTransformer', **TINY)
-    given.model.backbone.pop('drop_path_rate', None)
-    for method in ALL:
-        backbone = method_config(given, method).model.backbone
-        assert backbone.drop_path_rate == 0, method
-    resnet = config(type='mmdet.ResNet', depth=18)
-    rival = method_config(resnet, 'norm').model.backbone
-    assert rival.trunk == resnet.model.backbone
-
-
-def test_what_stands_outside_our_trunk_is_kept():
-    trunk = dict(type='mmpretrain.ConvNeXt', arch='tiny')
+    for method in ('adapter', 'e3va'):
+        found = backbone_of(config(**stock, init_cfg=WEIGHTS), method)
+        assert found.type == 'e3va_mm.E3VABackbone'
+        assert found.trunk == dict(stock, drop_path_rate=0, init_cfg=WEIGHTS)
     layout = dict(blocks='stages')
     given = config(
-        type='e3va_mm.E3VABackbone',
-        trunk=trunk,
+        type='e3va_mm.PETLBackbone',
+        trunk=dict(type='mmdet.ResNet', depth=18),
+        method=dict(type='e3va_mm.Mona'),
         layout=layout,
         init_cfg=WEIGHTS,
     )
-    backbone = method_config(given, 'lora').model.backbone
-    assert (backbone.init_cfg, backbone.layout) == (WEIGHTS, layout)
+    found = backbone_of(given, 'lora')
+    assert (found.init_cfg, found.layout) == (WEIGHTS, layout)
+    assert found.trunk == dict(type='mmdet.ResNet', depth=18)
 
 
-@pytest.mark.parametrize('kind', ['mmdet.SwinTransformer', 'mmseg.BEiT'])
-@pytest.mark.parametrize('method', ['e3va', 'lora'])
-def test_weights_outside_a_trunk_are_kept_with_it(kind, method):
-    given = config(
-        type='e3va_mm.PETLBackbone',
-        trunk=dict(type=kind),
-        method=dict(type='e3va_mm.Mona'),
-        init_cfg=WEIGHTS,
-    )
-    backbone = method_config(given, method).model.backbone
-    assert backbone.init_cfg == WEIGHTS
+def test_a_side_path_is_exact_with_its_own_size():
+    options = dict(preset='lean', rank=4, trunk_drop_path=0.1)
+    given = config(type=SWIN, side_path=options, **TINY)
+    expected = dict(type='E3VA', preset='exact', rank=4)
+    assert backbone_of(given, 'e3va').tuner == expected
 
 
-def test_the_side_path_is_exact_with_its_own_size():
-    given = config(
-        type='e3va_mm.E3VASwinTransformer',
-        side_path=dict(preset='lean', rank=4, trunk_drop_path=0.1),
-        **TINY,
-    )
-    side_path = method_config(given, 'e3va').model.backbone.side_path
-    paper = 'e3va_mm.E3VASidePath'
-    assert side_path == dict(type=paper, preset='exact', rank=4)
-
-
-def test_a_rival_becomes_any_other_method():
+def test_any_method_becomes_any_other():
     given = config(type='mmdet.SwinTransformer', init_cfg=WEIGHTS, **TINY)
     lora = method_config(given, 'lora')
     for method in ('mona', 'e3va'):
-        direct, over = (
-            method_config(c, method).model.backbone for c in (given, lora)
-        )
-        for backbone in (direct, over):
-            backbone.pop('allow_random_trunk', None)
-        assert over == direct
+        assert backbone_of(lora, method) == backbone_of(given, method)
 
 
-def test_a_side_path_of_another_kind_does_not_stay():
+def test_options_of_another_kind_of_side_path_are_dropped():
     mix = dict(type='e3va_mm.E3VAMixSidePath', width=8, taps=['ffn'], rank=8)
-    given = config(type='e3va_mm.E3VASwinTransformer', side_path=mix, **TINY)
-    paper = method_config(given, 'e3va').model.backbone.side_path
-    assert paper.type == 'e3va_mm.E3VASidePath'
-    assert not {'width', 'taps'} & set(paper) and paper.rank == 8
-    same = method_config(given, 'e3va-mix').model.backbone.side_path
+    given = config(type=SWIN, side_path=mix, **TINY)
+    paper = backbone_of(given, 'e3va').tuner
+    assert paper == dict(type='E3VA', preset='exact', rank=8)
+    same = backbone_of(given, 'e3va-mix').tuner
     assert (same.width, same.taps) == (8, ['ffn'])
 
 
@@ -177,9 +106,9 @@ def test_an_unknown_method_is_refused():
         method_config(given, 'none')
 
 
-@every_digits
-def test_a_run_validates_once_at_the_end(path):
-    given = Config.fromfile(path)
+@pytest.mark.parametrize('name', ['cascade', 'upernet'])
+def test_a_run_validates_once_at_the_end(name):
+    given = Config.fromfile(CONFIGS / f'{name}_e3va_swin_nano_digits.py')
     run = run_config(given, 3e-4, 2)
     length = run.get('epochs') or run.iterations
     assert run.train_cfg.val_interval == length

@@ -6,26 +6,30 @@ More draws: E3VA_MM_EXAMPLES=1000 pytest tests/test_faults.
 import copy
 import os
 import tempfile
+import time
 
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from e3va_mm.errors import CheckpointError, ConfigError
 from e3va_mm.registry import MODELS
 from e3va_mm.trunks.families import FAMILIES
 from tests.helpers import TINY
-from tests.test_engine.test_hooks.interrupted import run
-from tests.test_engine.test_hooks.toy import toy_config
 from tests.trunk_cases import CASES, flat
 
-EXAMPLES = int(os.environ.get('E3VA_MM_EXAMPLES', 20))
+EXAMPLES = int(os.environ.get('E3VA_MM_EXAMPLES', 30))
 draws = settings(
     max_examples=EXAMPLES,
     # The same draws every time, unless more are asked for.
-    derandomize=EXAMPLES <= 20,
+    derandomize=EXAMPLES <= 30,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -235,62 +239,84 @@ def any_backbone(**options):
     return MODELS.build({**base, **options})
 
 
-def side_path_of(build):
-    return lambda options: build(side_path=options)
+@draws
+@given(chosen(SIDE_PATH))
+def test_side_path_of_swin(options):
+    check(options, lambda o: swin(side_path=o), torch.randn(2, 3, 32, 32))
 
 
-def neck(**options):
-    base = dict(type='e3va_mm.SimpleFeaturePyramid', in_channels=8)
-    return MODELS.build({**base, **options})
-
-
-IMAGES = {size: torch.randn(2, 3, size, size) for size in (32, 64)}
-# What is drawn from, what is built with it, and what goes in.
-PARTS = {
-    'side path of swin': (SIDE_PATH, side_path_of(swin), IMAGES[32]),
-    'side path of vit': (SIDE_PATH, side_path_of(vit), IMAGES[64]),
-    'swin': (SWIN, lambda o: swin(**o), IMAGES[32]),
-    'vit': (VIT, lambda o: vit(**o), IMAGES[64]),
-    'any backbone': (ANY, lambda o: any_backbone(**o), IMAGES[64]),
-    'trunk of any backbone': (
-        TRUNK,
-        lambda o: any_backbone(trunk={**CONVNEXT, **o}),
-        IMAGES[64],
-    ),
-    'layout of any backbone': (
-        LAYOUT,
-        lambda o: any_backbone(
-            layout={**vars(FAMILIES['mmpretrain.ConvNeXt']), **o}
-        ),
-        IMAGES[64],
-    ),
-    'neck': (NECK, lambda o: neck(**o), [torch.randn(2, 8, 4, 4)]),
-}
-
-
-@pytest.mark.parametrize('part', PARTS)
-def test_options(part):
-    table, build, inputs = PARTS[part]
-    if table not in (SWIN, NECK):
-        pytest.importorskip('mmpretrain')
-
-    @draws
-    @given(chosen(table))
-    def run(options):
-        check(options, build, inputs)
-
-    run()
+@draws
+@given(chosen(SIDE_PATH))
+def test_side_path_of_vit(options):
+    pytest.importorskip('mmpretrain')
+    check(options, lambda o: vit(side_path=o), torch.randn(2, 3, 64, 64))
 
 
 @draws
 @given(absurd)
-def test_tuner_as_a_whole(value):
-    check(dict(tuner=value), lambda o: swin(**o), IMAGES[32])
+def test_side_path_as_a_whole(value):
+    check(
+        dict(side_path=value), lambda o: swin(**o), torch.randn(2, 3, 32, 32)
+    )
+
+
+@draws
+@given(chosen(SWIN))
+def test_swin(options):
+    check(options, lambda o: swin(**o), torch.randn(2, 3, 32, 32))
+
+
+@draws
+@given(chosen(VIT))
+def test_vit(options):
+    pytest.importorskip('mmpretrain')
+    check(options, lambda o: vit(**o), torch.randn(2, 3, 64, 64))
+
+
+@draws
+@given(chosen(ANY))
+def test_any_backbone(options):
+    pytest.importorskip('mmpretrain')
+    check(options, lambda o: any_backbone(**o), torch.randn(2, 3, 64, 64))
+
+
+@draws
+@given(chosen(TRUNK))
+def test_trunk_of_any_backbone(options):
+    pytest.importorskip('mmpretrain')
+    check(
+        options,
+        lambda o: any_backbone(trunk={**CONVNEXT, **o}),
+        torch.randn(2, 3, 64, 64),
+    )
+
+
+@draws
+@given(chosen(LAYOUT))
+def test_layout_of_any_backbone(options):
+    pytest.importorskip('mmpretrain')
+    layout = FAMILIES['mmpretrain.ConvNeXt']._asdict()
+    check(
+        options,
+        lambda o: any_backbone(layout={**layout, **o}),
+        torch.randn(2, 3, 64, 64),
+    )
+
+
+@draws
+@given(chosen(NECK))
+def test_neck(options):
+    base = dict(type='e3va_mm.SimpleFeaturePyramid', in_channels=8)
+    check(
+        options,
+        lambda o: MODELS.build({**base, **o}),
+        [torch.randn(2, 8, 4, 4)],
+    )
 
 
 HOOKS = {
     'ActivationCheckpointHook': {
-        'modules': of(['head'], ['trunk', 'norm'], ['*'], []),
+        'modules': of(['head'], ['backbone.stages.*'], ['*'], []),
     },
     'AdapterCheckpointHook': {
         'interval': of(1, 2),
@@ -302,32 +328,59 @@ HOOKS = {
     'DatasetCheckHook': {'check_content': st.booleans()},
     'MeasureHook': {'at': of(0, 1), 'timed': of(1, 2)},
     'ProgressBarHook': {'interval': of(0, 0.5)},
-    'FreezeHook': {'freeze': of(['norm'], ['*']), 'train': of([], ['head'])},
-    'TrainingGuardHook': {'without_gradient': of(['head'], ['*'])},
 }
 
 
+class Small(BaseModel):
+    """A backbone of ours and a head of one number."""
+
+    def __init__(self, weights):
+        super().__init__()
+        init_cfg = dict(type='Pretrained', checkpoint=str(weights))
+        self.backbone = swin(out_indices=[0], init_cfg=init_cfg)
+        self.head = nn.Linear(32, 1)
+
+    def forward(self, image, mode='loss'):
+        pooled = self.backbone(image)[0].mean((2, 3))
+        return dict(loss=self.head(pooled).square().mean())
+
+
+@pytest.fixture(scope='module')
+def trunk(tmp_path_factory):
+    path = tmp_path_factory.mktemp('trunk') / 'trunk.safetensors'
+    save_file(swin(out_indices=[0]).trunk_state(), path)
+    return path
+
+
 @pytest.mark.parametrize('hook', HOOKS)
-def test_hook(hook):
+def test_hook(hook, trunk):
     fixed = dict(by_epoch=False) if 'by_epoch' in HOOKS[hook] else {}
-    fixed |= dict(freeze=['norm']) if 'freeze' in HOOKS[hook] else {}
 
     @draws
     @given(chosen(HOOKS[hook]))
-    def run_with(options):
-        own = dict(type=f'e3va_mm.{hook}', **{**fixed, **options})
-        config = toy_config(
-            custom_hooks=[own],
-            default_hooks=dict(checkpoint=None),
-            **{'train_cfg.max_iters': 2},
-        )
+    def run(options):
         with tempfile.TemporaryDirectory() as folder:
             try:
-                runner = run(config, folder)
+                runner = Runner(
+                    model=Small(trunk),
+                    work_dir=folder,
+                    experiment_name=f'run{time.monotonic_ns()}',
+                    log_level='ERROR',
+                    train_dataloader=DataLoader(
+                        TensorDataset(torch.randn(2, 3, 32, 32))
+                    ),
+                    train_cfg=dict(by_epoch=False, max_iters=2),
+                    optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+                    default_hooks=dict(checkpoint=None),
+                    custom_hooks=[
+                        dict(type=f'e3va_mm.{hook}', **{**fixed, **options})
+                    ],
+                )
+                runner.train()
             except ConfigError as error:
                 text = str(error)
                 assert names_one_of(options, text), text
             else:
                 assert runner.iter == 2
 
-    run_with()
+    run()

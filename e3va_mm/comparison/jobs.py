@@ -1,0 +1,233 @@
+"""Trainings and tests in processes of their own, some beside each other."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import IO
+
+from mmengine.config import Config
+
+from e3va_mm.comparison.methods import method_config, run_config
+from e3va_mm.comparison.records import Records, Run
+from e3va_mm.errors import ConfigError, E3VAError
+from e3va_mm.utils.configs import content_key
+
+ROOT = Path(__file__).resolve().parents[2]
+LOG_LINES = 15
+COCO = ('coco/bbox_mAP', 'coco/segm_mAP')
+# In a record beside the figures of an evaluation.
+TIMES = ('step', 'time', 'data_time')
+# The end of a training of which a loss or a weight is not finite.
+DIVERGED = re.compile(r'^error: .* is not finite', re.MULTILINE)
+
+
+class Jobs:
+    """Trains and tests the runs of a comparison.
+
+    Args:
+        config (Config): The config that is compared on.
+        records (Records): What is known; figures are added to it.
+        work_dir (Path): Each run has a folder in it.
+        count (int): How many run beside each other.
+        lock (IO): A file that is open as long as a job runs.
+        on_end (Callable): Called with each run that has ended and its
+            figures.
+
+    Raises:
+        ConfigError: If a method is another one than ``records`` knows.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        records: Records,
+        work_dir: Path,
+        count: int,
+        lock: IO,
+        on_end: Callable[[Run, dict], None],
+    ) -> None:
+        self.config, self.records = config, records
+        self.work_dir, self.count = work_dir.resolve(), count
+        self.lock, self.on_end = lock, on_end
+        self.metric = records.settings['metric']
+        self.processes: set[subprocess.Popen] = set()
+        self.failure: BaseException | None = None
+        self.spent_before = records.cpu_seconds - _cpu_seconds()
+        for method in records.methods:
+            for run in (*records.searches(method), *records.chosen(method)):
+                known = records.runs.get(run.name, {}).get('config')
+                if known and known != content_key(self.config_of(run)):
+                    raise ConfigError(
+                        f'{records.path} holds figures of another {method} '
+                        f'than there is now: {run.name}. Name another folder '
+                        'with --work-dir.'
+                    )
+
+    def config_of(self, run: Run) -> Config:
+        """The config of a run."""
+        config = method_config(self.config, run.method)
+        return run_config(config, run.lr, run.seed)
+
+    def train(self) -> None:
+        """Train all that is left."""
+        # The rates first: the other seeds follow from their figures.
+        while runs := self.records.to_train():
+            self._run_all(self._train, runs)
+        for method in self.records.methods:
+            chosen = self.records.chosen(method)
+            for run in self.records.searches(method):
+                if run not in chosen:
+                    self._drop_checkpoints(run)
+
+    def test(self) -> None:
+        """Test all that is left."""
+        self._run_all(self._test, self.records.to_test())
+
+    def _run_all(self, work: Callable[[Run], dict], runs: Iterable[Run]):
+        """Do some work for all runs, and record the figures."""
+
+        def attempt(run: Run) -> dict:
+            # After a failure nothing begins, and what it ends tells of it.
+            if self.failure is None:
+                try:
+                    return work(run)
+                except BaseException as error:
+                    self.failure = self.failure or error
+            raise self.failure
+
+        with ThreadPoolExecutor(self.count) as pool:
+            futures = {pool.submit(attempt, run): run for run in runs}
+            try:
+                for future in as_completed(futures):
+                    run, figures = futures[future], future.result()
+                    self.records.cpu_seconds = (
+                        self.spent_before + _cpu_seconds()
+                    )
+                    self.records.update(run, **figures)
+                    self.on_end(run, figures)
+            except BaseException as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.failure = self.failure or error
+                for process in [*self.processes]:
+                    process.terminate()
+                raise
+
+    def _train(self, run: Run) -> dict:
+        """Train a run, or resume it; its figures on validation."""
+        folder = self.work_dir / run.name
+        config = self.config_of(run)
+        key = content_key(config)
+        path = folder / 'config.py'
+        if path.exists() and path.read_text() != config.pretty_text:
+            shutil.rmtree(folder)  # of other settings
+        for _ in range(2):
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(config.pretty_text)
+            arguments = (path, '--work-dir', folder, '--resume')
+            log = self._execute(run, 'train', *arguments)
+            if log is None:
+                return dict(diverged=True, config=key)
+            found = self._validation(folder)
+            if found is not None:
+                break
+            # A kill between checkpoint and validation: once more, whole.
+            shutil.rmtree(folder)
+        if self.metric not in (found or {}):
+            names = ', '.join(found or ['nothing'])
+            raise ConfigError(
+                f'Expected {self.metric} in the validation of {run.name}, '
+                f'but found {names}. Name one with --metric, or add '
+                '`LocalVisBackend` to `visualizer` of the config.'
+            )
+        return dict(validation=found, config=key)
+
+    def _test(self, run: Run) -> dict:
+        """Test a run, trained again if its folder is gone; its figures."""
+        folder = self.work_dir / run.name
+        if not (folder / 'last_checkpoint').exists():
+            self._train(run)
+        # The file names a path of the day, and folders are moved.
+        name = Path((folder / 'last_checkpoint').read_text().strip()).name
+        arguments = (folder / 'config.py', folder / name)
+        out = folder / 'test'
+        self._execute(run, 'test', *arguments, '--work-dir', out)
+        path = sorted(out.glob('*/*.json'))[-1]
+        found = json.loads(path.read_text().splitlines()[-1])
+        self._drop_checkpoints(run)
+        return dict(test=self._figures(found))
+
+    def _drop_checkpoints(self, run: Run) -> None:
+        for path in (self.work_dir / run.name).glob('*.pth'):
+            path.unlink()
+
+    def _execute(self, run: Run, command: str, *arguments) -> Path | None:
+        """Run a command to its end; its log, or None if it has diverged."""
+        log = self.work_dir / run.name / f'{command}.log'
+        cores = len(os.sched_getaffinity(0))
+        threads = str(max(1, cores // self.count))
+        paths = [str(ROOT), os.environ.get('PYTHONPATH', '')]
+        environment = dict(
+            os.environ,
+            OMP_NUM_THREADS=threads,
+            PYTHONPATH=os.pathsep.join(filter(None, paths)),
+        )
+        line = [sys.executable, '-m', 'e3va_mm.cli', command]
+        with log.open('wb') as out:
+            process = subprocess.Popen(
+                [*line, *map(str, arguments)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                pass_fds=[self.lock.fileno()],
+                env=environment,
+            )
+        self.processes.add(process)
+        if self.failure is not None:
+            process.terminate()
+        code = process.wait()
+        self.processes.discard(process)
+        if code == 0:
+            return log
+        text = log.read_text(errors='replace')
+        if code > 0 and DIVERGED.search(text):
+            return None
+        lines = '\n'.join(text.splitlines()[-LOG_LINES:])
+        raise E3VAError(
+            f'{run.name} has failed ({code}):\n{lines}\nThe whole log: {log}'
+        )
+
+    def _validation(self, folder: Path) -> dict[str, float] | None:
+        """The last figures on validation that a run has written."""
+        found = None
+        for path in sorted(folder.glob('*/vis_data/scalars.json')):
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:  # cut off by a kill
+                    continue
+                if 'loss' not in record:
+                    found = record
+        return found and self._figures(found)
+
+    def _figures(self, record: dict) -> dict[str, float]:
+        """Metrics of a record; CocoMetric has none if nothing is detected."""
+        found = {
+            key: value
+            for key, value in record.items()
+            if isinstance(value, (int, float)) and key not in TIMES
+        }
+        if not found and self.metric.startswith('coco/'):
+            return dict.fromkeys({self.metric, *COCO}, 0.0)
+        return found
+
+
+def _cpu_seconds() -> float:
+    """What all processes have computed that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

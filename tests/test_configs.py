@@ -52,7 +52,6 @@ FILES = dict(
     beit_b='beit_base_patch16_224_pt22k_ft22k.pth',
     beit_l='beit_large_patch16_224_pt22k_ft22k.pth',
 )
-PUBLISHED = dict(t=440_064, s=896_256, b=1_195_008, l=1_792_512)
 OTHERS = [
     'cascade_e3va_mix_swin_l_coco',
     'dino_e3va_swin_l_coco',
@@ -381,12 +380,6 @@ def test_a_family(family):
             assert without_trunk(name) == without_trunk(first)
 
 
-@pytest.mark.parametrize('size', PUBLISHED)
-def test_swins_train_as_many_parameters_as_published(size):
-    trained = f'Trains {PUBLISHED[size]:,} parameters'
-    assert trained in header(f'cascade_e3va_swin_{size}_coco')
-
-
 @pytest.mark.parametrize('trunk', ['vit_b_mae', 'dinov2_b'])
 def test_strides_are_those_of_the_maps(trunk):
     """A whole patch of 14 pixels is no power of two."""
@@ -434,21 +427,6 @@ def test_segmentors_of_vits_get_images_of_whole_patches(data):
         assert config.optim_wrapper.paramwise_cfg == dict(norm_decay_mult=0.0)
 
 
-def test_the_recipe_of_swins_authors():
-    config = parsed('cascade_e3va_swin_b_coco_3x')
-    heads = config.model.roi_head.bbox_head
-    assert len(heads) == 3
-    for head in heads:
-        assert (head.num_shared_convs, head.num_shared_fcs) == (4, 1)
-        assert head.loss_bbox.type == 'GIoULoss' and head.reg_decoded_bbox
-    assert config.train_cfg.max_epochs == 36
-    whole, cropped = config.train_dataloader.dataset.pipeline[3].transforms
-    assert [s for s, _ in whole[0].scales] == list(range(480, 801, 32))
-    assert cropped[1].type == 'RandomCrop'
-    assert config.optim_wrapper.type == 'AmpOptimWrapper'
-    assert config.optim_wrapper.optimizer.lr == 1e-4
-
-
 @pytest.mark.parametrize('name', ONE_CARD)
 def test_one_card_updates_as_the_config_it_comes_from(name):
     config = parsed(name)
@@ -466,10 +444,3 @@ def test_one_card_updates_as_the_config_it_comes_from(name):
     assert decay.milestones == parent.param_scheduler[1].milestones
     assert config.custom_hooks[:-1] == parent.custom_hooks
     assert config.model.backbone.tuner.preset == 'lean'
-
-
-def test_smaller_cards_recompute_more():
-    of_11, of_6, of_8 = (
-        set(parsed(name).custom_hooks[-1].modules) for name in ONE_CARD
-    )
-    assert of_11 < of_8 < of_6

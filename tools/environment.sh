@@ -96,7 +96,7 @@ install() { pip install -c "$pins" "$torch" "$@"; }
 # two OpenCV that come, that which needs a display is on top.
 install_frameworks() {
     grep -v '^onedl-mmcv' requirements/mminstall.txt >"$stamps/mminstall.txt"
-    install -r "$stamps/mminstall.txt" &&
+    install setuptools wheel ninja packaging -r "$stamps/mminstall.txt" &&
         install --force-reinstall --no-deps opencv-python-headless
 }
 
@@ -137,9 +137,8 @@ prepare_environment() {
     lock "$pins"
     make_venv
     key=$torch-$(checksum "$pins" requirements/mminstall.txt)
-    once torch "$key" "$torch (several GB, unless pip finds a CPU build)" \
-        "$network" install setuptools wheel ninja packaging
-    once frameworks "$key" 'the frameworks' "$network" install_frameworks
+    once frameworks "$key" "the frameworks and $torch: several GB, unless pip \
+finds a CPU build" "$network" install_frameworks
     for group in runtime "$@"; do
         once "$group" "$key-$(checksum "requirements/$group.txt")" \
             "packages of requirements/$group.txt" "$network" \

@@ -27,21 +27,16 @@ from e3va_mm.utils.wrappers import unwrapped
 class DatasetCheckHook(Hook):
     """Looks at all data before the first step, and says what is wrong.
 
-    Checked are the data sets of training and validation before training, and
-    those of a validation or test run on their own, inside any wrapper:
+    * Every class has its category in a COCO-like annotation file.
+    * No data set is empty.
+    * Every head's ``num_classes`` is the number of classes of the data.
+    * **All** files that the data names exist, and images are complete. Files
+      on remote storage (``backend_args``) are not looked at.
+    * Segmentation maps have the size of their images.
 
-    * every class has its category in a COCO-like annotation file;
-    * the data set is not empty;
-    * every head's ``num_classes`` is the number of classes of the data;
-    * **all** files that the data names exist, and images are complete;
-    * segmentation maps have the size of their images.
-
-    The first rank looks, all ranks raise. Files on remote storage
-    (``backend_args``) are not looked at.
-
-    While training, each sample is looked at where it is made, too: a file that
-    cannot be decoded and a segmentation map of another size or with values
-    without a class end the run with its name.
+    Before training the data of validation is checked, too. While training, a
+    file that cannot be decoded and a segmentation map of another size or with
+    values without a class end the run with their names.
 
     Args:
         check_content (bool): Whether to read the start and end of images and

@@ -41,7 +41,7 @@ def test_detection_data_passes_and_a_missing_image_stops_it(tmp_path):
     ) in log.read_text()
 
     (tmp_path / 'val' / '001.jpg').unlink()
-    for run, loader in (('train', 'val'), ('val', 'val'), ('test', 'test')):
+    for run, loader in (('train', 'val'), ('test', 'test')):
         runner = build_runner(path)
         with pytest.raises(DataError) as error:
             getattr(runner, run)()

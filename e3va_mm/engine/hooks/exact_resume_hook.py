@@ -31,20 +31,18 @@ FORGETFUL = (
 class ExactResumeHook(ResumeCheckHook):
     """Makes a run with interruptions give the weights of one without.
 
-    Bit for bit on CPU, at the end of an epoch or inside it, with any number of
-    workers:
+    Bit for bit on CPU, inside of epochs, too, with any number of workers:
 
     * all random numbers come from the seed, the rank and the number of the
-      iteration; those of a sample from its place in the batch, too. There is
-      no state of generators to save, in no process;
+      iteration; those of a sample from its place in the batch, too;
     * a resumed epoch begins where it was left; what it had is not loaded
       again, and iterations are counted on;
     * gradients that wait for an update (``accumulative_counts``) are part of
       the checkpoint.
 
-    A run with the hook draws other random numbers than one without. What is
-    known not to be exact is refused. Parts of your own have to keep what they
-    remember in the state dict, and no generator of their own.
+    A run with the hook draws other random numbers than one without. Parts that
+    are known to forget are refused; those of your own have to keep what they
+    remember in the state dict, and no generator.
 
     It does what :class:`ResumeCheckHook` does, too.
 
@@ -74,9 +72,8 @@ class ExactResumeHook(ResumeCheckHook):
         record = checkpoint['meta'].get(RECORD)
         if record is None:
             raise CheckpointError(
-                f'{source} was written without ExactResumeHook. Leave the '
-                'hook out, or resume from a checkpoint of a run that has had '
-                'it from its start.'
+                f'{source} was written without ExactResumeHook. Leave it out, '
+                'or resume from a checkpoint of a run that began with it.'
             )
         if record['pending'] and GRADIENTS not in checkpoint:
             raise CheckpointError(
@@ -116,10 +113,12 @@ class ExactResumeHook(ResumeCheckHook):
         # Not before: other hooks look at the data set before training.
         if self._batches is None:
             passes, began = self._resumed['passes'], self._resumed['began']
-            numbers = runner.seed, runner.rank
             skip = runner.iter - began
             self._batches = _Batches(
-                loader.batch_sampler, numbers, passes, began, skip
+                loader.batch_sampler,
+                (runner.seed, runner.rank),
+                (passes, began),
+                runner.iter,
             )
             # A loader refuses new parts once built; it has no iterator yet.
             vars(loader).update(
@@ -191,33 +190,28 @@ class _Sample(NamedTuple):
 
 
 class _Batches:
-    """A batch sampler whose samples know their seeds, from any batch on.
+    """A batch sampler whose samples know their seeds.
 
     Args:
         batches: The batch sampler of the run.
         numbers: What all seeds follow from.
-        passes: How many passes over the data came before.
-        began: Number of the iteration that the first pass here began with.
-        skip: Batches that it leaves out.
+        start: Number of the first pass over the data, and of the iteration
+            that it began with.
+        first: The iteration to begin with, maybe inside of that pass.
 
     Attributes:
         starts: By number of the pass, the iteration that it began with.
     """
 
     def __init__(
-        self,
-        batches: Any,
-        numbers: tuple[int, ...],
-        passes: int = 0,
-        began: int = 0,
-        skip: int = 0,
+        self, batches: Any, numbers: tuple, start: tuple = (0, 0), first=0
     ) -> None:
         self.batches = batches
         self.sampler = getattr(batches, 'sampler', None)
         self.batch_size = getattr(batches, 'batch_size', None)
         self.numbers = numbers
-        self.starts = {passes: began}
-        self.first = began + skip
+        self.starts = dict([start])
+        self.first = first
 
     def __iter__(self) -> Iterator[list[_Sample]]:
         passes = max(self.starts)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -41,8 +42,7 @@ class TrainingGuardHook(Hook):
       DistributedDataParallel without ``find_unused_parameters`` waits for it.
       Elsewhere it is a warning, after three steps.
 
-    In several processes each looks for itself, and the launcher stops the
-    others. With DistributedDataParallel the weights are the same in all.
+    In several processes each looks for itself; the launcher stops the others.
 
     Args:
         interval (Any): Accepted from older configs, without effect.
@@ -54,9 +54,6 @@ class TrainingGuardHook(Hook):
     Raises:
         ConfigError: If a path matches nothing.
         TrainingError: As above.
-
-    Examples:
-        >>> custom_hooks = [dict(type='e3va_mm.TrainingGuardHook')]
     """
 
     # Before EMAHook takes a weight into its average and a file is written.
@@ -72,15 +69,15 @@ class TrainingGuardHook(Hook):
             without_gradient, 'TrainingGuardHook: `without_gradient`'
         )
         self.without_gradient = without_gradient
-        self._has_old_options = (interval, may_change) != (None, None)
+        if interval is not None or may_change is not None:
+            print_log(
+                'TrainingGuardHook: `interval` and `may_change` have no '
+                'effect; frozen tensors are no longer compared.',
+                'current',
+            )
 
     def before_train(self, runner: Runner) -> None:
         """Find what the options name."""
-        if self._has_old_options:
-            runner.logger.info(
-                'TrainingGuardHook: `interval` and `may_change` have no '
-                'effect; frozen tensors are no longer compared.'
-            )
         self._model = unwrapped(runner.model)
         excused = select(self._model, self.without_gradient)
         self._excused = parameters_of(*excused.values())

@@ -42,6 +42,8 @@ class Toy(BaseModel):
 class Backbone(nn.Linear, TunedModule):
     """Declares its weight, but not its bias."""
 
+    has_graph = True
+
     def declared(self):
         return [self.weight]
 

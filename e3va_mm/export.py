@@ -46,8 +46,11 @@ class Network(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        # Of two stages the first, which sees whole maps.
+        self._head = 'rpn_head' if hasattr(model, 'rpn_head') else 'bbox_head'
         self.segments = hasattr(model, 'decode_head')
-        kinds = {kind.__name__ for kind in type(_dense_head(model)).__mro__}
+        head = getattr(model, self._head, None)
+        kinds = {kind.__name__ for kind in type(head).__mro__}
         if not self.segments and 'BaseDenseHead' not in kinds:
             raise ConfigError(
                 'Expected a segmentor, or a detector of mmdet with a dense '
@@ -62,25 +65,15 @@ class Network(nn.Module):
         # under `no_grad` they change nothing, but each costs a part of the
         # graph, and the export most of its time.
         with torch._C.DisableTorchFunction():
-            return self._outputs(inputs)
-
-    def _outputs(self, inputs: Tensor) -> dict[str, Tensor]:
-        if self.segments:
-            return dict(logits=self.model(inputs, mode='tensor'))
-        maps = self.model.extract_feat(inputs)
-        outputs = {f'maps_{level}': each for level, each in enumerate(maps)}
-        for kind, levels in enumerate(_dense_head(self.model)(maps)):
-            for level, each in enumerate(levels):
-                outputs[f'head_{kind}_{level}'] = each
-        return outputs
-
-
-def _dense_head(model: nn.Module) -> nn.Module | None:
-    """The head that sees whole maps: of two stages the first, the RPN."""
-    for name in ('rpn_head', 'bbox_head'):
-        if hasattr(model, name):
-            return getattr(model, name)
-    return None
+            if self.segments:
+                return dict(logits=self.model(inputs, mode='tensor'))
+            maps = self.model.extract_feat(inputs)
+            outputs = {f'maps_{i}': each for i, each in enumerate(maps)}
+            found = getattr(self.model, self._head)(maps)
+            for kind, levels in enumerate(found):
+                for level, each in enumerate(levels):
+                    outputs[f'head_{kind}_{level}'] = each
+            return outputs
 
 
 class Difference(NamedTuple):
@@ -94,21 +87,12 @@ class Difference(NamedTuple):
 def preprocessed(
     model: nn.Module, batch: int, size: tuple[int, int]
 ) -> Tensor:
-    """Noise, as the model's data preprocessor hands it on.
-
-    Args:
-        model (nn.Module): The detector or segmentor.
-        batch (int): Pictures.
-        size (tuple[int, int]): Height and width in pixels.
-
-    Returns:
-        Tensor: (batch, 3, H, W), H and W padded as the preprocessor pads.
-    """
-    pictures = [
+    """Noise of (batch, 3, *size), as the model's preprocessor hands it on."""
+    images = [
         torch.randint(0, 256, (3, *size), dtype=torch.uint8)
         for _ in range(batch)
     ]
-    data = dict(inputs=pictures, data_samples=None)
+    data = dict(inputs=images, data_samples=None)
     return model.data_preprocessor(data, False)['inputs']
 
 
@@ -131,16 +115,15 @@ def export_network(network: Network, inputs: Tensor, out: Path) -> Callable:
         CheckpointError: If a .pt2 file cannot be written; an older one stays.
     """
     check_out(out)
-    # A first run stores the trunk's weights as its options say.
     names = list(network(inputs))
     program = torch.export.export(network, (inputs,), strict=False)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == '.pt2':
-        buffer = BytesIO()
-        torch.export.save(program, buffer)
-        write_whole(out, buffer.getvalue())
-        return torch.export.load(out).module()
-    return _export_onnx(program, names, out)
+    if out.suffix == '.onnx':
+        return _export_onnx(program, names, out)
+    buffer = BytesIO()
+    torch.export.save(program, buffer)
+    write_whole(out, buffer.getvalue())
+    return torch.export.load(out).module()
 
 
 def _export_onnx(
@@ -150,9 +133,9 @@ def _export_onnx(
     if any(getattr(value, 'dtype', None) in HALVES for value in values):
         raise ConfigError(
             f'{out}: the network computes in 16 bits, which ONNX Runtime '
-            'lacks on CPU. Export it in single precision, with '
-            "`side_path.preset='exact'` and without `compute`, "
-            '`trunk_compute` and `trunk_weights`, or write a .pt2 file.'
+            "lacks on CPU. Export it with `preset='exact'` and without "
+            '`compute`, `trunk_compute` and `trunk_weights`, or write a .pt2 '
+            'file.'
         )
     import onnxruntime
 
@@ -178,51 +161,42 @@ def _export_onnx(
 
 
 def check_out(out: Path) -> None:
-    """Refuse a file that cannot be written here.
-
-    Raises:
-        ConfigError: If the suffix is unknown or packages are missing.
-    """
+    """Refuse, by ConfigError, a file that cannot be written here."""
     if out.suffix not in ('.pt2', '.onnx'):
         raise ConfigError(
             f'--out should end in .pt2 (torch.export) or .onnx, but got {out}.'
         )
-    if out.suffix == '.onnx':
-        missing = [
-            name
-            for name in ONNX_PACKAGES
-            if importlib.util.find_spec(name) is None
-        ]
-        if missing:
-            raise ConfigError(
-                f'{out}: ONNX needs {", ".join(missing)}, which '
-                f'{"is" if len(missing) == 1 else "are"} not installed: '
-                f'`pip install {" ".join(missing)}`. Or write a .pt2 file.'
-            )
+    missing = [
+        name
+        for name in ONNX_PACKAGES
+        if out.suffix == '.onnx' and importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise ConfigError(
+            f'{out}: ONNX needs packages that are not installed: '
+            f'`pip install {" ".join(missing)}`. Or write a .pt2 file.'
+        )
 
 
 @torch.no_grad()
 def differences(
     run: Callable, network: Network, inputs: Tensor
 ) -> dict[str, Difference]:
-    """Compare a file with its model.
+    """Compare a file with its model, output by output.
 
     Args:
         run (Callable): From :func:`export_network`.
         network (Network): The model.
         inputs (Tensor): (B, 3, H, W), best not those of the export: what was
             kept as a constant by mistake shows with others alone.
-
-    Returns:
-        dict[str, Difference]: By the name of the output.
     """
     found = run(inputs)
     result = {}
     for name, expected in network(inputs).items():
         expected = expected.cpu()
         apart = (found[name].cpu() - expected).abs().max().item()
-        largest = expected.abs().max().item()
+        largest = max(expected.abs().max().item(), 1e-12)
         result[name] = Difference(
-            tuple(expected.shape), apart, apart / max(largest, 1e-12)
+            tuple(expected.shape), apart, apart / largest
         )
     return result

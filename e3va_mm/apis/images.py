@@ -19,16 +19,10 @@ Input = str | Path | np.ndarray
 
 @dataclass(frozen=True)
 class Image:
-    """An image, or a frame of a video.
+    """An image, or a frame of a video."""
 
-    Attributes:
-        name: What its results are called; may contain folders.
-        source: A path or URL, or BGR values (H, W, 3).
-        video: The video of a frame.
-    """
-
-    name: str
-    source: str | np.ndarray
+    name: str  # of its results; may contain folders
+    source: str | np.ndarray  # a path or URL, or BGR values (H, W, 3)
     video: 'Video | None' = None
 
     def read(self) -> np.ndarray:

@@ -22,7 +22,7 @@ from e3va_mm.backbones.trunk_pool import TrunkPool
 from e3va_mm.errors import ConfigError
 from e3va_mm.utils.values import is_whole
 
-Samples = Mapping[str, dict]  # of an image, by task
+Batch = list[tuple[Image, dict[str, dict]]]  # with samples by task
 
 
 class Found(NamedTuple):
@@ -44,14 +44,12 @@ class MultiTaskInferencer:
     Args:
         tasks: Config and checkpoint or adapter file of each task, by name;
             see :meth:`add`.
-        device: Where to compute. Defaults to the accelerator, if there is
-            one.
+        device: Where to compute; by default the accelerator, if there is one.
 
     Attributes:
         tasks (dict[str, Task]): The tasks, by name.
-        passes (int): How many images have gone through a trunk, each as
-            often as it did; the crops of a segmentor that slides count as
-            one.
+        passes (int): How many images have gone through a trunk, each as often
+            as it did; crops of a segmentor that slides are one.
 
     Examples:
         >>> infer = MultiTaskInferencer(
@@ -64,7 +62,7 @@ class MultiTaskInferencer:
 
     def __init__(
         self,
-        tasks: Mapping[str, tuple[str, str]] | None = None,
+        tasks: Mapping[str, tuple[str | Config, str]] | None = None,
         device: str | None = None,
     ) -> None:
         self.device = device or get_device()
@@ -82,10 +80,6 @@ class MultiTaskInferencer:
             config: Config of a detector, a segmentor or a classifier, or its
                 path.
             checkpoint: Path or URL of an adapter file or a checkpoint.
-
-        Raises:
-            ConfigError: If the name is taken, or the config does not fit.
-            CheckpointError: If the file does not fit.
         """
         if not re.fullmatch(r'[\w.-]+', name) or name in self.tasks:
             raise ConfigError(
@@ -96,25 +90,20 @@ class MultiTaskInferencer:
             task = Task(name, config, checkpoint, self.device)
         self._pool.add(task.backbone)
         self.tasks[name] = task
-        trunk = self.on_trunk_of(name) or 'itself alone'
-        print_log(f'Task {name!r} runs on the trunk of {trunk}.', 'current')
+        shares = self.on_trunk_of(name) or 'no other'
+        print_log(f'Task {name!r} shares the trunk of {shares}.', 'current')
 
     def remove(self, name: str) -> None:
         """Remove a task; a trunk goes with its last one."""
-        if name not in self.tasks:
-            raise ConfigError(
-                f'Expected the name of a task, one of {list(self.tasks)}, but '
-                f'got {name!r}.'
-            )
         self._pool.remove(self.tasks.pop(name).backbone)
 
     def on_trunk_of(self, name: str) -> list[str]:
         """Names of the other tasks that share the trunk of this one."""
-        one = self.tasks[name]
+        storage = self.tasks[name].backbone.storage
         return [
             other
             for other, task in self.tasks.items()
-            if other != name and _share_trunk(task, one)
+            if other != name and task.backbone.storage is storage
         ]
 
     def __call__(
@@ -142,10 +131,6 @@ class MultiTaskInferencer:
             dict[str, dict[str, list]]: By the name of the task its
             ``predictions``, one an image, as the stock inferencers give
             them, and its ``visualization``: RGB images (H, W, 3).
-
-        Raises:
-            ConfigError: If there is no task.
-            DataError: If an input cannot be read.
         """
         found = {
             name: dict(predictions=[], visualization=[]) for name in self.tasks
@@ -180,21 +165,26 @@ class MultiTaskInferencer:
         Yields:
             Found: For each image, in their order.
         """
-        if not self.tasks:
-            raise ConfigError('There is no task to run. Add one first.')
-        if not is_whole(batch_size):
+        if not self.tasks or not is_whole(batch_size):
             raise ConfigError(
-                '`batch_size` should be a whole number from 1 on, but got '
-                f'{batch_size!r}.'
+                'Expected at least one task and `batch_size` from 1 on, but '
+                f'got the tasks {list(self.tasks)} and {batch_size!r}.'
             )
         tasks = dict(self.tasks)  # those of now, whoever comes meanwhile
-        batch: list[tuple[Image, Samples]] = []
+        batch: Batch = []
+        sizes = None
         for image in images:
-            samples = _prepare(tasks, image)
-            if batch and (
-                len(batch) == batch_size
-                or _sizes(samples) != _sizes(batch[0][1])
-            ):
+            try:
+                samples = run_pipelines(
+                    {name: task.steps for name, task in tasks.items()},
+                    image.source,
+                )
+            except Exception:
+                image.read()  # says what is wrong with it, if anything is
+                raise
+            before = sizes
+            sizes = [each['inputs'].shape for each in samples.values()]
+            if batch and (len(batch) == batch_size or sizes != before):
                 yield from self._run_batch(tasks, batch)
                 batch = []
             batch.append((image, samples))
@@ -202,16 +192,29 @@ class MultiTaskInferencer:
             yield from self._run_batch(tasks, batch)
 
     def _run_batch(
-        self,
-        tasks: Mapping[str, Task],
-        batch: Sequence[tuple[Image, Samples]],
+        self, tasks: Mapping[str, Task], batch: Batch
     ) -> Iterator[Found]:
         batches = {
             name: task.to_batch([samples[name] for _, samples in batch])
             for name, task in tasks.items()
         }
+        # Tasks that one pass of a trunk is for.
+        groups: list[list[str]] = []
+        for name, task in tasks.items():
+            inputs = batches[name]['inputs']
+            for group in groups:
+                other = tasks[group[0]]
+                if (
+                    task.backbone.storage is other.backbone.storage
+                    and not (task.slides or other.slides)
+                    and torch.equal(inputs, batches[group[0]]['inputs'])
+                ):
+                    group.append(name)
+                    break
+            else:
+                groups.append([name])
         results = {}
-        for group in _groups(tasks, batches):
+        for group in groups:
             outputs = [None]
             if len(group) > 1:
                 with torch.no_grad():
@@ -224,46 +227,6 @@ class MultiTaskInferencer:
                 results[name] = tasks[name].predict(batches[name], maps)
         for index, (image, _) in enumerate(batch):
             yield Found(image, {name: results[name][index] for name in tasks})
-
-
-def _share_trunk(one: Task, other: Task) -> bool:
-    return one.backbone.storage is other.backbone.storage
-
-
-def _groups(
-    tasks: Mapping[str, Task], batches: Mapping[str, dict]
-) -> list[list[str]]:
-    """Names of the tasks that one pass of a trunk is for, each once."""
-    groups: list[list[str]] = []
-    for name, task in tasks.items():
-        for group in groups:
-            other = tasks[group[0]]
-            if (
-                _share_trunk(task, other)
-                and not (task.slides or other.slides)
-                and torch.equal(
-                    batches[name]['inputs'], batches[group[0]]['inputs']
-                )
-            ):
-                group.append(name)
-                break
-        else:
-            groups.append([name])
-    return groups
-
-
-def _prepare(tasks: Mapping[str, Task], image: Image) -> dict[str, dict]:
-    """Packed samples of an image."""
-    try:
-        steps = {name: task.steps for name, task in tasks.items()}
-        return run_pipelines(steps, image.source)
-    except Exception:
-        image.read()  # says what is wrong with it, if anything is
-        raise
-
-
-def _sizes(samples: Samples) -> list[torch.Size]:
-    return [sample['inputs'].shape for sample in samples.values()]
 
 
 def run_pipelines(

@@ -21,11 +21,10 @@ class ResultWriter:
     one name from different folders get a number.
 
     Args:
-        folder (str | Path): The folder; it is made.
-        tasks (Mapping[str, Task]): The tasks, by name.
-        draw (bool): Whether to draw. Defaults to True.
-        score_thr (float): Boxes with a lower score are not drawn. Defaults
-            to 0.3.
+        folder: The folder; it is made.
+        tasks: The tasks, by name.
+        draw: Whether to draw.
+        score_thr: Boxes with a lower score are not drawn.
     """
 
     def __init__(

@@ -36,21 +36,16 @@ class Task:
     its visualizer.
 
     Args:
-        name (str): Name of the task.
-        config (str | Config): That of the model, or its path.
-        checkpoint (str): Path or URL of an adapter file or a checkpoint.
-        device (str): Where the model computes.
+        name: Name of the task.
+        config: That of the model, or its path.
+        checkpoint: Path or URL of an adapter file or a checkpoint.
+        device: Where the model computes.
 
     Attributes:
         model (nn.Module): The model.
         backbone (TunedBackbone): Its backbone.
         steps (list[Callable]): Its test pipeline, from a path or a BGR
             image (H, W, 3) to a packed sample.
-
-    Raises:
-        ConfigError: If there is no such config, it is of no framework, its
-            pipeline loads no images, or the model has no side path.
-        CheckpointError: If there is no such file, or it does not fit.
     """
 
     def __init__(
@@ -131,12 +126,9 @@ class Task:
     def predict(
         self, batch: dict, outputs: tuple[Tensor, ...] | None = None
     ) -> list[BaseDataElement]:
-        """What the model gives for a batch.
+        """What the model gives for a batch of :meth:`to_batch`.
 
-        Args:
-            batch (dict): That of :meth:`to_batch`.
-            outputs (tuple[Tensor, ...], optional): What the backbone gives for
-                ``batch['inputs']``, if that is known already.
+        ``outputs`` are what the backbone gives for it, if that is known.
         """
         given = nullcontext()
         if outputs is not None:
@@ -147,12 +139,7 @@ class Task:
     def prediction(self, result: BaseDataElement) -> dict | np.ndarray:
         """A result as the stock inferencer gives it, without tensors.
 
-        Returns:
-            dict | np.ndarray: Lists and numbers by name; of a segmentor the
-            map of classes (H, W).
-
-        Raises:
-            ConfigError: If panopticapi is needed and not installed.
+        Lists and numbers by name; of a segmentor the map of classes (H, W).
         """
         try:
             # A copy, for mmdet writes into a panoptic map.
@@ -173,8 +160,7 @@ class Task:
     def write(self, prediction: dict | np.ndarray, path: Path) -> None:
         """Write a :meth:`prediction` to ``path`` and a suffix.
 
-        JSON; a map of classes as a PNG with their numbers, one of depths as
-        an array of numpy.
+        As JSON; maps of classes as PNG, maps of depths as an array of numpy.
         """
         if isinstance(prediction, dict):
             Path(f'{path}.json').write_text(json.dumps(prediction))
@@ -187,16 +173,7 @@ class Task:
     def draw(
         self, image: np.ndarray, result: BaseDataElement, score_thr: float
     ) -> np.ndarray:
-        """Draw a result.
-
-        Args:
-            image (np.ndarray): (H, W, 3), RGB.
-            result (BaseDataElement): One of :meth:`predict`.
-            score_thr (float): Boxes below are not drawn.
-
-        Returns:
-            np.ndarray: (H, W, 3), RGB.
-        """
+        """Draw a result, without boxes of low scores, on (H, W, 3), RGB."""
         inferencer, result = self._inferencer, result.cpu()
         if self.scope == 'mmpretrain':
             from mmpretrain.visualization import UniversalVisualizer
@@ -204,14 +181,11 @@ class Task:
             return UniversalVisualizer().visualize_cls(
                 image, result, classes=inferencer.classes, draw_gt=False
             )
-        boxes = dict(pred_score_thr=score_thr)
+        options = dict(return_vis=True)
+        if self.scope == 'mmdet':
+            options['pred_score_thr'] = score_thr
         with self.in_scope():
-            return inferencer.visualize(
-                [image],
-                [result],
-                return_vis=True,
-                **(boxes if self.scope == 'mmdet' else {}),
-            )[0]
+            return inferencer.visualize([image], [result], **options)[0]
 
 
 class _Load:

@@ -53,31 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument(name, type=Path)
         return command
 
-    extract = add(
-        _extract, 'adapter file of a full checkpoint', 'checkpoint', 'out'
-    )
+    text = 'adapter file of a full checkpoint'
+    extract = add(_extract, text, 'checkpoint', 'out')
     extract.add_argument('--config', type=Path, required=True)
-    extract.add_argument(
-        '--trunk',
-        metavar='PATH_OR_URL',
-        help="the file of the trunk's weights (default: that of the config)",
-    )
+    text = "the file of the trunk's weights (default: that of the config)"
+    extract.add_argument('--trunk', metavar='PATH_OR_URL', help=text)
     inspect = add(_inspect, 'show what a file holds', 'file')
-    inspect.add_argument(
-        '--config',
-        action='store_true',
-        help='print the text of the config alone',
-    )
-    merge = add(
-        *(_merge, 'full checkpoint of trunk and adapter file'),
-        *('config', 'file', 'out'),
-        suffix='.pth',
-    )
+    text = 'print the text of the config alone'
+    inspect.add_argument('--config', action='store_true', help=text)
+    text = 'full checkpoint of trunk and adapter file'
+    merge = add(_merge, text, 'config', 'file', 'out', suffix='.pth')
     add(_strip, "drop neck and heads, keep the backbone's part", 'file', 'out')
-    task = add(
-        *(_task, 'the part of one of several tasks that trained together'),
-        *('file', 'name', 'config', 'out'),
-    )
+    text = 'the part of one of several tasks that trained together'
+    task = add(_task, text, 'file', 'name', 'config', 'out')
     for command in (extract, merge, task):
         command.add_argument('--cfg-options', nargs='+', action=DictAction)
     return launching.exit_code(_run, parser.parse_args(argv))

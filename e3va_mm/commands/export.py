@@ -46,13 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = 'of the images, in pixels; default: that of training'
     add('--size', type=int, nargs=2, metavar=('H', 'W'), help=size)
     add('--batch', type=int, default=1, help='images (default: 1)')
-    add(
-        '--tolerance',
-        type=float,
-        default=1e-3,
-        help='the largest difference that is allowed, relative to the largest '
-        'value of an output (default: %(default)s)',
-    )
+    help_ = 'largest difference over the largest value of an output (0.001)'
+    add('--tolerance', type=float, default=1e-3, help=help_)
     add('--cfg-options', nargs='+', action=DictAction)
     return launching.exit_code(_export, parser.parse_args(argv))
 

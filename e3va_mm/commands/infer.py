@@ -37,13 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     inputs = 'an image, a URL of one, a folder or a video'
     add('inputs', nargs='+', metavar='INPUT', help=inputs)
-    add(
-        '--task',
-        action='append',
-        required=True,
-        metavar='NAME=CONFIG:FILE',
-        help='once for each task; FILE is an adapter file or a checkpoint',
-    )
+    task = dict(metavar='NAME=CONFIG:FILE', help='once for each task')
+    add('--task', action='append', required=True, **task)
     add('--out', required=True, help='a folder')
     add('--batch-size', type=int, default=1, help='images of one size at once')
     thr = 'boxes with a lower score are not drawn (default: 0.3)'

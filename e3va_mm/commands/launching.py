@@ -5,7 +5,7 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,15 +41,11 @@ def exit_code(
     command: Callable[[argparse.Namespace], int | None],
     args: argparse.Namespace,
 ) -> int:
-    """Run a command; print an error that the user can correct as one line.
-
-    Args:
-        command (Callable): Takes ``args`` and returns its exit code, or None.
-        args (argparse.Namespace): The arguments of the command line.
+    """Run a command; print errors that the user can correct in words.
 
     Returns:
-        int: That of the command, 1 after an error that was printed, 130 after
-        an interruption. All other errors keep their stack trace.
+        int: What the command returns, 0 for None; 1 after an error that was
+        printed, 130 after an interruption. Other errors keep their trace.
     """
     resume = '; continue with --resume' if 'resume' in args else ''
     install()
@@ -59,21 +55,20 @@ def exit_code(
         print(f'error: interrupted{resume}', file=sys.stderr)
         return 130
     except Exception as e:
-        error = user_error(e)
+        error = _user_error(e)
         if error is None:
             if not dist.is_initialized() or dist.get_world_size() == 1:
                 raise
             traceback.print_exc()
             # Whoever waits for a process that was killed fails as well, in
             # words of the network; on other machines nobody else tells.
-            print(
-                f'error: rank {dist.get_rank()} of {dist.get_world_size()} '
-                f'failed with the {type(e).__name__} above. If that is a lost '
+            error = (
+                f'rank {dist.get_rank()} of {dist.get_world_size()} failed '
+                f'with the {type(e).__name__} above. If that is a lost '
                 'connection or a timeout, another rank died before: see its '
-                'last lines, or "Root Cause" of torchrun, on whichever '
-                f'machine it ran{resume}',
-                file=sys.stderr,
+                f'last lines, or "Root Cause" of torchrun{resume}'
             )
+            print(f'error: {error}', file=sys.stderr)
             return 1
         text = str(error)
         if text.startswith('Caught ') and 'Original Traceback' in text:
@@ -90,18 +85,18 @@ def exit_code(
     return code
 
 
-def user_error(error: BaseException | None) -> E3VAError | None:
-    """The innermost error of ours among an exception and its causes.
-
-    Some versions of mmengine's registry raise it again with text before it.
-    """
-    found = None
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and its causes, as a stack trace shows them."""
     while error is not None:
-        if isinstance(error, E3VAError):
-            found = error
+        yield error
         hidden = error.__suppress_context__  # raised `from None`
         error = error.__cause__ or (None if hidden else error.__context__)
-    return found
+
+
+def _user_error(error: BaseException) -> E3VAError | None:
+    """The innermost error of ours: mmengine's registry may wrap it."""
+    ours = [each for each in _chain(error) if isinstance(each, E3VAError)]
+    return ours[-1] if ours else None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,14 +121,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(path: str | Path, options: dict | None = None) -> Config:
-    """Read a config and check that its framework is installed.
+    """Read a config; ConfigError if that fails or its framework is missing.
 
     Args:
         path (str | Path): The config file.
         options (dict, optional): Those of ``--cfg-options``.
-
-    Raises:
-        ConfigError: If it cannot be read, or its framework is missing.
     """
     if not Path(path).is_file():
         raise ConfigError(f'{path}: no such config file.')
@@ -153,12 +145,7 @@ def read_config(path: str | Path, options: dict | None = None) -> Config:
 
 
 def load_config(args: argparse.Namespace, *keys: str) -> Config:
-    """The config of a run, as the command line changes it.
-
-    Args:
-        args (argparse.Namespace): Those of :func:`add_arguments`.
-        keys (str): What the config has to set.
-    """
+    """The config of a run, which has to set some keys."""
     config = read_config(args.config, args.cfg_options)
     require(config, *keys)
     if config.default_scope == 'mmpretrain':
@@ -221,16 +208,10 @@ def check_loaded(
         path (Path): Where it comes from.
         but (Iterable[str]): Prefixes of parts that are left out.
     """
-    expected, found = (
-        {k: v for k, v in state.items() if not k.startswith(tuple(but))}
-        for state in (
-            model.state_dict(),
-            checkpoint.get('state_dict', checkpoint),
-        )
-    )
+    state, but = checkpoint.get('state_dict', checkpoint), tuple(but)
     match_state(
-        expected,
-        found,
+        {k: v for k, v in model.state_dict().items() if not k.startswith(but)},
+        {k: v for k, v in state.items() if not k.startswith(but)},
         expected_leftovers=['.*'],
         what='model of the config',
         source=str(path),
@@ -241,16 +222,12 @@ def check_loaded(
 def run(
     config: Config, modes: Sequence[str], action: Callable[[Runner], None]
 ) -> None:
-    """Build the runner of a config and run it; explain what fails.
+    """Build a runner and run it; explain failures of data and disk.
 
     Args:
         config (Config): The config.
         modes (Sequence[str]): Whose data is read: 'train', 'val', 'test'.
         action (Callable): What to do with the runner.
-
-    Raises:
-        CheckpointError: If a disk is full.
-        DataError: If the failure is the data's fault.
     """
     hooks = []
     try:
@@ -259,7 +236,7 @@ def run(
         hooks = runner.hooks
         action(runner)
     except Exception as e:
-        if user_error(e) is None:
+        if _user_error(e) is None:
             _check_disk(config.work_dir, e)
             checks = [h for h in hooks if isinstance(h, DatasetCheckHook)]
             if any(check.passed for check in checks):
@@ -273,15 +250,14 @@ def run(
                 hook.stop()  # leave the terminal as it was
 
 
-def _check_disk(folder: str, error: BaseException | None) -> None:
+def _check_disk(folder: str, error: BaseException) -> None:
     """Raise CheckpointError for a disk that had no room for something."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-            file = f', file {error.filename}' if error.filename else ''
+    for each in _chain(error):
+        if isinstance(each, OSError) and each.errno in FULL_DISK:
+            file = f', file {each.filename}' if each.filename else ''
             raise CheckpointError(
                 f'No room for the files of a run (work_dir {folder}{file}): '
-                f'{error}. Checkpoints that last_checkpoint names are whole. '
+                f'{each}. Checkpoints that last_checkpoint names are whole. '
                 'Make room, or set `work_dir` to a folder with room, and '
                 'continue with --resume.'
             ) from error
-        error = error.__cause__ or error.__context__

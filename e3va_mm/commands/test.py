@@ -21,10 +21,6 @@ TTA_MODELS = dict(
     ),
     mmpretrain=dict(type='AverageClsScoreTTA'),
 )
-META_KEYS = (
-    *('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
-    *('flip', 'flip_direction'),
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,10 +68,8 @@ def _set_visualization(config: Config, args: argparse.Namespace) -> None:
     hook = (config.get('default_hooks') or {}).get('visualization')
     if hook is None:
         raise ConfigError(
-            '--show and --show-dir need '
-            "`default_hooks.visualization=dict(type='DetVisualizationHook')` "
-            "in the config (mmseg: 'SegVisualizationHook', mmpretrain: "
-            "'VisualizationHook')."
+            '--show and --show-dir need a hook in the config, as in the '
+            "framework's own: `default_hooks.visualization=dict(type=...)`."
         )
     if args.show:
         hook.update(show=True, wait_time=args.wait_time)
@@ -97,7 +91,7 @@ def _set_tta(config: Config) -> None:
     if config.default_scope in TTA_MODELS:
         *steps, pack = copy.deepcopy(dataset.pipeline)
         if config.default_scope == 'mmdet':
-            pack = dict(type='PackDetInputs', meta_keys=META_KEYS)
+            pack = dict(type='PackDetInputs')  # with flips in its meta keys
         flips = [dict(type='RandomFlip', prob=p) for p in (1.0, 0.0)]
         augment = dict(type='TestTimeAug', transforms=[flips, [pack]])
         config.setdefault('tta_model', TTA_MODELS[config.default_scope])

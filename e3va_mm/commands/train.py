@@ -29,11 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``e3va train``.
 
     Args:
-        argv (Sequence[str], optional): Arguments of the command line.
-            Defaults to those of this process.
+        argv (Sequence[str], optional): Defaults to those of this process.
 
     Returns:
-        int: The exit code, see :func:`launching.exit_code`.
+        int: The exit code, see ``launching.exit_code``.
     """
     parser = argparse.ArgumentParser('e3va train', description=__doc__)
     launching.add_arguments(parser)
@@ -47,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         '--resume',
         nargs='?',
         const='auto',
-        help='checkpoint to resume from; without a path, the latest one in '
-        'the work directory, if there is one',
+        help='a checkpoint; without a path, the latest in the work directory',
     )
     args = parser.parse_args(argv)
     keep_freed_memory()
@@ -64,9 +62,8 @@ def _train(args: argparse.Namespace) -> None:
         scaling = config.get('auto_scale_lr') or {}
         if not {'enable', 'base_batch_size'} <= set(scaling):
             raise ConfigError(
-                '--auto-scale-lr needs '
-                '`auto_scale_lr=dict(enable=False, base_batch_size=N)` in '
-                f'the config, but got {dict(scaling) or None}.'
+                '--auto-scale-lr needs `auto_scale_lr=dict(enable=False, '
+                f'base_batch_size=N)` in the config, but got {scaling}.'
             )
         scaling.enable = True
     _set_resume(config, args.resume)
@@ -87,15 +84,11 @@ def _set_precision(config: Config, amp: bool) -> None:
     wrapper, device = config.optim_wrapper, get_device()
     name = class_name(wrapper) or 'OptimWrapper'
     if amp and name not in ('OptimWrapper', 'AmpOptimWrapper'):
-        raise ConfigError(
-            f'--amp needs `optim_wrapper.type` to be OptimWrapper, but got '
-            f'{name}.'
-        )
+        raise ConfigError(f'--amp needs an OptimWrapper, but got {name}.')
     if (amp or name == 'AmpOptimWrapper') and device in ('cpu', 'mps'):
         raise ConfigError(
-            f'{"--amp" if amp else "`optim_wrapper.type=AmpOptimWrapper`"} '
-            f'needs an accelerator, but the device is {device}. Leave out '
-            "--amp and set `optim_wrapper.type='OptimWrapper'`."
+            f'AmpOptimWrapper (--amp) needs an accelerator, but the device is '
+            f"{device}. Set `optim_wrapper.type='OptimWrapper'`."
         )
     if amp and name == 'OptimWrapper':
         wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')

@@ -8,6 +8,7 @@ from mmengine.registry import DefaultScope
 
 from e3va_mm.apis import MultiTaskInferencer
 from e3va_mm.apis.images import Images
+from e3va_mm.apis.multi_task_inferencer import run_pipelines
 from e3va_mm.backbones import TunedBackbone
 from e3va_mm.errors import CheckpointError, ConfigError, DataError
 from e3va_mm.registry import MODELS
@@ -115,7 +116,7 @@ def test_no_trunk_is_read_twice(tuned, monkeypatch):
 
 def test_tasks_come_and_go(tuned, alone, images):
     infer = MultiTaskInferencer(device='cpu')
-    with pytest.raises(ConfigError, match='There is no task to run'):
+    with pytest.raises(ConfigError, match='at least one task'):
         infer(images)
     infer.add('kinds', *tuned['kinds'])
     infer.add('boxes', *tuned['boxes'])
@@ -227,20 +228,16 @@ def stock_checkpoint(config, path):
 @pytest.mark.parametrize(
     'changes, message',
     [
-        (
-            {'test_dataloader.dataset.pipeline.0.type': 'Resize'},
-            'should begin with LoadImageFromFile, but begins with Resize',
-        ),
-        (dict(test_dataloader=None), 'but begins with nothing'),
+        ({'test_dataloader.dataset.pipeline.0.type': 'Resize'}, 'with Resize'),
+        (dict(test_dataloader=None), 'begins with nothing'),
+        (dict(default_scope='mmpose'), "'mmpretrain'.*but got 'mmpose'"),
     ],
 )
 def test_a_config_that_cannot_be_used(tuned, changes, message):
     config = Config.fromfile(tuned['boxes'].config)
     config.merge_from_dict(changes)
     with pytest.raises(ConfigError, match=message):
-        MultiTaskInferencer(
-            dict(boxes=(config, tuned['boxes'].adapter)), 'cpu'
-        )
+        MultiTaskInferencer().add('a', config, 'none')
 
 
 def test_what_is_refused(tuned, folder, tmp_path):
@@ -263,11 +260,44 @@ def test_what_is_refused(tuned, folder, tmp_path):
         with pytest.raises(error, match=message):
             infer.add(*arguments)
     assert list(infer.tasks) == ['boxes']
-    with pytest.raises(ConfigError, match='Expected the name of a task'):
-        infer.remove('parts')
-    with pytest.raises(ConfigError, match='`batch_size` should be a whole'):
+    with pytest.raises(ConfigError, match='`batch_size` from 1 on'):
         infer(str(folder / 'images'), batch_size=0)
     broken = tmp_path / 'broken.jpg'
     broken.write_bytes(b'none')
     with pytest.raises(DataError, match='broken.jpg is not a whole image'):
         infer(str(broken))
+
+
+class Count:
+    """Adds a number in place, and counts."""
+
+    calls = 0
+
+    def __init__(self, number):
+        self.number = number
+
+    def __call__(self, found):
+        type(self).calls += 1
+        found['img'] += self.number
+        return found
+
+
+def test_equal_beginnings_of_pipelines_run_once():
+    Count.calls = 0
+    image = dict(img=np.zeros((2, 2), int))
+    found = run_pipelines(
+        dict(
+            a=[Count(1), Count(2), Count(3)],
+            b=[Count(1), Count(2), Count(3)],
+            c=[Count(1), Count(5)],
+            d=[],
+        ),
+        image,
+    )
+    assert Count.calls == 4
+    assert {n: each['img'].max() for n, each in found.items()} == dict(
+        a=6, b=6, c=6, d=0
+    )
+    assert not image['img'].any()
+    found['a']['img'][:] = 9
+    assert found['b']['img'].max() == 6

@@ -70,6 +70,9 @@ def refusal(capsys, config, *options):
     return text
 
 
+CHECK = [dict(type='e3va_mm.DatasetCheckHook')]
+
+
 def detection(folder, count=4, change=None, **kwargs):
     make_coco(folder, 'train', count)
     if change is not None:
@@ -77,12 +80,12 @@ def detection(folder, count=4, change=None, **kwargs):
         content = json.loads(path.read_text())
         change(content)
         path.write_text(json.dumps(content))
-    return detection_config(folder, **kwargs)
+    return detection_config(folder, **{'custom_hooks': CHECK, **kwargs})
 
 
 def segmentation(folder, count=4, **kwargs):
     make_segmentation(folder, count)
-    return segmentation_config(folder, **kwargs)
+    return segmentation_config(folder, **{'custom_hooks': CHECK, **kwargs})
 
 
 # -- images ----------------------------------------------------------------

@@ -42,7 +42,7 @@ class Toy(BaseModel):
 class Backbone(nn.Linear, TunedModule):
     """Declares its weight, but not its bias."""
 
-    has_graph = True
+    has_graph, petl = True, None
 
     def declared(self):
         return [self.weight]

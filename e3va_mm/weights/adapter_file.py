@@ -63,8 +63,8 @@ class TrunkRecord:
             return cls(**json.loads(value.cpu().numpy().tobytes()))
         except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f'Expected the record of a trunk in {RECORD}, but it cannot '
-                f'be read: {error}. Take the adapter file as it was written.'
+                f'Expected the record of a trunk in {RECORD}, but got {error}.'
+                ' Take the adapter file as it was written.'
             ) from error
 
 

@@ -19,7 +19,7 @@ def trunk_file(folder, name, seed=0):
     return path
 
 
-def segmentor(name, source, trunk=None, **side_path):
+def segmentor(name, source, trunk=None, **tuner):
     """An FCN on a trunk of ``HEADS``; only ``init_weights`` reads it.
 
     ``trunk`` are other arguments of the stock class.
@@ -28,26 +28,19 @@ def segmentor(name, source, trunk=None, **side_path):
     channels, index = HEADS[name]
     backbone = dict(
         type='e3va_mm.E3VABackbone',
-        trunk=dict(copy.deepcopy(CASES[name]), **(trunk or {})),
-        side_path=dict(rank=4, **side_path),
+        trunk=copy.deepcopy(CASES[name]) | (trunk or {}),
+        tuner=dict(rank=4, **tuner),
     )
     if source is not None:
         backbone['init_cfg'] = dict(type='Pretrained', checkpoint=str(source))
-    head = dict(
-        type='mmseg.FCNHead',
-        in_channels=channels,
-        channels=8,
-        in_index=index,
-        num_convs=1,
-        num_classes=3,
-        norm_cfg=dict(type='BN'),
-    )
+    head = dict(type='mmseg.FCNHead', in_channels=channels, in_index=index)
+    head |= dict(channels=8, num_convs=1, num_classes=3)
     with DefaultScope.overwrite_default_scope('mmseg'):
         return MODELS.build(
             dict(
                 type='mmseg.EncoderDecoder',
                 backbone=backbone,
-                decode_head=head,
+                decode_head=dict(head, norm_cfg=dict(type='BN')),
                 test_cfg=dict(mode='whole'),
             )
         )

@@ -1,10 +1,11 @@
-"""Small trunks and states that many tests share."""
+"""Small Swin Transformers that many tests share."""
 
 import copy
 from pathlib import Path
 
 import torch
 from mmengine.registry import DefaultScope
+from torch import Tensor, nn
 
 from e3va_mm.registry import MODELS
 
@@ -20,27 +21,17 @@ SWIN = dict(
 
 
 def build_stock(scope='mmdet', **kwargs):
+    kind = f'{scope}.SwinTransformer'
     return MODELS.build(
-        {
-            'type': f'{scope}.SwinTransformer',
-            **TINY,
-            'drop_path_rate': 0.0,
-            **kwargs,
-        }
+        dict(TINY, type=kind, **{'drop_path_rate': 0, **kwargs})
     )
 
 
 def build_e3va(scope='mmdet', **kwargs):
-    """An E3VA Swin under a default scope; random trunks are allowed."""
+    """A tuned Swin under a default scope; random trunks are allowed."""
+    kind = dict(type='e3va_mm.E3VASwinTransformer', allow_random_trunk=True)
     with DefaultScope.overwrite_default_scope(scope):
-        return MODELS.build(
-            {
-                'type': 'e3va_mm.E3VASwinTransformer',
-                'allow_random_trunk': True,
-                **TINY,
-                **kwargs,
-            }
-        )
+        return MODELS.build({**kind, **TINY, **kwargs})
 
 
 def randomised(module, seed=0):
@@ -60,13 +51,30 @@ def randomised(module, seed=0):
 
 
 def e3va_and_stock(scope='mmdet', seed=0, stock_kwargs=None, **kwargs):
-    """An initialised E3VA Swin and the stock one with the same weights."""
+    """A tuned Swin and the stock one with the same weights."""
     stock = randomised(build_stock(scope, **(stock_kwargs or {})), seed)
     stock.eval()
     ours = build_e3va(scope, **(stock_kwargs or {}), **kwargs)
-    ours.init_weights()
     ours.load_state_dict(copy.deepcopy(stock.state_dict()), strict=False)
     return ours, stock
+
+
+class Detector(nn.Module):
+    """As much of a detector as loading and saving see."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.neck = nn.Linear(2, 2)
+
+
+def assert_same_state(state, expected):
+    """The same names in the same order, types and bits."""
+    assert list(state) == list(expected)
+    for name, value in state.items():
+        assert type(value) is Tensor, name
+        assert value.dtype is expected[name].dtype, name
+        assert torch.equal(value, expected[name]), name
 
 
 def threads_of_groups():

@@ -18,73 +18,52 @@ TWINS = dict(
     strides=[4, 2, 2],
     patch_sizes=[4, 2, 2],
     mlp_ratios=[2, 2, 2],
-    out_indices=(0, 1, 2),
 )
-
-
 PRETRAIN_TWINS = dict(
     embed_dims=[16, 32, 64, 128],
     num_heads=[1, 2, 4, 8],
     depths=[2, 2, 2, 2],
     sr_ratios=[8, 4, 2, 1],
-    patch_sizes=[4, 2, 2, 2],
     strides=[4, 2, 2, 2],
+    patch_sizes=[4, 2, 2, 2],
     mlp_ratios=[2, 2, 2, 2],
 )
-
-
-def vit(kind, **kwargs):
-    return dict(
-        {
-            'type': f'mmpretrain.{kind}',
-            'arch': VIT,
-            'img_size': 64,
-            'patch_size': 16,
-            'out_indices': [1, 3],
-            'out_type': 'featmap',
-        },
-        **kwargs,
-    )
-
-
-def convnext(**kwargs):
-    return dict(
-        {
-            'type': 'mmpretrain.ConvNeXt',
-            'arch': dict(depths=[1, 2, 1, 1], channels=[16, 32, 64, 128]),
-            'out_indices': [0, 1, 2, 3],
-            'gap_before_final_norm': False,
-            'layer_scale_init_value': 0.5,
-        },
-        **kwargs,
-    )
-
-
-def swin(kind, **kwargs):
-    return dict(
-        {
-            'type': f'mmpretrain.{kind}',
-            'img_size': 64,
-            'window_size': 4,
-            'pad_small_map': True,
-            'out_indices': (0, 1, 2),
-        },
-        **kwargs,
-    )
-
-
 SWIN_ARCH = dict(embed_dims=32, depths=[2, 1, 3], num_heads=[1, 2, 4])
 V2_ARCH = dict(SWIN_ARCH, extra_norm_every_n_blocks=0)
 SAM_ARCH = dict(VIT, global_attn_indexes=[1, 3])
 
 
-def timm(name, **kwargs):
-    return dict(
-        type='mmpretrain.TIMMBackbone',
-        model_name=name,
-        features_only=True,
-        **kwargs,
+def vit(kind, **kwargs):
+    own = dict(arch=VIT, img_size=64, patch_size=16, out_indices=[1, 3])
+    own |= dict(type=f'mmpretrain.{kind}', out_type='featmap')
+    return own | kwargs
+
+
+def seg_vit(kind, **kwargs):
+    own = dict(SEG_VIT, type=f'mmseg.{kind}', out_indices=(1, 3))
+    return own | kwargs
+
+
+def convnext(**kwargs):
+    own = dict(
+        type='mmpretrain.ConvNeXt',
+        arch=dict(depths=[1, 2, 1, 1], channels=[16, 32, 64, 128]),
+        out_indices=[0, 1, 2, 3],
+        gap_before_final_norm=False,
+        layer_scale_init_value=0.5,
     )
+    return own | kwargs
+
+
+def swin(kind, **kwargs):
+    own = dict(type=f'mmpretrain.{kind}', img_size=64, window_size=4)
+    own |= dict(pad_small_map=True, out_indices=(0, 1, 2))
+    return own | kwargs
+
+
+def timm(name, **kwargs):
+    kind = dict(type='mmpretrain.TIMMBackbone', model_name=name)
+    return dict(kind, features_only=True, **kwargs)
 
 
 # Plain ViTs, over the classes that E3VAVisionTransformer takes.
@@ -127,27 +106,18 @@ VITS = {
     'sam, no neck': vit(
         'ViTSAM', arch=SAM_ARCH, window_size=3, out_channels=0
     ),
-    'mmseg vit': dict(
-        SEG_VIT, type='mmseg.VisionTransformer', out_indices=(1, 3)
-    ),
-    'mmseg vit, class token': dict(
-        SEG_VIT,
-        type='mmseg.VisionTransformer',
-        out_indices=(1, 3),
+    'mmseg vit': seg_vit('VisionTransformer'),
+    'mmseg vit, class token': seg_vit(
+        'VisionTransformer',
         output_cls_token=True,
         final_norm=True,
         pre_norm=True,
     ),
-    'mmseg vit, none': dict(
-        SEG_VIT,
-        type='mmseg.VisionTransformer',
-        out_indices=3,
-        with_cls_token=False,
+    'mmseg vit, none': seg_vit(
+        'VisionTransformer', out_indices=3, with_cls_token=False
     ),
-    'mmseg beit': dict(
-        SEG_VIT, type='mmseg.BEiT', out_indices=(1, 3), final_norm=True
-    ),
-    'mmseg mae': dict(SEG_VIT, type='mmseg.MAE', out_indices=(1, 3)),
+    'mmseg beit': seg_vit('BEiT', final_norm=True),
+    'mmseg mae': seg_vit('MAE'),
 }
 OTHERS = {
     'hivit': dict(
@@ -202,8 +172,13 @@ OTHERS = {
         embed_dims=16,
         num_layers=[1, 2, 1, 2],
     ),
-    'pcpvt': dict(TWINS, type='mmseg.PCPVT'),
-    'svt': dict(TWINS, type='mmseg.SVT', windiow_sizes=[4, 4, 4]),
+    'pcpvt': dict(TWINS, type='mmseg.PCPVT', out_indices=(0, 1, 2)),
+    'svt': dict(
+        TWINS,
+        type='mmseg.SVT',
+        out_indices=(0, 1, 2),
+        windiow_sizes=[4, 4, 4],
+    ),
     'pcpvt of mmpretrain': dict(
         type='mmpretrain.PCPVT', arch=PRETRAIN_TWINS, out_indices=(0, 1, 2, 3)
     ),
@@ -246,23 +221,18 @@ OTHERS = {
     ),
 }
 CASES = {**VITS, **OTHERS}
-# The size of the picture, where it is not 96 x 64: those that are made for
-# one size, or whose patches ask for it.
+# The size of the image, where it is not 96 x 64: those that are made for one
+# size, or whose patches ask for it.
 SIZES = {
     'dinov2': (40, 64),
-    'beit': (64, 64),
-    'beit, shared bias': (64, 64),
-    'deit3': (64, 64),
-    'distilled': (64, 64),
-    'mmseg beit': (64, 64),
-    'mmseg mae': (64, 64),
-    'hivit': (64, 64),
-    'timm swin': (64, 64),
-    'timm vit': (64, 64),
-    'timm deit': (64, 64),
-    'timm beit': (64, 64),
     'timm eva02': (56, 56),
     'timm dinov2, registers': (56, 56),
+    **dict.fromkeys(
+        ['beit', 'beit, shared bias', 'deit3', 'distilled', 'mmseg beit']
+        + ['mmseg mae', 'hivit', 'timm swin', 'timm vit', 'timm deit']
+        + ['timm beit'],
+        (64, 64),
+    ),
 }
 # timm's Swin gives (B, H, W, C), which no neck takes; ours gives maps.
 CHANNELS_LAST = {'timm swin'}
@@ -292,23 +262,24 @@ def drawn(module, seed=0):
 
 
 def build_stock(name, seed=0):
-    config = CASES[name]
-    need(config)
-    stock = drawn(MODELS.build(copy.deepcopy(config)), seed)
+    need(CASES[name])
+    stock = drawn(MODELS.build(copy.deepcopy(CASES[name])), seed)
     stock.eval()
     return stock
 
 
-def build_ours(name, **kwargs):
-    config = CASES[name]
-    need(config)
-    side_path = dict(rank=4, **kwargs.pop('side_path', {}))
+def build_ours(name, tuner=None, **kwargs):
+    """A tuned backbone; E3VA of rank 4 unless its tuner says otherwise."""
+    need(CASES[name])
+    tuner = {**(tuner or {}), **kwargs.pop('side_path', {})}
+    if 'type' not in tuner:
+        tuner.setdefault('rank', 4)
     ours = MODELS.build(
         dict(
             type='e3va_mm.E3VABackbone',
-            trunk=copy.deepcopy(config),
+            trunk=copy.deepcopy(CASES[name]),
             allow_random_trunk=True,
-            side_path=side_path,
+            tuner=tuner,
             **kwargs,
         )
     )
@@ -343,7 +314,7 @@ def stock_outputs(name, stock, image):
 def awake(ours, std=0.1):
     """Adapters that add something; at the start they add nothing."""
     with torch.no_grad():
-        for parameter in ours.side_path.parameters():
+        for parameter in ours.tuner.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(std=std)
     return ours

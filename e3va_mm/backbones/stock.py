@@ -12,7 +12,7 @@ from torch import nn
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.registry import MODELS
-from e3va_mm.utils import is_number
+from e3va_mm.utils import is_number, is_whole
 
 # Arguments without effect -> the value at which they ask for nothing. Where
 # gradients travel through the trunk, it has drop path and checkpoints as the
@@ -209,8 +209,19 @@ def build_stock(
 
 
 def _check_values(own: Mapping, parameters: Mapping) -> None:
-    """Refuse what stock code takes and fails with in the first step."""
+    """Refuse what stock code takes and fails with later, or without a word."""
+    stages = own.get('depths', parameters.get('depths'))
     for name, value in own.items():
+        if (
+            name == 'out_indices'
+            and isinstance(value, (list, tuple))
+            and isinstance(stages, (list, tuple))
+            and not all(is_whole(each, 0, len(stages) - 1) for each in value)
+        ):
+            raise ValueError(
+                f'`{name}` should name some of the {len(stages)} stages, '
+                f'counted from 0, but is {value!r}'
+            )
         if name == 'interpolate_mode' and value not in INTERPOLATIONS:
             raise ValueError(
                 f'`{name}` should be one of {INTERPOLATIONS}, but is {value!r}'

@@ -25,7 +25,9 @@ a_path = Check(lambda value: isinstance(value, str) and bool(value), 'a path')
 path_list = Check(_are_paths, 'a list of paths')
 named_paths = Check(
     lambda value: (
-        isinstance(value, Mapping) and _are_paths([*value, *value.values()])
+        isinstance(value, Mapping)
+        and bool(value)
+        and _are_paths([*value, *value.values()])
     ),
     'a dict of paths by name',
 )

@@ -73,13 +73,13 @@ def test_the_same_of_a_vit(lines):
         (dict(depths=(2, 0)), '`depths` should hold a whole number above'),
         (dict(embed_dims=True), '`embed_dims` should be a number, but is Tru'),
         (dict(mlp_ratio=float('nan')), '`mlp_ratio` should be a number'),
-        (dict(num_heads=(3, 3, 3, 3)), 'refuses its arguments.*num_heads=(3'),
+        (dict(embed_dims=-3), 'refuses its arguments: .* embed_dims=-3'),
         (dict(pretrained=''), '`pretrained` of the backbone should be a path'),
         (dict(pretrained='a.pth', init_cfg=FILE), 'are both set; keep `init_'),
     ],
 )
 def test_impossible_arguments_are_refused(arguments, message):
-    with pytest.raises(ConfigError, match=message.replace('=(', r'=\(')):
+    with pytest.raises(ConfigError, match=message):
         build_e3va(**arguments)
 
 

@@ -254,14 +254,21 @@ def test_impossible_outputs_are_refused(out_indices):
         build_e3va(out_indices=out_indices)
 
 
-def test_absolute_positions_fail_clearly_at_another_size():
-    ours = build_e3va(use_abs_pos_embed=True, pretrain_img_size=64)
-    assert len(ours(torch.randn(IMAGE))) == 4
-    with pytest.raises(ConfigError) as error:
-        ours(torch.randn(1, 3, 96, 64))
-    assert '`pretrain_img_size`, 256, but an image of (96, 64) pixels' in str(
-        error.value
-    )
+@pytest.mark.parametrize('size', [(80, 48), (70, 100), (16, 16)])
+@pytest.mark.parametrize(
+    'name', ['vit', 'dinov2-g', 'eva02', 'sam', 'mmseg vit']
+)
+def test_a_vit_takes_any_size_that_the_stock_class_takes(name, size):
+    ours, stock = ours_and_stock(name)
+    shapes = {key: value.shape for key, value in ours.named_buffers()}
+    image = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        for one, other in zip(
+            flat(ours(image)), flat(stock(image)), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    # Rotary embeddings are buffers; the stock class changes them.
+    assert {k: value.shape for k, value in ours.named_buffers()} == shapes
 
 
 # -- copies ------------------------------------------------------------------

@@ -21,8 +21,8 @@ class MultiTaskModel(BaseModel):
     """Several models on one frozen trunk that train together.
 
     Each is the model of a config of its own, with its side path, neck and
-    heads; the trunk is there once. The pictures of all tasks that are of one
-    size go through it in one pass, equal pictures once. What trains depends
+    heads; the trunk is there once. The images of all tasks that are of one
+    size go through it in one pass, equal images once. What trains depends
     on no other task: the gradients are those of training apart.
 
     ``tools/adapter.py task`` takes the adapter file of one task out of one of
@@ -164,7 +164,7 @@ def _share_trunk(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         if rates[0] != rates[1]:
             raise ConfigError(
                 'Tasks that train together should have the same '
-                f'`side_path.trunk_drop_path`, but that of `tasks.{first}` is '
+                f'`tuner.trunk_drop_path`, but that of `tasks.{first}` is '
                 f'{rates[0]} and that of `tasks.{name}` {rates[1]}.'
             )
     for name, backbone in others:

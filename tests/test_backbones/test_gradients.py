@@ -203,7 +203,7 @@ def test_each_stage_can_keep_its_taps_in_its_own_way():
     assert_same({k: got[k] for k in later}, {k: expected[k] for k in later})
     assert_same(got, expected, LOSSY['int8'][0])
     name = 'side_path.stages.0.0.attn.down.p'
-    assert relative_error(got[name], expected[name]) > 1e-4
+    assert relative_error(got[name], expected[name]) > 1e-5
 
 
 @exact_modes
@@ -417,7 +417,7 @@ every_half = pytest.mark.parametrize('dtype', HALVES)
 def run(ours, image, dtype=None, function=None):
     """Gradients of a step, forward under an autocast."""
     with torch.autocast('cpu', dtype=dtype, enabled=dtype is not None):
-        loss = loss_of((function or ours)(image))
+        loss = loss_of((ours if function is None else function)(image))
     loss.backward()
     return taken(ours)
 
@@ -545,13 +545,12 @@ def test_non_reentrant_checkpointing_changes_nothing(mode, dtype):
     assert_same(got, expected, 0)
 
 
-@pytest.mark.parametrize('mode', ['exact', 'int8', 'recompute'])
-def test_compiled(mode):
+def test_compiled():
     """Graph breaks are fine, other gradients are not."""
     torch._dynamo.reset()
     counters.clear()
     two = dict(depths=(1, 1), num_heads=(1, 2), strides=(4, 2))
-    tuner = dict(save_taps=mode)
+    tuner = dict(save_taps=['recompute', 'int8'])
     ours = build_e3va(tuner=tuner, out_indices=(1,), **two)
     drawn(ours.side_path)
     image = images(torch.float32, 1)[..., :32, :32].contiguous()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from e3va_mm.backbones import TunedBackbone
+from e3va_mm.backbones import TunedBackbone, trunk_pool
 from e3va_mm.backbones.trunk_pool import TrunkPool
 from e3va_mm.errors import CheckpointError
 from e3va_mm.weights import adapter_of, trunk_records
@@ -11,6 +11,7 @@ from tests.adapted_models import segmentor, trained, trunk_file
 from tests.trunk_cases import image_for
 
 NAME = 'swin of mmdet'
+WEIGHT = 'stages.0.blocks.0.ffn.layers.1.weight'
 
 
 @pytest.fixture
@@ -18,87 +19,70 @@ def source(tmp_path):
     return trunk_file(tmp_path, NAME)
 
 
-def checkpoint(model, path):
-    """What an adapter file of a model is read as."""
-    adapter = adapter_of(model, trunk_records(model))
-    return adapter.checkpoint(path)['state_dict']
-
-
-def test_a_pool_that_is_open_gives_the_trunk(source, tmp_path):
-    model = trained(NAME, source)
-    state = checkpoint(model, tmp_path / 'adapter.safetensors')
+def pool_of(*models):
     pool = TrunkPool()
-    pool.add(model.backbone)
+    for model in models:
+        pool.add(model.backbone)
+    return pool
+
+
+def load(model, state, pool):
+    """What an adapter file is read as, loaded while a pool is open."""
+    with pool.open():
+        model.load_state_dict(dict(state))
+    return model.backbone
+
+
+def state_of(model, tmp_path):
+    adapter = adapter_of(model, trunk_records(model))
+    return adapter.checkpoint(tmp_path / 'a.safetensors')['state_dict']
+
+
+@pytest.mark.parametrize('stored', [None, 'bf16'])
+def test_a_pool_that_is_open_gives_the_trunk(stored, source, tmp_path):
+    model = trained(NAME, source, trunk_weights=stored)
+    state = state_of(model, tmp_path)
     source.unlink()  # now there is but the pool
-    later = segmentor(NAME, None)
+    later = segmentor(NAME, None, trunk_weights=stored).eval()
     with pytest.raises(CheckpointError, match='needs the trunk'):
         later.load_state_dict(dict(state))
-    with pool.open():
-        later.load_state_dict(dict(state))
-    assert later.backbone.storage is model.backbone.storage
-    assert later.backbone.trunk_address == str(source)
+    ours = load(later, state, pool_of(model))
+    assert ours.storage is model.backbone.storage
+    assert ours.trunk_address == str(source)
+    # It stays stored, as it may not fit into memory as it came.
+    weight = ours.get_parameter(WEIGHT)
+    assert weight is model.backbone.get_parameter(WEIGHT)
+    assert weight.dtype == (torch.bfloat16 if stored else torch.float32)
+    image = image_for(NAME)
+    for one, other in zip(ours(image), model.backbone(image), strict=True):
+        assert torch.equal(one, other)
+    # In files as it came, once for both.
+    states = [each.backbone.state_dict() for each in (model, later)]
+    assert states[0][WEIGHT].dtype == torch.float32
+    assert states[0][WEIGHT].data_ptr() == states[1][WEIGHT].data_ptr()
 
 
 def test_another_trunk_is_left_alone(source, tmp_path, monkeypatch):
-    model = trained(NAME, source)
-    state = checkpoint(model, tmp_path / 'adapter.safetensors')
-    pool = TrunkPool()
-    pool.add(trained(NAME, trunk_file(tmp_path, NAME, seed=1)).backbone)
+    state = state_of(trained(NAME, source), tmp_path)
+    pool = pool_of(trained(NAME, trunk_file(tmp_path, NAME, seed=1)))
     lines = []
     monkeypatch.setattr(
-        'e3va_mm.backbones.trunk_pool.print_log',
-        lambda line, **kwargs: lines.append(line),
+        trunk_pool, 'print_log', lambda line, **kwargs: lines.append(line)
     )
-    later = segmentor(NAME, None)
-    with pool.open():
-        later.load_state_dict(dict(state))
-    assert later.backbone.trunk_source is not None
+    assert load(segmentor(NAME, None), state, pool).trunk_source is not None
     assert not lines
     # The same weights under other options.
     pool.add(trained(NAME, source, trunk_compute='bf16').backbone)
-    later = segmentor(NAME, None)
-    with pool.open():
-        later.load_state_dict(dict(state))
+    load(segmentor(NAME, None), state, pool)
     assert 'cannot be shared: trunk_compute is bf16 in one' in lines[0]
-
-
-def test_a_trunk_that_is_stored_stays_so(source, tmp_path):
-    """It may not fit into memory as it came."""
-    stored = dict(trunk_weights='bf16')
-    model = trained(NAME, source, **stored)
-    state = checkpoint(model, tmp_path / 'adapter.safetensors')
-    pool = TrunkPool()
-    pool.add(model.backbone)
-    image = image_for(NAME)
-    before = model.backbone(image)
-    later = segmentor(NAME, None, **stored).eval()
-    with pool.open():
-        later.load_state_dict(dict(state))
-    weight = 'stages.0.blocks.0.ffn.layers.1.weight'
-    assert later.backbone.storage.stored
-    assert later.backbone.get_parameter(weight).dtype == torch.bfloat16
-    for ours, theirs in zip(later.backbone(image), before, strict=True):
-        assert torch.equal(ours, theirs)
-    # As they came, once for both.
-    states = [each.backbone.state_dict() for each in (model, later)]
-    assert states[0][weight] is states[1][weight]
-    assert states[0][weight].dtype == torch.float32
-
-
-def test_whole_checkpoints_share_what_is_equal(source):
-    one, other = trained(NAME, source), trained(NAME, source)
-    pool = TrunkPool()
-    pool.add(one.backbone)
-    pool.add(other.backbone)
-    assert other.backbone.storage is one.backbone.storage
 
 
 def test_a_trunk_goes_with_its_last_backbone(source, tmp_path, monkeypatch):
     one, other = (trained(NAME, source) for _ in range(2))
-    state = checkpoint(one, tmp_path / 'adapter.safetensors')
-    pool = TrunkPool()
-    for model in (one, other):
-        pool.add(model.backbone)
+    state = state_of(one, tmp_path)
+    pool = pool_of(one, other)
+    # Whole checkpoints share what is equal.
+    assert other.backbone.storage is one.backbone.storage
     sources = []
     reads = TunedBackbone._reads
     monkeypatch.setattr(
@@ -108,6 +92,5 @@ def test_a_trunk_goes_with_its_last_backbone(source, tmp_path, monkeypatch):
     )
     for gone, reading in ((one, 0), (other, 1)):
         pool.remove(gone.backbone)
-        with pool.open():
-            segmentor(NAME, None).load_state_dict(dict(state))
+        load(segmentor(NAME, None), state, pool)
         assert len(sources) == reading

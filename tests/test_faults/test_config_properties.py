@@ -6,30 +6,27 @@ More draws: E3VA_MM_EXAMPLES=1000 pytest tests/test_faults.
 import copy
 import os
 import tempfile
-import time
+from dataclasses import asdict
 
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
-from mmengine.runner import Runner
-from safetensors.torch import save_file
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from e3va_mm.errors import CheckpointError, ConfigError
 from e3va_mm.registry import MODELS
 from e3va_mm.trunks.families import FAMILIES
-from tests.helpers import TINY
+from tests.helpers import TINY, build_e3va
+from tests.test_engine.test_hooks.interrupted import run
+from tests.test_engine.test_hooks.toy import toy_config
 from tests.trunk_cases import CASES, flat
 
-EXAMPLES = int(os.environ.get('E3VA_MM_EXAMPLES', 30))
+EXAMPLES = int(os.environ.get('E3VA_MM_EXAMPLES', 20))
 draws = settings(
     max_examples=EXAMPLES,
     # The same draws every time, unless more are asked for.
-    derandomize=EXAMPLES <= 30,
+    derandomize=EXAMPLES <= 20,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -60,27 +57,45 @@ def of(*values):
     return st.sampled_from(values)
 
 
+FLAG = of(True, False)
+RATE = of(0.0, 0.3)
+NONE = of(None)
+TYPES = (None, 'fp32', 'bf16')
 SIDE_PATH = {
-    'type': of('e3va_mm.E3VASidePath', 'e3va_mm.NoSidePath'),
+    'type': of('E3VA', 'NoSidePath'),
     'preset': of('exact', 'lean'),
     'rank': of(1, 4, 16),
     'bottleneck_ratio': of(0.25, 0.5, 1, 2.0),
     'taps': of(['attn'], ('ffn', 'attn'), None),
     'downsampling': of('difference', 'linear'),
-    'save_taps': of(
-        'exact', 'bf16', 'int8', 'int4', 'recompute', ['recompute', 'int8']
-    ),
-    'compute': of(None, 'fp32', 'bf16'),
-    'train_output_norms': st.booleans(),
-    'trunk_compute': of(None, 'fp32', 'bf16'),
-    'trunk_weights': of(None, 'fp32', 'bf16'),
+    'save_taps': of('exact', 'bf16', 'int8', 'int4', ['recompute', 'int8']),
+    'compute': of(*TYPES),
+    'train_output_norms': FLAG,
+    'trunk_compute': of(*TYPES),
+    'trunk_weights': of(*TYPES),
     'trunk_chunk': of(None, 1, 50, 8192),
     'trunk_compile': of(False),
     'trunk_drop_path': of(0, 0.2),
     'trunk_nonsense': absurd,
     'nonsense': absurd,
 }
-
+INSIDE = {
+    'LoRA': {
+        'rank': of(1, 4),
+        'alpha': of(None, 0.5, 8),
+        'layers': of(['qkv'], ('qkv', 'proj')),
+        'parts': of(('q',), ['k', 'v']),
+    },
+    'AdaptFormer': {
+        'bottleneck': of(1, 8),
+        'scale': of(0.1, 1),
+        'branches': of(None, ['ffn'], ('attn', 'ffn')),
+    },
+    'Mona': {'bottleneck': of(1, 8), 'dropout': RATE, 'nonsense': absurd},
+    'Partial': {'blocks': of(1, 3), 'nonsense': absurd},
+    'BitFit': {'position_tables': FLAG, 'nonsense': absurd},
+}
+CONVNEXT = CASES['convnext']
 SWIN = {
     **{key: st.just(value) for key, value in TINY.items()},
     'out_indices': of((0, 1, 2, 3), (1, 2), [2], (2, 0)),
@@ -89,21 +104,23 @@ SWIN = {
     'patch_size': of(4, 8),
     'strides': of((4, 2, 2, 2), [4, 2, 2, 2]),
     'mlp_ratio': of(1, 2, 4),
-    'qkv_bias': st.booleans(),
+    'qkv_bias': FLAG,
     'qk_scale': of(None, 0.5),
-    'patch_norm': st.booleans(),
-    'drop_rate': of(0.0, 0.3),
-    'attn_drop_rate': of(0.0, 0.3),
-    'drop_path_rate': of(0.0, 0.3),
+    'patch_norm': FLAG,
+    'drop_rate': RATE,
+    'attn_drop_rate': RATE,
+    'drop_path_rate': RATE,
     'use_abs_pos_embed': of(False),
     'act_cfg': of(dict(type='GELU'), dict(type='ReLU')),
     'norm_cfg': of(dict(type='LN')),
-    'with_cp': st.booleans(),
+    'with_cp': FLAG,
     'frozen_stages': of(-1, 2),
-    'pretrained': of(None),
-    'convert_weights': st.booleans(),
-    'init_cfg': of(None),
+    'pretrained': NONE,
+    'convert_weights': FLAG,
+    'init_cfg': NONE,
     'allow_random_trunk': of(True),
+    'tuner': of({}, dict(type='LoRA')),
+    'method': NONE,
 }
 VIT = {
     'trunk_type': of('mmpretrain.VisionTransformer'),
@@ -112,35 +129,35 @@ VIT = {
     'patch_size': of(16, 8),
     'in_channels': of(3),
     'out_type': of('featmap', 'raw', 'cls_token', 'avg_featmap'),
-    'drop_rate': of(0.0, 0.3),
-    'drop_path_rate': of(0.0, 0.3),
-    'qkv_bias': st.booleans(),
-    'final_norm': st.booleans(),
+    'drop_rate': RATE,
+    'drop_path_rate': RATE,
+    'qkv_bias': FLAG,
+    'final_norm': FLAG,
     'with_cls_token': of(True),
     'frozen_stages': of(-1, 2),
     'interpolate_mode': of('bicubic', 'bilinear'),
     'layer_scale_init_value': of(0.0, 0.1),
-    'pre_norm': st.booleans(),
-    'pretrained': of(None),
-    'init_cfg': of(None),
+    'pre_norm': FLAG,
+    'pretrained': NONE,
+    'init_cfg': NONE,
     'allow_random_trunk': of(True),
 }
-CONVNEXT = CASES['convnext']
 ANY = {
     'trunk': of(CONVNEXT),
-    'layout': of(None),
+    'layout': NONE,
     'allow_random_trunk': of(True),
-    'init_cfg': of(None),
+    'init_cfg': NONE,
+    'side_path': NONE,
 }
 TRUNK = {
     'type': of('mmpretrain.ConvNeXt'),
     'arch': of(CONVNEXT['arch']),
     'out_indices': of([0, 1, 2, 3], [3], (1, 2), -1),
-    'drop_path_rate': of(0.0, 0.2),
+    'drop_path_rate': RATE,
     'frozen_stages': of(0, 2),
-    'use_grn': st.booleans(),
-    'init_cfg': of(None),
-    'pretrained': of(None),
+    'use_grn': FLAG,
+    'init_cfg': NONE,
+    'pretrained': NONE,
 }
 NECK = {
     'in_channels': of(8),
@@ -149,18 +166,17 @@ NECK = {
     'num_outs': of(None, 4, 5, 6),
     'init_cfg': of(None, dict(type='Xavier', layer='Conv2d')),
 }
-
-
 LAYOUT = {
     'blocks': of('stages.{stage}.{block}', 'stages.0.{block}'),
     'taps': of(dict(branch='drop_path')),
     'channels': of('norm'),
+    'first': of('depthwise_conv', None),
     'channels_last': of(False),
     'output_norm': of('norm{stage}', 'nothing?', None),
     'norm_goes_on': of(False),
     'downsampling': of(['downsample_layers.{next}']),
     'embedding': of(['downsample_layers.0'], ()),
-    'extra_tokens': of(None),
+    'extra_tokens': NONE,
     'cut': of('stages', None),
     'first_stage': of(0),
     'pools': of('gap_before_final_norm', None),
@@ -213,110 +229,77 @@ def check(options, build, inputs):
             [each.square().mean() for each in outputs]
         ).sum().backward()
         torch.optim.SGD(trained, lr=1e-3).step()
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
     for name, value in model.state_dict().items():
         assert torch.isfinite(value).all(), name
-    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-    for name in frozen:
-        assert torch.equal(model.state_dict()[name], before[name]), name
-
-
-def swin(**options):
-    base = dict(type='e3va_mm.E3VASwinTransformer', allow_random_trunk=True)
-    return MODELS.build({**base, **TINY, **options})
+        assert name in names or torch.equal(value, before[name]), name
 
 
 def vit(**options):
     base = dict(CASES['vit'], type='e3va_mm.E3VAVisionTransformer')
-    base |= dict(allow_random_trunk=True, side_path=dict(rank=4))
-    # The class of the trunk goes by the scope, which other tests leave.
+    base |= dict(allow_random_trunk=True, tuner=dict(rank=4))
     with DefaultScope.overwrite_default_scope('mmpretrain'):
         return MODELS.build({**base, **options})
 
 
 def any_backbone(**options):
     base = dict(type='e3va_mm.E3VABackbone', trunk=CONVNEXT)
-    base |= dict(allow_random_trunk=True, side_path=dict(rank=4))
+    base |= dict(allow_random_trunk=True, tuner=dict(rank=4))
     return MODELS.build({**base, **options})
 
 
-@draws
-@given(chosen(SIDE_PATH))
-def test_side_path_of_swin(options):
-    check(options, lambda o: swin(side_path=o), torch.randn(2, 3, 32, 32))
+def layout(options):
+    own = asdict(FAMILIES['mmpretrain.ConvNeXt'])
+    return any_backbone(layout={**own, **options})
 
 
-@draws
-@given(chosen(SIDE_PATH))
-def test_side_path_of_vit(options):
-    pytest.importorskip('mmpretrain')
-    check(options, lambda o: vit(side_path=o), torch.randn(2, 3, 64, 64))
+def neck(options):
+    own = dict(type='e3va_mm.SimpleFeaturePyramid', in_channels=8)
+    return MODELS.build({**own, **options})
 
 
-@draws
-@given(absurd)
-def test_side_path_as_a_whole(value):
-    check(
-        dict(side_path=value), lambda o: swin(**o), torch.randn(2, 3, 32, 32)
-    )
+# Options, what they build, and the size that it takes.
+SUBJECTS = {
+    'tuner of swin': (SIDE_PATH, lambda o: build_e3va(tuner=o), 32),
+    'tuner of vit': (SIDE_PATH, lambda o: vit(tuner=o), 64),
+    'tuner': ({'tuner': of({})}, lambda o: build_e3va(**o), 32),
+    'swin': (SWIN, lambda o: build_e3va(**o), 32),
+    'vit': (VIT, lambda o: vit(**o), 64),
+    'any': (ANY, lambda o: any_backbone(**o), 64),
+    'trunk': (TRUNK, lambda o: any_backbone(trunk={**CONVNEXT, **o}), 64),
+    'layout': (LAYOUT, layout, 64),
+    'neck': (NECK, neck, None),
+    **{
+        kind: (
+            table,
+            lambda o, kind=kind: build_e3va(tuner=dict(o, type=kind)),
+            32,
+        )
+        for kind, table in INSIDE.items()
+    },
+}
 
 
-@draws
-@given(chosen(SWIN))
-def test_swin(options):
-    check(options, lambda o: swin(**o), torch.randn(2, 3, 32, 32))
+@pytest.mark.parametrize('subject', SUBJECTS)
+def test_options_train_or_are_refused(subject):
+    if subject not in ('swin', 'tuner of swin', 'tuner', 'neck', *INSIDE):
+        pytest.importorskip('mmpretrain')
+    table, build, side = SUBJECTS[subject]
+    inputs = [torch.randn(2, 8, 4, 4)]
+    if side is not None:
+        inputs = torch.randn(2, 3, side, side)
 
+    @draws
+    @given(chosen(table))
+    def run_with(options):
+        check(options, build, inputs)
 
-@draws
-@given(chosen(VIT))
-def test_vit(options):
-    pytest.importorskip('mmpretrain')
-    check(options, lambda o: vit(**o), torch.randn(2, 3, 64, 64))
-
-
-@draws
-@given(chosen(ANY))
-def test_any_backbone(options):
-    pytest.importorskip('mmpretrain')
-    check(options, lambda o: any_backbone(**o), torch.randn(2, 3, 64, 64))
-
-
-@draws
-@given(chosen(TRUNK))
-def test_trunk_of_any_backbone(options):
-    pytest.importorskip('mmpretrain')
-    check(
-        options,
-        lambda o: any_backbone(trunk={**CONVNEXT, **o}),
-        torch.randn(2, 3, 64, 64),
-    )
-
-
-@draws
-@given(chosen(LAYOUT))
-def test_layout_of_any_backbone(options):
-    pytest.importorskip('mmpretrain')
-    layout = FAMILIES['mmpretrain.ConvNeXt']._asdict()
-    check(
-        options,
-        lambda o: any_backbone(layout={**layout, **o}),
-        torch.randn(2, 3, 64, 64),
-    )
-
-
-@draws
-@given(chosen(NECK))
-def test_neck(options):
-    base = dict(type='e3va_mm.SimpleFeaturePyramid', in_channels=8)
-    check(
-        options,
-        lambda o: MODELS.build({**base, **o}),
-        [torch.randn(2, 8, 4, 4)],
-    )
+    run_with()
 
 
 HOOKS = {
     'ActivationCheckpointHook': {
-        'modules': of(['head'], ['backbone.stages.*'], ['*'], []),
+        'modules': of(['head'], ['trunk', 'norm'], ['*'], []),
     },
     'AdapterCheckpointHook': {
         'interval': of(1, 2),
@@ -328,59 +311,32 @@ HOOKS = {
     'DatasetCheckHook': {'check_content': st.booleans()},
     'MeasureHook': {'at': of(0, 1), 'timed': of(1, 2)},
     'ProgressBarHook': {'interval': of(0, 0.5)},
+    'FreezeHook': {'freeze': of(['norm'], ['*']), 'train': of([], ['head'])},
+    'TrainingGuardHook': {'without_gradient': of(['head'], ['*'])},
 }
 
 
-class Small(BaseModel):
-    """A backbone of ours and a head of one number."""
-
-    def __init__(self, weights):
-        super().__init__()
-        init_cfg = dict(type='Pretrained', checkpoint=str(weights))
-        self.backbone = swin(out_indices=[0], init_cfg=init_cfg)
-        self.head = nn.Linear(32, 1)
-
-    def forward(self, image, mode='loss'):
-        pooled = self.backbone(image)[0].mean((2, 3))
-        return dict(loss=self.head(pooled).square().mean())
-
-
-@pytest.fixture(scope='module')
-def trunk(tmp_path_factory):
-    path = tmp_path_factory.mktemp('trunk') / 'trunk.safetensors'
-    save_file(swin(out_indices=[0]).trunk_state(), path)
-    return path
-
-
 @pytest.mark.parametrize('hook', HOOKS)
-def test_hook(hook, trunk):
+def test_hook(hook):
     fixed = dict(by_epoch=False) if 'by_epoch' in HOOKS[hook] else {}
+    fixed |= dict(freeze=['norm']) if 'freeze' in HOOKS[hook] else {}
 
     @draws
     @given(chosen(HOOKS[hook]))
-    def run(options):
+    def run_with(options):
+        own = dict(type=f'e3va_mm.{hook}', **{**fixed, **options})
+        config = toy_config(
+            custom_hooks=[own],
+            default_hooks=dict(checkpoint=None),
+            **{'train_cfg.max_iters': 2},
+        )
         with tempfile.TemporaryDirectory() as folder:
             try:
-                runner = Runner(
-                    model=Small(trunk),
-                    work_dir=folder,
-                    experiment_name=f'run{time.monotonic_ns()}',
-                    log_level='ERROR',
-                    train_dataloader=DataLoader(
-                        TensorDataset(torch.randn(2, 3, 32, 32))
-                    ),
-                    train_cfg=dict(by_epoch=False, max_iters=2),
-                    optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
-                    default_hooks=dict(checkpoint=None),
-                    custom_hooks=[
-                        dict(type=f'e3va_mm.{hook}', **{**fixed, **options})
-                    ],
-                )
-                runner.train()
+                runner = run(config, folder)
             except ConfigError as error:
                 text = str(error)
                 assert names_one_of(options, text), text
             else:
                 assert runner.iter == 2
 
-    run()
+    run_with()

@@ -31,7 +31,7 @@ def build(configs, **kwargs):
     return model.train()
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def model(configs):
     return build(configs)
 
@@ -42,7 +42,7 @@ def batches(configs):
         dict(type='e3va_mm.MultiTaskDataset', tasks=configs)
     )
     batches = pseudo_collate([dataset[0], dataset[1]])
-    # Pictures of one data set that is there for both tasks.
+    # Images of one data set that is there for both tasks.
     batches['parts']['inputs'] = [
         image.clone() for image in batches['boxes']['inputs']
     ]
@@ -107,24 +107,19 @@ def test_losses_and_gradients_are_those_of_each_alone(model, batches, equal):
     assert set(together) == own_keys
 
 
-def count_passes(model, monkeypatch):
+def test_one_pass_for_images_of_one_size(model, batches, monkeypatch):
     sizes = []
     trunk = type(model.tasks['boxes'].backbone.trunk)
     run = trunk.run
     monkeypatch.setattr(
         trunk,
         'run',
-        lambda self, holder, image, *args: (
-            sizes.append(len(image)) or run(self, holder, image, *args)
+        lambda self, image, *args: (
+            sizes.append(len(image)) or run(self, image, *args)
         ),
     )
-    return sizes
-
-
-def test_one_pass_for_pictures_of_one_size(model, batches, monkeypatch):
-    sizes = count_passes(model, monkeypatch)
     losses(model, batches)
-    assert sizes == [2]  # equal pictures go through once
+    assert sizes == [2]  # equal images go through once
     other = copy.deepcopy(batches)
     other['parts']['inputs'] = [x + 1 for x in other['parts']['inputs']]
     losses(model, other)
@@ -134,8 +129,8 @@ def test_one_pass_for_pictures_of_one_size(model, batches, monkeypatch):
     assert sizes == [2, 4, 2, 2]
 
 
-def test_weights_scale_losses(configs, batches):
-    found = losses(build(configs), batches)
+def test_weights_scale_losses(model, configs, batches):
+    found = losses(model, batches)
     weighted = losses(build(configs, weights=dict(parts=0.5)), batches)
     for key, value in found.items():
         half = key.startswith('parts.') and 'loss' in key
@@ -148,6 +143,7 @@ def test_weights_scale_losses(configs, batches):
 
 def test_predictions_by_task(model, batches):
     found = model.eval().test_step(copy.deepcopy(batches))
+    model.train()
     assert len(found['boxes']) == len(found['parts']) == 2
     assert 'pred_instances' in found['boxes'][0]
     assert found['parts'][0].pred_sem_seg.shape == (48, 64)
@@ -155,6 +151,8 @@ def test_predictions_by_task(model, batches):
 
 def changed(path, folder, name, **backbone):
     config = Config.fromfile(path)
+    if 'tuner' in backbone:
+        config.model.backbone.pop('side_path', None)
     config.model.backbone.update(backbone)
     config.dump(folder / f'{name}.py')
     return str(folder / f'{name}.py')
@@ -168,13 +166,13 @@ def changed(path, folder, name, **backbone):
             'the same weights of the trunk, but `init_cfg` of `tasks.boxes`',
         ),
         (
-            dict(side_path=dict(trunk_compute='bf16')),
+            dict(tuner=dict(trunk_compute='bf16')),
             '`tasks.boxes` and `tasks.parts`: Expected two backbones with the '
             'same trunk, but trunk_compute is',
         ),
         (
-            dict(side_path=dict(trunk_drop_path=0.1)),
-            'the same `side_path.trunk_drop_path`, but that of `tasks.boxes` '
+            dict(tuner=dict(trunk_drop_path=0.1)),
+            'the same `tuner.trunk_drop_path`, but that of `tasks.boxes` '
             'is 0.0 and that of `tasks.parts` 0.1',
         ),
     ],

@@ -24,7 +24,7 @@ def stock_configs(framework):
     """(path, config) of the framework's configs with a Swin backbone."""
     package = Path(importlib.util.find_spec(framework).origin).parent
     for path in sorted((package / '.mim' / 'configs').glob('**/*.py')):
-        if '_base_' in path.parts or 'swin' not in path.read_text():
+        if '_base_' in path.parts or 'swin' not in path.read_text().lower():
             continue
         try:
             with warnings.catch_warnings():

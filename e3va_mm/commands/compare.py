@@ -78,49 +78,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add('config', metavar='CONFIG')
-    add(
-        '--methods',
-        default='all',
-        metavar='A,B',
-        help=f'all, or some of {", ".join((*METHODS, *SIDE_PATHS))}',
-    )
+    methods = f'all, or some of {", ".join((*METHODS, *SIDE_PATHS))}'
+    add('--methods', default='all', metavar='A,B', help=methods)
     add('--seeds', type=int, default=3)
-    add(
-        '--lrs',
-        type=float,
-        nargs='+',
-        default=[1e-3, 2e-3, 4e-3],
-        help='learning rates to choose from, the same for all',
-    )
-    add(
-        '--trim',
-        default='',
-        metavar='A,B',
-        help='two seeds for these methods, which are far off the others',
-    )
-    add(
-        '--metric',
-        help='what chooses; default: coco/bbox_mAP or mIoU, by the evaluator',
-    )
+    rates, lrs = 'learning rates to choose from', [1e-3, 2e-3, 4e-3]
+    add('--lrs', type=float, nargs='+', default=lrs, help=rates)
+    trim = 'two seeds for these methods, which are far off the others'
+    add('--trim', default='', metavar='A,B', help=trim)
+    metric = 'what chooses; default: coco/bbox_mAP or mIoU, by the evaluator'
+    add('--metric', help=metric)
     add('--jobs', type=int, default=1, help='trainings beside each other')
-    add(
-        '--work-dir',
-        type=Path,
-        help='default: work_dirs/compare/ and the name of the config',
-    )
+    folder = 'default: work_dirs/compare/ and the name of the config'
+    add('--work-dir', type=Path, help=folder)
     add('--val-only', action='store_true', help='leave the test split alone')
     only = parser.add_mutually_exclusive_group()
-    only.add_argument(
-        '--measure-only', action='store_true', help='train nothing'
-    )
-    only.add_argument(
-        '--no-measure', action='store_true', help='no memory and time'
-    )
-    add(
-        '--device',
-        default='cpu',
-        help='of the measurement: cpu, the default, or cuda',
-    )
+    for name, text in (
+        ('--measure-only', 'train nothing'),
+        ('--no-measure', 'no memory and time'),
+    ):
+        only.add_argument(name, action='store_true', help=text)
+    add('--device', default='cpu', help='to measure on; default: cpu')
     return parser
 
 

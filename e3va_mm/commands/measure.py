@@ -43,7 +43,7 @@ from e3va_mm.measure.report import (
     fits_table,
     modules_table,
 )
-from e3va_mm.measure.results import Results, Rows, check_room, groups
+from e3va_mm.measure.results import Results, Rows, groups
 from e3va_mm.utils.configs import content_key
 from e3va_mm.utils.sizes import GIB
 
@@ -64,45 +64,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     variants = '; '.join(f'{k}: {v}' for k, v in VARIANTS.items())
+    variants = f'also measure these variants of each config: {variants}'
     add('configs', nargs='+', metavar='CONFIG')
-    add(
-        '--compare',
-        default='',
-        metavar='A,B',
-        help=f'also measure these variants of each config: {variants}',
-    )
-    add(
-        '--size',
-        type=int,
-        nargs=2,
-        metavar=('H', 'W'),
-        help="in pixels; default: the config's",
-    )
+    add('--compare', default='', metavar='A,B', help=variants)
+    size = "in pixels; default: the config's"
+    add('--size', type=int, nargs=2, metavar=('H', 'W'), help=size)
     add('--batch', type=int, help="images per step; default: the config's")
     add('--steps', type=int, default=5, help='timed steps')
     add('--warmup', type=int, default=2, help='untimed steps')
-    add(
-        '--device',
-        default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='cpu, cuda, cuda:1...; default: cuda if available',
-    )
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    add('--device', default=device, help='cpu, cuda, cuda:1...')
     add('--amp', action='store_true', help='mixed precision')
     add('--threads', type=int, help='of torch, on CPU')
     only = parser.add_mutually_exclusive_group()
     only.add_argument('--memory-only', action='store_true')
     only.add_argument('--time-only', action='store_true')
-    add(
-        '--fits',
-        metavar='GB,GB',
-        help='which of these cards hold the step, and what to change',
-    )
+    cards = 'which of these cards hold the step, and what to change'
+    add('--fits', metavar='GB,GB', help=cards)
     add('--modules', action='store_true', help='bytes kept, by module')
     add('--json', type=Path, help='write the figures to this file')
-    add(
-        '--resume',
-        action='store_true',
-        help='measure only what the file of --json lacks',
-    )
+    resume = 'measure only what the file of --json lacks'
+    add('--resume', action='store_true', help=resume)
     add('--plot', type=Path, help='draw a .png or .pdf')
     add('--cfg-options', nargs='+', action=DictAction, default={})
     return parser
@@ -274,7 +256,6 @@ def _measure_time(
     for _, rows in groups(results.rows):
         if all('seconds' in row for row in rows.values()):
             continue
-        check_room(rows, _free_bytes(args.device))
         task = progress.add_task('time', total=rounds * len(rows))
         steps = {}
         for label, row in rows.items():
@@ -291,28 +272,15 @@ def _measure_time(
             results.update(label, seconds=taken[args.warmup :])
 
 
-def _free_bytes(device: str) -> int | None:
-    """Memory that is free on a device; None where that is not known."""
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
-    found = _proc('meminfo', 'MemAvailable')
-    return found and int(found.split()[0]) * 1024
-
-
 def _device_name(device: str) -> str:
     if torch.device(device).type == 'cuda':
         return torch.cuda.get_device_name(device)
-    return _proc('cpuinfo', 'model name') or platform.machine()
-
-
-def _proc(file: str, key: str) -> str | None:
-    """A value that Linux says of the machine."""
     try:
-        lines = Path('/proc', file).read_text().splitlines()
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
-        return None
-    found = (line.split(':')[1] for line in lines if line.startswith(key))
-    return next(found, '').strip() or None
+        lines = []
+    names = (x.split(':')[1].strip() for x in lines if 'model name' in x)
+    return next(names, platform.machine())
 
 
 def _report(results: Results, args: argparse.Namespace) -> None:

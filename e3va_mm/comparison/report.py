@@ -40,16 +40,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 
 def markdown(records: Records, metrics: Sequence[str], split: str) -> str:
-    """The table of a comparison.
-
-    Args:
-        records (Records): What was found.
-        metrics (Sequence[str]): Those of the first columns.
-        split (str): ``'test'`` or ``'validation'``.
-
-    Returns:
-        str: A Markdown table; a dash stands for what is not known.
-    """
+    """The table of a comparison; a dash stands for what is not known."""
     heads = ['method', *map(heading, metrics), 'learning rate', *MEASURED]
     rows = [heads, ['---', *['---:'] * (len(heads) - 1)]]
     for method in records.methods:
@@ -75,18 +66,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def draw(records: Records, metric: str, split: str, cost: str):
-    """Draw accuracy over a cost.
-
-    Args:
-        records (Records): What was found.
-        metric (str): The accuracy.
-        split (str): ``'test'`` or ``'validation'``.
-        cost (str): One of ``COSTS``.
-
-    Returns:
-        matplotlib.figure.Figure: A point with its deviation for each method
-        that has both.
-    """
+    """A matplotlib figure of accuracy over one of ``COSTS``."""
     # Slow to import, and not on a machine that only trains.
     from matplotlib.figure import Figure
 

@@ -102,13 +102,12 @@ def is_amp(config: Config) -> bool:
 def changes(
     config: Config, memory: Mapping, parameters: Mapping
 ) -> list[Change]:
-    """What in a config could lower the memory of its step.
+    """What in a measured config could lower the memory of its step.
 
     Args:
-        config (Config): The config that was measured.
+        config (Config): The config.
         memory (Mapping): Of :meth:`~e3va_mm.measure.TrainingStep.memory`.
-        parameters (Mapping): Of
-            :meth:`~e3va_mm.measure.TrainingStep.parameters`.
+        parameters (Mapping): Of ``TrainingStep.parameters()``.
 
     Returns:
         list[Change]: Those that work on the most bytes first.

@@ -16,16 +16,10 @@ Size = tuple[int, int]  # height, width
 
 
 def image_size(config: Config) -> Size:
-    """Height and width of the images that the training pipeline returns.
+    """Height and width in pixels of the images of the training pipeline.
 
     The largest, where it chooses one. Images that keep their ratio are assumed
     to be landscape and to fill the scale.
-
-    Args:
-        config (Config): A detection or segmentation config.
-
-    Returns:
-        tuple[int, int]: Height and width in pixels.
 
     Raises:
         ConfigError: If neither the pipeline nor the data preprocessor fixes
@@ -43,12 +37,7 @@ def image_size(config: Config) -> Size:
 
 
 def set_image_size(config: Config, size: Size) -> None:
-    """Let the data preprocessor pad to another size than the config's.
-
-    Args:
-        config (Config): Changed in place.
-        size (tuple[int, int]): Height and width in pixels.
-    """
+    """Let the data preprocessor of a config pad to another size."""
     for part in _preprocessors(config):
         if part.get('size') is not None:
             part['size'] = size
@@ -212,9 +201,8 @@ def _num_classes(model: nn.Module) -> int:
 
 
 def _meta(size: Size) -> dict:
-    return dict(
-        img_shape=size, ori_shape=size, pad_shape=size, scale_factor=(1.0, 1.0)
-    )
+    shapes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape'), size)
+    return dict(shapes, scale_factor=(1.0, 1.0))
 
 
 def _detection_sample(
@@ -249,19 +237,13 @@ def _detection_sample(
     return sample
 
 
-def _video_sample(
-    size: Size,
-    num_classes: int,
-    annotations: set[str],
-    objects: int,
-    frames: int,
-):
+def _video_sample(*args):
     from mmdet.structures import TrackDataSample
 
+    *args, objects, frames = args
     sample = TrackDataSample()
     sample.video_data_samples = [
-        _detection_sample(size, num_classes, annotations, objects)
-        for _ in range(frames)
+        _detection_sample(*args, objects) for _ in range(frames)
     ]
     for frame in sample:
         # The same objects, elsewhere.

@@ -5,10 +5,10 @@ as well as one that autograd saves.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -26,8 +26,7 @@ def kept_for_backward(module: nn.Module, *inputs, **kwargs) -> int:
     sum of the outputs.
 
     Args:
-        module (nn.Module): Called with the other arguments; a detector with
-            ``inputs``, ``data_samples`` and ``mode='loss'``.
+        module (nn.Module): Called with the other arguments.
         *inputs: Positional arguments of the call.
         **kwargs: Its keyword arguments.
 
@@ -40,13 +39,14 @@ def kept_for_backward(module: nn.Module, *inputs, **kwargs) -> int:
         128
     """
     known = [*module.parameters(), *module.buffers()]
-    known += _tensors((inputs, kwargs))
+    known += filter(torch.is_tensor, tree_leaves((inputs, kwargs)))
     with torch.enable_grad(), LiveBytes(known) as count:
         outputs = module(*inputs, **kwargs)
-    leaves = tree_leaves(outputs)
     # The nodes hold what is kept as the sum of the outputs would.
-    nodes = [leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor)]
-    del outputs, leaves
+    nodes = [
+        leaf.grad_fn for leaf in tree_leaves(outputs) if torch.is_tensor(leaf)
+    ]
+    del outputs
     gc.collect()
     kept = sum(count.by_place().values())
     del nodes
@@ -137,16 +137,3 @@ class ModulePath:
     def _leave_module(self, module: nn.Module, args: tuple, output) -> None:
         if module in self._names:
             self._running.pop()
-
-
-def _tensors(value) -> Iterator[Tensor]:
-    """Tensors in arguments, also in data samples, which are plain objects."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, '__dict__'):
-        yield from _tensors(vars(value))

@@ -50,16 +50,11 @@ def _held(row: Mapping) -> str:
     return mib(sizes and kept_by_part(sizes).get('backbone', 0))
 
 
-def _seconds(row: Mapping) -> str:
-    median = median_seconds(row)
-    return '' if median is None else f'{median:.3f}'
-
-
 def _spread(row: Mapping) -> str:
     times = row.get('seconds')
     if not times:
         return ''
-    return f'{_seconds(row)} ({min(times):.3f}-{max(times):.3f})'
+    return f'{median_seconds(row):.3f} ({min(times):.3f}-{max(times):.3f})'
 
 
 def _file(row: Mapping) -> str:
@@ -75,7 +70,7 @@ COLUMNS: Mapping[str, Callable[[Mapping], str]] = {
     'peak MiB': _memory('peak'),
     **{key: _memory(key) for key in (*CATEGORIES, 'allocated', 'reserved')},
     'held MiB': _held,
-    's/step': _seconds,
+    's/step': lambda row: _spread(row).split(' ')[0],
     's/step (min-max)': _spread,
     'file MB': _file,
 }
@@ -86,15 +81,7 @@ FIGURES = (
 
 
 def figures_table(rows: Rows, title: str) -> Table:
-    """The figures of all rows; ratios where there is more than one.
-
-    Args:
-        rows (Rows): What was measured; what no row has gets no column.
-        title (str): Stands above the table.
-
-    Returns:
-        Table: For rich.
-    """
+    """The figures of all rows; ratios where there is more than one."""
     columns = {
         name: [COLUMNS[name](row) for row in rows.values()] for name in FIGURES
     }
@@ -130,14 +117,7 @@ def _table(
 
 
 def modules_table(rows: Rows) -> Table:
-    """MiB kept for backward by each part of the models, largest first.
-
-    Args:
-        rows (Rows): What was measured; all have ``memory_bytes``.
-
-    Returns:
-        Table: One column per row; the parts in the order of the first.
-    """
+    """MiB kept for backward by each part of the models, largest first."""
     kept = {
         label: kept_by_part(row['memory_bytes']['kept_modules'])
         for label, row in rows.items()
@@ -155,15 +135,7 @@ def modules_table(rows: Rows) -> Table:
 
 
 def fits_table(needed: Mapping[str, int], sizes: Sequence[float]) -> Table:
-    """Which cards hold the step of each row.
-
-    Args:
-        needed (Mapping[str, int]): Label to the bytes that a step needs.
-        sizes (Sequence[float]): GiB of the cards.
-
-    Returns:
-        Table: With a column of the bytes needed, and one per size.
-    """
+    """Which cards, by GiB, hold a step that needs some bytes."""
     columns = {'needs MiB': [mib(size) for size in needed.values()]}
     for size in sizes:
         columns[f'{size:g} GB'] = [
@@ -185,15 +157,7 @@ def advice(label: str, changes: Sequence[Change]) -> str:
 
 
 def draw(rows: Rows, title: str):
-    """Draw peaks by category and seconds per step beside each other.
-
-    Args:
-        rows (Rows): What was measured.
-        title (str): Stands above the plot.
-
-    Returns:
-        matplotlib.figure.Figure: One panel for each that was measured.
-    """
+    """A matplotlib figure of peaks by category and seconds per step."""
     from matplotlib.figure import Figure
 
     values = rows.values()

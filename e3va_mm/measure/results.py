@@ -12,7 +12,6 @@ from pathlib import Path
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.utils.files import write_whole
-from e3va_mm.utils.sizes import GIB
 
 Rows = Mapping[str, Mapping]
 
@@ -119,32 +118,3 @@ def groups(rows: Rows) -> Iterator[tuple[str, Rows]]:
         group = {k: r for k, r in rows.items() if keys[r['config']] == key}
         full = [k for k, row in group.items() if row['variant'] == 'full']
         yield (full or list(group))[0], group
-
-
-def check_room(rows: Rows, free: int | None) -> None:
-    """Check that all steps of one timing have room beside each other.
-
-    Each holds its weights and optimizer state all the time, and one at a
-    time the rest of its peak.
-
-    Args:
-        rows (Rows): The rows. Unless the memory of all is known, nothing is
-            checked.
-        free (int, optional): Bytes that are free; None where not known.
-
-    Raises:
-        ConfigError: If there is not enough.
-    """
-    memory = [row.get('memory_bytes') for row in rows.values()]
-    if free is None or not all(memory):
-        return
-    held = [m['weights'] + m['optimizer'] for m in memory]
-    rest = (m['peak'] - h for m, h in zip(memory, held, strict=True))
-    needed = sum(held) + max(rest)
-    if needed > free:
-        raise ConfigError(
-            f'Timing {", ".join(rows)} in turns needs about '
-            f'{needed / GIB:.1f} GiB, weights and optimizer state of all at '
-            f'once, but {free / GIB:.1f} GiB are free. Compare fewer at a '
-            'time, or leave time out with --memory-only.'
-        )

@@ -35,14 +35,11 @@ VARIANTS = {
     'frozen-lean': 'the trunk alone, frozen, with the trunk options of lean',
     'exact': 'with a side path, preset exact',
     'lean': 'with a side path, preset lean',
-    'bitfit': 'biases train',
-    'norm': 'norms train',
-    'partial1': 'the last block trains',
-    'adapter': 'with Adapter inside',
-    'adaptformer': 'with AdaptFormer inside',
-    'lorand': 'with LoRand inside',
-    'mona': 'with Mona inside',
-    'lora': 'with LoRA of rank 64 on q and v',
+}
+VARIANTS |= {
+    name: f'with the tuner {tuner["type"]}'
+    for name, tuner in TUNERS.items()
+    if name not in VARIANTS
 }
 
 

@@ -170,14 +170,6 @@ def test_resume_measures_what_is_missing(
     assert 'time / full' in out and 'lean' not in out
     assert 'batch was 1, is 2' in main(*resumed, '--batch', '2', code=1)
 
-    # Room is looked at before steps are made.
-    for row in rows.values():
-        del row['seconds']
-    path.write_text(json.dumps(dict(held, variants=rows)))
-    monkeypatch.setattr(command, '_free_bytes', lambda device: MIB)
-    error = main(*resumed, '--compare', 'full', code=1)
-    assert 'error: Timing as-is, full in turns needs' in error
-
 
 def test_times_of_a_group_are_taken_in_turns(main, monkeypatch):
     turns = []
@@ -276,8 +268,3 @@ def test_a_card_that_is_too_small(monkeypatch):
     row = dict(config=DIGITS, variant='as-is')
     with pytest.raises(E3VAError, match='too little memory for as-is.*1 GiB'):
         command.memory_of(row, args)
-
-
-def test_free_memory_of_this_machine():
-    free = command._free_bytes('cpu')
-    assert free is None or MIB < free < 2**50

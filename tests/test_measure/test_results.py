@@ -3,9 +3,8 @@ import json
 import pytest
 
 from e3va_mm.errors import ConfigError
-from e3va_mm.measure.results import Results, check_room, groups
+from e3va_mm.measure.results import Results, groups
 
-GIB = 2**30
 HEADER = dict(
     environment=dict(torch='2.13.0', device='CPU'),
     arguments=dict(size=[64, 64], batch=1),
@@ -100,28 +99,3 @@ def test_other_files_are_refused(tmp_path, text):
 def test_rows_are_compared_with_full_or_the_first(names, expected):
     found = [(base, len(group)) for base, group in groups(rows(*names))]
     assert found == expected
-
-
-def test_timing_needs_room_for_all_states_and_one_peak():
-    # 1 + 0 and 1 + 4 and 1 + 2 are held; 7 more by the second's step.
-    sizes = dict(ours=(1, 0, 3), full=(1, 4, 12), lora=(1, 2, 5))
-    keys = ('weights', 'optimizer', 'peak')
-    found = {
-        name: dict(
-            memory_bytes={
-                key: size * GIB for key, size in zip(keys, of, strict=True)
-            }
-        )
-        for name, of in sizes.items()
-    }
-    check_room(found, 16 * GIB)
-    check_room(found, None)
-    check_room(found | rows('a/as-is'), 1)
-    with pytest.raises(ConfigError) as error:
-        check_room(found, 16 * GIB - 1)
-    for text in (
-        'Timing ours, full, lora in turns needs about 16.0 GiB',
-        'but 16.0 GiB are free',
-        'leave time out with --memory-only',
-    ):
-        assert text in str(error.value)

@@ -16,10 +16,6 @@ check_distributions()  # before mmengine, which may be a mixture of two
 
 from mmengine import registry as mmengine  # noqa: E402
 
-from e3va_mm.frameworks.distributed import (  # noqa: E402
-    GlooDistributedDataParallel,
-)
-
 
 def install() -> None:
     """Change the frameworks as docs/frameworks.md lists it.
@@ -92,6 +88,5 @@ MODEL_WRAPPERS = _Registry(
     'model wrapper',
     parent=mmengine.MODEL_WRAPPERS,
     scope='e3va_mm',
-    locations=[],
+    locations=['e3va_mm.engine.wrappers'],
 )
-MODEL_WRAPPERS.register_module(module=GlooDistributedDataParallel)

@@ -12,7 +12,7 @@ from e3va_mm.commands import launching
 from e3va_mm.errors import ConfigError
 from e3va_mm.frameworks.memory import keep_freed_memory
 from e3va_mm.utils.configs import class_name
-from e3va_mm.weights.newest import newest_whole
+from e3va_mm.utils.files import newest_whole
 
 # What any config could have; see docs/hooks.md.
 USEFUL_HOOKS = (

@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and finding whole ones."""
 
 import errno
 import os
 import shutil
+import zipfile
 from hashlib import sha256
 from pathlib import Path
 
@@ -78,3 +79,27 @@ def _free(folder: Path) -> str:
         return 'The folder is not there.'
     # Another limit, such as a quota, may be lower.
     return f'The disk has {free / MIB:,.1f} MiB free.'
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint that a killed writer has left whole.
+
+    mmengine's CheckpointHook writes in place: ``last_checkpoint`` can be empty
+    or name a file that is gone, and a ``.pth`` can lack its end.
+
+    Args:
+        folder (Path): The work folder of a run.
+
+    Returns:
+        Path, optional: What ``last_checkpoint`` names, if that is whole, else
+        the newest ``epoch_*.pth`` or ``iter_*.pth``. None if there is no
+        whole one. Only the end of a file is looked at.
+    """
+    last = folder / 'last_checkpoint'
+    named = Path(last.read_text().strip()) if last.is_file() else Path()
+    # Some strategies write folders.
+    if named != Path() and (named.is_dir() or zipfile.is_zipfile(named)):
+        return named
+    found = [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]
+    whole = [path for path in found if zipfile.is_zipfile(path)]
+    return max(whole, key=lambda path: path.stat().st_mtime, default=None)

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from e3va_mm.weights.newest import newest_whole
+from e3va_mm.utils.files import newest_whole
 
 
 @pytest.fixture

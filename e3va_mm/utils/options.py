@@ -69,9 +69,11 @@ class Options:
         ]
         if unknown or missing:
             what = 'unknown' if unknown else 'missing'
+            stem = cls.PREFIX.rpartition('.')[2]
+            options = ', '.join(stem + name for name in cls.names())
             raise ConfigError(
                 f'`{cls.PREFIX}{(unknown or missing)[0]}` is {what}. Options '
-                f'are {", ".join(cls.names()) or "none"}.'
+                f'are {options or "none"}.'
             )
         return cls(**config)
 

@@ -1,18 +1,15 @@
 """Trainable values on Swin-B and Swin-L beside the published counts."""
 
-import functools
-
 import pytest
 
-from e3va_mm.registry import MODELS
 from e3va_mm.utils import count_parameters
-from tests.helpers import SWIN
+from tests.helpers import SWIN, build_e3va
 
 SIZES = ('b', 'l')
-# Method -> values here on Swin-B and Swin-L, published millions of both.
+# Tuner -> values here on Swin-B and Swin-L, published millions of both.
 COUNTS = {
     'full': (dict(type='Full'), (86_745_016, 194_998_164), (86.75, 198.58)),
-    'fixed': (dict(type='Fixed'), (0, 0), (0, 0)),
+    'frozen': (dict(type='Frozen'), (0, 0), (0, 0)),
     'bitfit': (dict(type='BitFit'), (138_112, 207_168), (0.20, 0.30)),
     'bitfit, published': (
         dict(type='BitFit', position_tables=True),
@@ -40,7 +37,7 @@ COUNTS = {
     'lorand': (dict(type='LoRand'), (1_203_456, 1_799_040), (1.20, 1.79)),
     'mona': (dict(type='Mona'), (3_667_456, 5_267_712), (4.16, 5.08)),
 }
-# Published counts that do not fit the method's own definition.
+# Published counts that do not fit the tuner's own definition.
 MISFITS = {
     # 195.0 M is all that the stock class has.
     ('full', 'l'),
@@ -58,27 +55,15 @@ MISFITS = {
 }
 
 
-@functools.cache
-def trained(name, size):
-    method = COUNTS[name][0]
-    backbone = MODELS.build(
-        dict(
-            SWIN[size],
-            type='e3va_mm.PETLSwinTransformer',
-            method=dict(method, type=f'e3va_mm.{method["type"]}'),
-            allow_random_trunk=True,
-        )
-    )
-    return count_parameters(backbone)[1]
-
-
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('name', COUNTS)
-def test_trainable_values(name, size):
+def test_trainable_values(name, size, without_values):
+    tuner, counts, published = COUNTS[name]
+    tuner = dict(tuner, type=f'e3va_mm.{tuner["type"]}')
+    found = count_parameters(build_e3va(**SWIN[size], tuner=tuner))[1]
     index = SIZES.index(size)
-    found = trained(name, size)
-    assert found == COUNTS[name][1][index]
-    published = COUNTS[name][2][index]
+    published = published[index]
+    assert found == counts[index]
     if published is not None:
         fits = round(found / 1e6, 2) == published
         assert fits != ((name, size) in MISFITS)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from e3va_mm.models import LowRankAdapter
+from e3va_mm.tuners.e3va import LowRankAdapter
 
 
 @pytest.mark.parametrize(

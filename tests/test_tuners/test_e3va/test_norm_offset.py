@@ -1,5 +1,3 @@
-"""An output norm beside the trunk's own."""
-
 import torch
 from torch import nn
 

@@ -12,7 +12,7 @@ IMAGE = torch.ones(2)
 
 
 class Trunk:
-    """Tap ``k`` of stage ``s`` is the picture times ``10 * s + k``."""
+    """Tap ``k`` of stage ``s`` is the image times ``10 * s + k``."""
 
     def __init__(self):
         self.runs = []

@@ -1,120 +1,137 @@
-"""The side path over a trunk of numbers: it knows no backbone."""
+"""E3VA over stages of numbers, and in a Swin beside the reference."""
 
 import pytest
 import torch
 
 from e3va_mm.errors import ConfigError
-from e3va_mm.models import E3VASidePath
 from e3va_mm.numerics.autocast import DTYPES
 from e3va_mm.registry import MODELS
 from e3va_mm.trunks import Downsampling, StageSpec
+from e3va_mm.tuners import E3VA
 from e3va_mm.tuners.e3va.kept_taps import TAP_CODECS
+from e3va_mm.utils import count_parameters
+from tests.helpers import SWIN, build_e3va, e3va_and_stock
+from tests.reference import e3va as reference
+from tests.trunk_cases import awake
 
 STAGES = [
     StageSpec(8, 2, ('left', 'right')),
     StageSpec(16, 1, ('left', 'right')),
 ]
+WEIGHT = torch.randn(16, 8)
 
 
-def drawn(**kwargs):
-    side = E3VASidePath(STAGES, rank=2, **kwargs)
-    for parameter in side.parameters():
+def build(**options):
+    return E3VA(**{'rank': 2, **options}).build(STAGES)
+
+
+def drawn(**options):
+    tuner = build(**options)
+    for parameter in tuner.parameters():
         torch.nn.init.normal_(parameter)
-    return side
-
-
-def test_taps_add_up_in_parallel():
-    side = drawn()
-    taps = torch.randn(4, 1, 3, 8)
-    highway = side.start(0, None)
-    for (block, tap), value in zip(
-        [(0, 'left'), (0, 'right'), (1, 'left'), (1, 'right')],
-        taps,
-        strict=True,
-    ):
-        side.add_tap(highway, 0, block, tap, value)
-    expected = sum(
-        side.stages[0][block][tap](value)
-        for (block, tap), value in zip(
-            [(0, 'left'), (0, 'right'), (1, 'left'), (1, 'right')],
-            taps,
-            strict=True,
-        )
-    )
-    torch.testing.assert_close(highway.sum(), expected)
-    trunk = torch.randn(1, 3, 8)
-    torch.testing.assert_close(
-        side.output(highway, trunk, (1, 3)), trunk + expected
-    )
-    assert side.output(side.start(0, None), trunk, (1, 3)) is trunk
+    return tuner
 
 
 def gather(tokens, norm=True):
     return torch.nn.functional.layer_norm(tokens, (8,)) if norm else tokens
 
 
-WEIGHT = torch.randn(16, 8)
+DOWNSAMPLING = Downsampling(gather, lambda: WEIGHT)
 
 
-def project(gathered):
-    """(B, L, 8) -> (B, L, 16)."""
-    return gathered @ WEIGHT.T
+def test_taps_add_up_in_parallel():
+    tuner, taps = drawn(), torch.randn(4, 1, 3, 8)
+    highway, expected = tuner.start(0, None), 0
+    for i, value in enumerate(taps):
+        block, tap = i // 2, STAGES[0].taps[i % 2]
+        tuner.add_tap(highway, 0, block, tap, value)
+        expected = expected + tuner.stages[0][block][tap](value)
+    torch.testing.assert_close(highway.sum(), expected)
+    trunk = torch.randn(1, 3, 8)
+    total = tuner.output(highway, trunk, (1, 3))
+    torch.testing.assert_close(total, trunk + expected)
+    assert tuner.output(tuner.start(0, None), trunk, (1, 3)) is trunk
 
 
 def test_both_forms_of_inheritance_keep_zero_at_zero():
     trunk, base = torch.randn(2, 1, 3, 8)
-    downsampling = Downsampling(gather, lambda: WEIGHT)
-    for form, expected in [
-        ('difference', project(gather(trunk + base)) - project(gather(trunk))),
-        ('linear', project(base)),
-    ]:
-        side = drawn(downsampling=form)
-        zero = side.start(0, torch.zeros_like(trunk))
-        assert not side.inherit(zero, trunk, trunk, downsampling).any()
-        begun = side.start(0, base)
-        torch.testing.assert_close(
-            side.inherit(begun, trunk + base, trunk, downsampling), expected
-        )
-        nothing = side.start(0, None)
-        assert side.inherit(nothing, trunk, trunk, downsampling) is None
+    difference = (gather(trunk + base) - gather(trunk)) @ WEIGHT.T
+    for form, expected in dict(
+        difference=difference, linear=base @ WEIGHT.T
+    ).items():
+        tuner = drawn(downsampling=form)
+
+        def inherit(base, tuner=tuner):
+            begun = tuner.start(0, base)
+            total = trunk if base is None else trunk + base
+            return tuner.inherit(begun, total, trunk, DOWNSAMPLING)
+
+        assert not inherit(torch.zeros_like(trunk)).any()
+        torch.testing.assert_close(inherit(base), expected)
+        assert inherit(None) is None
 
 
-def test_only_the_taps_asked_for_have_adapters():
-    side = E3VASidePath(STAGES, rank=2, taps=('right',))
-    assert [list(block) for block in side.stages[0]] == [['right']] * 2
+@pytest.mark.parametrize('downsampling', ['difference', 'linear'])
+@pytest.mark.parametrize('taps', [('attn', 'ffn'), ('ffn',)])
+def test_gradients_equal_the_reference(downsampling, taps):
+    """In double precision; in single within 1e-5 of it."""
+    options = dict(rank=4, downsampling=downsampling, taps=taps)
+    ours, stock = e3va_and_stock(tuner=options)
+    awake(ours).double()
+    trains = {n: p for n, p in ours.named_parameters() if p.requires_grad}
+    image = torch.randn(1, 3, 60, 44, dtype=torch.float64)
+    expected = reference.backbone(
+        stock.double(), trains, image, taps, downsampling
+    )
+
+    def gradients(outputs, parameters):
+        loss = sum((o * o.detach().cos()).sum() for o in outputs)
+        return torch.autograd.grad(loss, parameters)
+
+    outputs = ours(image)
+    for one, other in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    expected = gradients(expected, [*trains.values()])
+    got = gradients(outputs, [*trains.values()])
+    single = ours.float()
+    rounded = gradients(
+        single(image.float()),
+        [p for p in single.parameters() if p.requires_grad],
+    )
+    for name, one, two, target in zip(
+        trains, got, rounded, expected, strict=True
+    ):
+        torch.testing.assert_close(one, target, rtol=1e-6, atol=1e-8, msg=name)
+        assert (two - target).norm() < 1e-5 * target.norm(), name
 
 
-def test_another_kind_of_side_path_can_be_registered():
-    from tests.helpers import build_e3va
+@pytest.mark.parametrize(
+    'size, outputs, count',
+    [
+        ('b', (0, 1, 2, 3), 1_195_008),
+        ('l', (0, 1, 2, 3), 1_792_512),
+        ('t', (0, 1, 2, 3), 440_064),
+        ('s', (0, 1, 2, 3), 896_256),
+        ('l', (1, 2, 3), 1_792_128),  # RetinaNet's, without the first norm
+    ],
+)
+def test_trainable_counts_are_the_published_ones(
+    size, outputs, count, without_values
+):
+    ours = build_e3va(**SWIN[size], out_indices=outputs)
+    assert count_parameters(ours)[1] == count
 
+
+def test_another_tuner_beside_the_trunk_can_be_registered():
     @MODELS.register_module(force=True)
-    class SilentSidePath(E3VASidePath):
+    class SilentSidePath(E3VA):
         def output(self, highway, trunk, size):
             return trunk + 0 * highway.sum()
 
-    backbone = build_e3va(side_path=dict(type='e3va_mm.SilentSidePath'))
-    assert type(backbone.side_path) is SilentSidePath
+    backbone = build_e3va(tuner=dict(type='e3va_mm.SilentSidePath'))
+    assert type(backbone.tuner) is SilentSidePath
     backbone(torch.randn(1, 3, 64, 64))[0].sum().backward()
-    assert not backbone.side_path.stages[0][0]['attn'].up.q.grad.any()
-
-
-@pytest.mark.parametrize('taps', [['left'], ('left', 'right')])
-def test_taps_are_named_by_lists_too(taps):
-    assert E3VASidePath(STAGES, rank=2, taps=taps).taps == tuple(taps)
-
-
-def bytes_kept(function):
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = function()
-    assert result.requires_grad
-    return sum(kept.values())
+    assert not backbone.tuner.stages[0][0]['attn'].up.q.grad.any()
 
 
 @pytest.mark.parametrize(
@@ -132,18 +149,29 @@ def test_inheritance_keeps_the_sum_as_taps_are_kept(
     form, save_taps, of_a_token, once
 ):
     """Where no output norm has kept it, and where it is needed at all."""
-    side = drawn(downsampling=form, save_taps=save_taps)
+    tuner = drawn(downsampling=form, save_taps=save_taps)
     trunk, base = torch.randn(2, 1, 30, 8)
     total = (trunk + base).requires_grad_()
-    kept = bytes_kept(
-        lambda: side.inherit(
-            side.start(0, total),
-            total,
-            trunk,
-            Downsampling(gather, lambda: WEIGHT),
-        )
-    )
-    assert kept == 30 * of_a_token + once
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        begun = tuner.start(0, total)
+        result = tuner.inherit(begun, total, trunk, DOWNSAMPLING)
+    assert result.requires_grad
+    assert sum(kept.values()) == 30 * of_a_token + once
+
+
+@pytest.mark.parametrize('taps', [['left'], ('left', 'right'), None])
+def test_taps_can_be_chosen(taps):
+    tuner = build(taps=taps)
+    expected = taps or ('left', 'right')
+    assert tuner.taps == tuple(expected)
+    assert [[*block] for block in tuner.stages[0]] == [[*expected]] * 2
 
 
 @pytest.mark.parametrize(
@@ -156,25 +184,27 @@ def test_inheritance_keeps_the_sum_as_taps_are_kept(
     ],
 )
 def test_each_stage_can_keep_its_taps_in_its_own_way(save_taps, expected):
-    side = E3VASidePath(STAGES, rank=2, save_taps=save_taps)
+    tuner = build(save_taps=save_taps)
     for stage, mode in enumerate(expected):
-        assert side.start(stage, None).codec is TAP_CODECS[mode]
+        assert tuner.start(stage, None).codec is TAP_CODECS[mode]
 
 
 @pytest.mark.parametrize('compute', [None, 'fp32', 'bf16', 'fp16'])
 def test_adapters_compute_in_the_type_asked_for(compute):
-    side = E3VASidePath(STAGES, rank=2, compute=compute)
-    assert side.start(0, None).compute == DTYPES.get(compute)
+    assert build(compute=compute).start(0, None).compute == DTYPES.get(compute)
 
 
-WAYS = (
-    r"`side_path.save_taps` should be one of \('exact', 'bf16'.*"
-    'or one for each stage, but got'
+@pytest.mark.parametrize(
+    'rank, expected', [(2, [2, 2]), ([1, 3], [1, 3]), ((3,), [3, 3])]
 )
-TYPES = (
-    r"`side_path.compute` should be one of \(None, 'fp32', 'bf16', "
-    r"'fp16'\), but got "
-)
+def test_each_stage_can_have_its_own_rank(rank, expected):
+    ranks = [s[0]['left'].down.p.shape[1] for s in build(rank=rank).stages]
+    assert ranks == expected
+
+
+WAYS = r"save_taps` should be one of \('exact', 'bf16'.* or a list of such by"
+TYPES = r"compute` should be one of \(None, 'fp32', 'bf16', 'fp16'\), but got"
+RANKS = 'rank` should be a whole number from 1 on, or a list of such by stage'
 
 
 @pytest.mark.parametrize(
@@ -185,29 +215,17 @@ TYPES = (
             for value in ('fp4', [], ['exact', 'fp4'], None, [['exact']])
         ),
         *(('compute', value, TYPES) for value in ('int8', 16, torch.bfloat16)),
+        *(('rank', value, RANKS) for value in ([], 0, True, 1.5, [2, '2'])),
+        ('rank', [2, 9], r'`tuner.rank` should be in \[1, 8\]'),
+        ('bottleneck_ratio', 0, 'ratio` should be a number above 0 at most'),
+        ('taps', 'left', '`tuner.taps` should be a list of names, or None'),
+        ('taps', ['up'], r"taps` should name some of \('left', 'right'\)"),
+        ('taps', ['left', 'left'], 'each once, but got'),
+        ('downsampling', 'conv', r"one of \('difference', 'linear'\), but"),
+        ('train_output_norms', 1, 'should be True or False, but got 1'),
+        ('ranks', 2, '`tuner.ranks` is unknown. Options are save_taps, comp'),
     ],
 )
-def test_unknown_values_are_refused(option, value, text):
+def test_values_that_are_refused(option, value, text):
     with pytest.raises(ConfigError, match=text):
-        E3VASidePath(STAGES, rank=2, **{option: value})
-
-
-@pytest.mark.parametrize(
-    'rank, expected', [(2, [2, 2]), ([1, 3], [1, 3]), ((3,), [3, 3])]
-)
-def test_each_stage_can_have_its_own_rank(rank, expected):
-    side = E3VASidePath(STAGES, rank=rank)
-    ranks = [stage[0]['left'].down.p.shape[1] for stage in side.stages]
-    assert ranks == expected
-
-
-@pytest.mark.parametrize(
-    'options, text',
-    [
-        (dict(rank=[]), 'rank` should be a whole number, or one for each'),
-        (dict(rank=[2, 9]), r'rank` should be in \[1, 8\]'),
-    ],
-)
-def test_ranks_out_of_range_are_refused(options, text):
-    with pytest.raises(ConfigError, match=text):
-        E3VASidePath(STAGES, **{'rank': 2, **options})
+        build(**{option: value})

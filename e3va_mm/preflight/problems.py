@@ -81,7 +81,12 @@ def iter_datasets(dataset: Any, option: str) -> Iterator[tuple[str, Any]]:
         tuple[str, Any]: The config option and the data set.
     """
     is_config = isinstance(dataset, dict)
-    get = dataset.get if is_config else lambda name: vars(dataset).get(name)
+
+    def get(name: str) -> Any:
+        if is_config:
+            return dataset.get(name)
+        return getattr(dataset, name, None)
+
     inner = {f'datasets.{i}': d for i, d in enumerate(get('datasets') or ())}
     inner |= {f'tasks.{n}': d for n, d in (get('tasks') or {}).items()}
     if get('dataset') is not None:

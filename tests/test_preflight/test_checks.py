@@ -91,6 +91,7 @@ def test_wrappers_are_opened():
     dataset = RepeatDataset(dict(type=ConcatDataset, datasets=inner), 3)
     options = [f'{OPTION}.dataset.datasets.{i}' for i in (0, 1)]
     assert [*dict(iter_datasets(dataset, OPTION))] == options
+    assert [*iter_datasets(None, OPTION)] == []  # `val_dataloader=None`
     config = dict(dataset=dict(datasets=inner))
     assert [*dict(iter_datasets(config, OPTION))] == options
 

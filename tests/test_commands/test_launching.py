@@ -34,10 +34,7 @@ def test_the_command_lists_its_commands(capsys):
     assert exit_.value.code == 2
 
 
-@pytest.mark.parametrize(
-    'name',
-    [name for name in cli.COMMANDS if name not in ('measure', 'compare')],
-)
+@pytest.mark.parametrize('name', cli.COMMANDS)
 def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([name, '--help'])

@@ -128,8 +128,8 @@ def stock_arguments(backbone):
 def stock_name(backbone):
     """Which stock class a backbone's config means."""
     kind = backbone.get('trunk_type') or stock_arguments(backbone)['type']
-    # A class in a config of the new style.
-    name = kind.__name__ if isinstance(kind, type) else kind
+    # Not a name in a config of the new style.
+    name = kind if isinstance(kind, str) else kind.__name__
     return name.removeprefix('e3va_mm.')
 
 
@@ -302,7 +302,7 @@ def test_header_says_what_trains(name, undrawn):
     ).groups()
     config = load(name)
     backbone = config.model.backbone.to_dict()
-    if isinstance(backbone['type'], type):  # in a config of the new style
+    if callable(backbone['type']):  # in a config of the new style
         backbone['type'] = f'e3va_mm.{backbone["type"].__name__}'
     # Weights are out of reach, and how the trunk computes does not count.
     del stock_arguments(backbone)['init_cfg']

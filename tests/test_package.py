@@ -159,8 +159,8 @@ def test_a_wheel_trains_from_its_configs_without_the_other_framework(
         'val_cfg = val_dataloader = val_evaluator = None\n'
         "work_dir = 'work'\n"
     )
-    tool = site / 'e3va_mm' / '.mim' / 'tools' / 'train.py'
-    output = call(site, tmp_path, tool, 'mine.py', hidden=(hidden,))
+    command = (site / 'bin' / 'e3va', 'train', 'mine.py')
+    output = call(site, tmp_path, *command, hidden=(hidden,))
     assert re.search(r'loss: \d+\.\d+', output)
     assert (tmp_path / 'work' / 'last_checkpoint').exists()
 

@@ -1,4 +1,4 @@
-"""Say what is installed, what cannot work together, and what mends it."""
+"""`e3va doctor` in a clone; see --help."""
 
 import sys
 from pathlib import Path

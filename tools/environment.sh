@@ -1,9 +1,5 @@
 # The environment of tools/quickstart.sh and tools/run_tests.sh; to be sourced.
-# `prepare_environment digits tests` makes .venv in the repository, fills it
-# with the packages of requirements/ and sets $python. Finished steps are
-# remembered, so that a rerun resumes.
-#
-# Read from the caller's environment:
+# Finished steps are remembered, so that a rerun resumes. It reads
 #   PYTHON      the interpreter to start from (3.10 to 3.12)
 #   E3VA_VENV   the folder of the environment; default .venv
 #   E3VA_TORCH  the version of torch; default 2.13.0
@@ -29,7 +25,6 @@ elapsed() { printf '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60)); }
 heading() { printf '\n== %s  [%s]\n' "$1" "$(elapsed)"; }
 note() { printf '   %s\n' "$1"; }
 
-# fail WHAT WHAT_TO_DO...: the end of the script, explained.
 fail() {
     printf '\nFAILED  %s\n' "$1" >&2
     printf 'TO DO   %s\n' "${@:2}" >&2
@@ -46,7 +41,7 @@ step() {
     fail "$1" "$2" "The command was: ${*:3}" "Its whole output: $log"
 }
 
-# done_before NAME KEY, remember NAME KEY: the stamps in $stamps.
+# The stamps of finished steps.
 done_before() { [ "$(cat "$stamps/$1" 2>/dev/null)" = "$2" ]; }
 remember() { mkdir -p "$stamps" && printf '%s' "$2" >"$stamps/$1"; }
 checksum() { cat -- "$@" | cksum | tr -d ' '; }
@@ -100,7 +95,6 @@ install_frameworks() {
         install --force-reinstall --no-deps opencv-python-headless
 }
 
-# use_ops FOLDER: the wheel in it, if its operators run.
 use_ops() {
     compgen -G "$1/*.whl" && pip install --no-deps --force-reinstall "$1"/*.whl &&
         "$python" -c 'if True:
@@ -125,8 +119,9 @@ raise SystemExit(CUDA_HOME is not None)'; then
         ! use_ops "$compiled" && ! use_ops "$stamps/wheels" || return 0
     fi
     # Without debug symbols compilers need less memory.
-    CFLAGS="${CFLAGS:-} -g0" MMCV_WITH_OPS=1 pip wheel -v -w "$compiled" \
-        --no-deps --no-build-isolation --no-cache-dir "$ops" && use_ops "$compiled"
+    CFLAGS="${CFLAGS:-} -g0" MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} \
+        pip wheel -v -w "$compiled" --no-binary onedl-mmcv --no-cache-dir \
+        --no-deps --no-build-isolation "$ops" && use_ops "$compiled"
 }
 
 # prepare_environment GROUP...: sets $python to an interpreter that has torch,

@@ -114,8 +114,8 @@ def absent(seen: Snapshot) -> Iterator[Problem]:
         )
 
 
-def old_torch(seen: Snapshot) -> Iterator[Problem]:
-    """A torch below the floor."""
+def unfit_versions(seen: Snapshot) -> Iterator[Problem]:
+    """A torch below 2.6, a setuptools that cannot build mmcv."""
     found = seen.of('torch')
     if found and seen.version('torch') < (2, 6):
         yield Problem(
@@ -123,10 +123,6 @@ def old_torch(seen: Snapshot) -> Iterator[Problem]:
             'installed. Compile the operators of mmcv again for the new one.',
             "pip install --upgrade 'torch>=2.6'",
         )
-
-
-def new_setuptools(seen: Snapshot) -> Iterator[Problem]:
-    """A setuptools that cannot build mmcv, where mmcv is to be built."""
     if 'mmcv' not in seen.modules and seen.version('setuptools') >= (82,):
         yield Problem(*ERRORS['pkg_resources'])
 
@@ -183,9 +179,8 @@ def rebuild(seen: Snapshot) -> str:
 # In the order in which they are best mended.
 CHECKS = (
     doubled,
-    new_setuptools,
+    unfit_versions,
     absent,
-    old_torch,
     known_errors,
     torchvision,
     not_installed,

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,23 +97,22 @@ def findable(packages) -> frozenset[str]:
 
 def probe(codes: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """Run pieces of code at once: outputs, and last lines of errors."""
-    processes = {
-        name: subprocess.Popen(
-            [sys.executable, '-W', 'ignore', '-c', code],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+    command = [sys.executable, '-W', 'ignore', '-c']
+    with ThreadPoolExecutor() as pool:
+        ended = pool.map(
+            lambda code: subprocess.run(
+                [*command, code], capture_output=True, text=True
+            ),
+            codes.values(),
         )
-        for name, code in codes.items()
-    }
-    outputs, failures = {}, {}
-    for name, process in processes.items():
-        out, error = process.communicate()
-        if process.returncode == 0:
-            outputs[name] = out
-        else:
-            ended = f'exit status {process.returncode}'
-            failures[name] = (error.strip().splitlines() or [ended])[-1]
+        outputs, failures = {}, {}
+        for name, process in zip(codes, ended, strict=True):
+            status = f'exit status {process.returncode}'
+            if process.returncode == 0:
+                outputs[name] = process.stdout
+            else:
+                lines = process.stderr.strip().splitlines()
+                failures[name] = [status, *lines][-1]
     return outputs, failures
 
 

@@ -51,21 +51,13 @@ def check_patterns(patterns: Sequence[str], option: str) -> None:
     Raises:
         ConfigError: If the value is no list or tuple of strings.
     """
-    if isinstance(patterns, str):
+    if not isinstance(patterns, (list, tuple)) or not all(
+        isinstance(each, str) for each in patterns
+    ):
+        hint = f' Write [{patterns!r}].' if isinstance(patterns, str) else ''
         raise ConfigError(
-            f'{option} should be a list of paths, but got the string '
-            f'{patterns!r}. Write [{patterns!r}].'
+            f'{option} should be a list of paths, but got {patterns!r}.{hint}'
         )
-    if not isinstance(patterns, (list, tuple)):
-        raise ConfigError(
-            f'{option} should be a list of paths, but got {patterns!r}.'
-        )
-    for each in patterns:
-        if not isinstance(each, str):
-            raise ConfigError(
-                f'{option} should be a list of paths, but got the path '
-                f'{each!r}, which is no string.'
-            )
 
 
 def select(

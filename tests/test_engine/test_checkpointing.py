@@ -316,13 +316,13 @@ def test_paths():
 @pytest.mark.parametrize(
     'paths, text',
     [
-        ('neck', r"got the string 'neck'. Write \['neck'\]"),
+        ('neck', r"got 'neck'. Write \['neck'\]"),
         (['nekc'], "No module of Detector fits the path 'nekc'. .*: neck"),
         (['ne*'], r"'ne\*'. Nearest are: neck"),
         (['heads.2'], r'Nearest are: .*heads\.[01]'),
         (['xyz'], 'Nearest are: backbone, neck, heads'),
         ([''], 'Nearest are: backbone, neck, heads'),
-        ([0], 'the path 0'),
+        ([0], r'list of paths, but got \[0\]'),
         (['neck', 'heads'], r"heads is a ModuleList, .* 'heads\.\*'"),
         (['neck', 'neck.conv'], 'neck.conv lies inside neck'),
         (['heads.0.layers.*', 'heads.0'], r'layers\.0 lies inside heads\.0'),

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs' / 'cascade_e3va_swin_nano_digits.py'
 WORLD = 2
 STEPS = 2
-PICTURES = 1  # of one process in one step
+IMAGES = 1  # of one process in one step
 # The processes import this module: it has the hook.
 SMALL = f"""
 _base_ = {str(CONFIG)!r}
@@ -26,7 +26,7 @@ custom_imports = dict(
 custom_hooks = _base_.custom_hooks + [dict(type='RecordShardHook')]
 train_cfg = dict(max_epochs=1, val_begin=2)
 here = dict(num_workers=0, persistent_workers=False)
-train_dataloader = dict(here, batch_size={PICTURES})
+train_dataloader = dict(here, batch_size={IMAGES})
 val_dataloader = here
 test_dataloader = here
 """
@@ -87,7 +87,7 @@ def run(script, *arguments, cwd):
     return process.stdout
 
 
-def pictures(record):
+def images(record):
     return [sample.img_path for sample in record['batch']['data_samples']]
 
 
@@ -95,7 +95,7 @@ def pictures(record):
 def folder(tmp_path):
     build_dataset(
         tmp_path / 'data' / 'digits',
-        train=WORLD * STEPS * PICTURES,
+        train=WORLD * STEPS * IMAGES,
         val=1,
         test=3,
         size=96,
@@ -118,7 +118,7 @@ def test_gradients_are_exactly_the_mean_of_the_shards(folder):
             for rank in range(WORLD)
         ]
         for record in records:
-            seen += pictures(record)
+            seen += images(record)
         first, second = (record['state'] for record in records)
         assert all(torch.equal(first[name], second[name]) for name in first)
         shards = [
@@ -131,8 +131,8 @@ def test_gradients_are_exactly_the_mean_of_the_shards(folder):
             for name, got in record['gradients'].items():
                 a, b = (shard[name] for shard in shards)
                 assert torch.equal(got, (a + b) / 2), (step, name)
-    # No picture twice, and gradients everywhere once the adapters have begun.
-    assert len(set(seen)) == len(seen) == WORLD * STEPS * PICTURES
+    # No image twice, and gradients everywhere once the adapters have begun.
+    assert len(set(seen)) == len(seen) == WORLD * STEPS * IMAGES
     assert not torch.equal(a, b)
     assert all(got.any() for got in records[0]['gradients'].values())
 
@@ -146,6 +146,6 @@ def test_gradients_are_exactly_the_mean_of_the_shards(folder):
         cwd=folder,
     )
     assert out.count('coco/bbox_mAP: ') == 1
-    # The odd picture is not counted twice.
+    # The odd image is not counted twice.
     predictions = pickle.loads((folder / 'predictions.pkl').read_bytes())
     assert len({p['img_id'] for p in predictions}) == len(predictions) == 3

@@ -162,9 +162,7 @@ def test_a_process_on_another_machine_tells_as_well(tmp_path):
     assert [each.returncode for each in ranks] == [-signal.SIGKILL, 1]
     assert 'Traceback' in text
     last = text.splitlines()[-1]
-    assert last.startswith('error: rank 1 of 2 has ended with the ')
-    assert 'another rank has died before: see its own last lines' in last
-    assert last.endswith(
-        'The same command with --resume goes on from the last checkpoint.'
-    )
+    assert last.startswith('error: rank 1 of 2 failed with the ')
+    assert 'another rank died before: see its last lines' in last
+    assert last.endswith('; continue with --resume')
     check_adapters(tmp_path, 3)

@@ -127,7 +127,7 @@ class AdapterCheckpointHook(Hook):
         ):
             self._save_newest(runner, f'epoch_{runner.epoch + 1}')
 
-    def after_train_iter(self, runner: Runner, *args: Any, **kwargs) -> None:
+    def after_train_iter(self, runner: Runner, *args, **kwargs) -> None:
         """Write a file where one is due."""
         if not self.options.by_epoch and (
             self.every_n_train_iters(runner, self.options.interval)

@@ -7,7 +7,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from e3va_mm.engine.optimizers import optimizers_of
 from e3va_mm.errors import ConfigError
@@ -77,9 +77,7 @@ class FreezeHook(Hook):
         if not isinstance(runner.optim_wrapper, OptimWrapper):
             return  # a run that tests
         is_wrapped = is_model_wrapper(runner.model)
-        if is_wrapped and not isinstance(
-            runner.model, DistributedDataParallel
-        ):
+        if is_wrapped and not isinstance(runner.model, DDP):
             raise ConfigError(
                 'FreezeHook needs a model wrapped in DistributedDataParallel, '
                 f'but got {type(runner.model).__name__}. Set '
@@ -104,16 +102,14 @@ class FreezeHook(Hook):
                 f'{type(model).__name__}. Take a path out of `freeze`, or '
                 'name what trains in `train`.'
             )
-        lines = [
-            f'  {what}: {path}, '
-            f'{_count(own & parameters_of(part)):,} parameters'
-            for what, parts, own in (
-                ('frozen', chosen, frozen),
-                ('trains', spared, trained),
-            )
-            for path, part in parts.items()
-        ]
-        runner.logger.info('\n'.join(['FreezeHook:', *lines]))
+        lines = ['FreezeHook:']
+        for path, part in chosen.items():
+            count = _count(frozen & parameters_of(part))
+            lines.append(f'  frozen: {path}, {count:,} parameters')
+        for path, part in spared.items():
+            count = _count(trained & parameters_of(part))
+            lines.append(f'  trains: {path}, {count:,} parameters')
+        runner.logger.info('\n'.join(lines))
         self._quiet = list(
             _modules(chosen.values()) - _modules(spared.values())
         )

@@ -1,6 +1,7 @@
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from typing import TextIO
 
 from mmengine.dist import is_main_process
@@ -12,7 +13,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
@@ -20,6 +20,12 @@ from rich.progress import (
 from e3va_mm.errors import ConfigError
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils import is_number
+
+COLUMNS = (
+    *('training', BarColumn(), MofNCompleteColumn()),
+    *('loss {task.fields[loss]}', TimeElapsedColumn()),
+    *('left', TimeRemainingColumn()),
+)
 
 
 @HOOKS.register_module()
@@ -49,7 +55,8 @@ class ProgressBarHook(Hook):
             )
         self.interval = interval
         self._progress: Progress | None = None
-        self._stop = None
+        # Gives the terminal back; more calls do nothing.
+        self.stop: Callable[[], None] = lambda: None
 
     def before_train(self, runner: Runner) -> None:
         """Draw the bar, if there is a terminal to draw it on."""
@@ -61,13 +68,7 @@ class ProgressBarHook(Hook):
         # No refresh thread: data workers are forked while the bar is alive,
         # and would inherit its locks in any state.
         self._progress = Progress(
-            TextColumn('training'),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn('loss {task.fields[loss]}'),
-            TimeElapsedColumn(),
-            TextColumn('left'),
-            TimeRemainingColumn(),
+            *COLUMNS,
             console=console,
             auto_refresh=False,
             redirect_stdout=stream is sys.stdout,
@@ -87,9 +88,9 @@ class ProgressBarHook(Hook):
             handler.setStream(FileProxy(console, stream))
         self._progress.start()
         self._drawn = time.monotonic()
-        # Hooks hear nothing of exceptions: without this one the terminal
-        # would be left without its cursor.
-        self._stop = weakref.finalize(
+        # Hooks hear nothing of exceptions, which would leave the terminal
+        # without its cursor.
+        self.stop = weakref.finalize(
             self, _stop, self._progress, handlers, stream
         )
 
@@ -112,12 +113,6 @@ class ProgressBarHook(Hook):
     def after_train(self, runner: Runner) -> None:
         """Take the bar down; its last state stays on the terminal."""
         self.stop()
-
-    def stop(self) -> None:
-        """Give the terminal back. Harmless when there is no bar."""
-        if self._stop is not None:
-            self._stop()
-        self._progress = None
 
 
 def _stop(progress: Progress, handlers: list, stream: TextIO) -> None:

@@ -21,10 +21,10 @@ WIDTH = 79
 class TrainableTableHook(Hook):
     """Logs, before training, how many parameters train in which part.
 
-    A backbone with a side path takes three rows, ``trunk``, ``side path`` and
-    ``output norms``; every other child of the model takes one. Each parameter
-    is counted once. Below the table stands the share of the backbone that
-    trains, of the **stock** backbone without a side path: Swin-B has
+    A backbone with a side path takes three rows, ``side path``, ``output
+    norms`` and ``trunk``; every other child of the model takes one. Each
+    parameter is counted once. Below the table stands the share of the backbone
+    that trains, of the **stock** backbone without a side path: Swin-B has
     86,745,016 parameters, of which E3VA's 1,195,008 are 1.38 %, as in the
     paper. On Swin-L the same rule gives 1,792,512 / 194,998,164 = 0.92 %; the
     paper's 0.90 % divides by its own count of Swin-L, 198.58 million.
@@ -67,36 +67,24 @@ def trainable_table(model: nn.Module) -> str:
     return '\n'.join(lines)
 
 
-def _parts(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
+def _parts(model: nn.Module) -> Iterator[tuple[str, Iterable[nn.Parameter]]]:
     for name, child in model.named_children():
         side_path = _side_path(child)
         if side_path:
-            norms = [
-                parameter
-                for each, part in child.trainable_children()
-                if each != 'side_path'
-                for parameter in part.parameters()
-            ]
-            beside = {*side_path, *norms}
-            trunk = [p for p in child.parameters() if p not in beside]
-            yield f'{name} (trunk)', trunk
             yield f'{name} (side path)', side_path
+            norms = dict(child.trainable_children())
+            norms.pop('side_path')
+            norms = [p for norm in norms.values() for p in norm.parameters()]
             yield f'{name} (output norms)', norms
-        else:
-            yield name, [*child.parameters()]
-    yield '(own)', [*model.parameters()]
+        yield f'{name} (trunk)' if side_path else name, child.parameters()
+    yield '(own)', model.parameters()
 
 
 def _side_path(module: nn.Module) -> list[nn.Parameter]:
     """Parameters of the side path of a backbone; none of other modules."""
     own = [b for prefix, b in side_path_backbones(module) if not prefix]
-    return [
-        parameter
-        for backbone in own
-        for name, part in backbone.trainable_children()
-        if name == 'side_path'
-        for parameter in part.parameters()
-    ]
+    paths = [dict(b.trainable_children()).get('side_path') for b in own]
+    return [p for path in paths if path for p in path.parameters()]
 
 
 def _shares(

@@ -1,4 +1,3 @@
-import pytest
 import torch
 from torch import nn
 
@@ -28,19 +27,12 @@ def rows(text):
     }
 
 
-@pytest.mark.parametrize(
-    'size, trainable, total, share',
-    [
-        ('b', 1_195_008, 86_745_016, '1.38'),
-        ('l', 1_792_512, 194_998_164, '0.92'),
-    ],
-)
-def test_share_is_of_the_stock_backbone(size, trainable, total, share):
-    model = Detector(build_e3va(**SWIN[size]))
+def test_share_is_of_the_stock_backbone():
+    text = trainable_table(Detector(build_e3va(**SWIN['b'])))
     assert (
-        f'Trainable in the backbone: {trainable:,} of {total:,} stock '
-        f'parameters ({share} %)'
-    ) in trainable_table(model)
+        'Trainable in the backbone: 1,195,008 of 86,745,016 stock parameters '
+        '(1.38 %)'
+    ) in text
 
 
 def test_a_row_for_each_part_counts_each_parameter_once():

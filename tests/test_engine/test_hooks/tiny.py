@@ -1,4 +1,4 @@
-"""Data sets of a few pictures and configs of a few weights."""
+"""Data sets of a few images and configs of a few weights."""
 
 import json
 
@@ -14,7 +14,7 @@ CLASSES = ('cat', 'dog', 'bird')
 def make_coco(
     folder, name, count=4, classes=CLASSES, suffix='.jpg', masks=False
 ):
-    """``count`` pictures of 48x64 with one box each, and ``name.json``.
+    """``count`` images of 48x64 with one box each, and ``name.json``.
 
     ``masks`` are the boxes as polygons.
     """
@@ -133,7 +133,7 @@ experiment_name = {folder.as_posix().replace('/', '_')!r}
 
 
 def make_segmentation(folder, count=4):
-    """``count`` pictures of 48x64 and maps of three classes."""
+    """``count`` images of 48x64 and maps of three classes."""
     random = np.random.default_rng(0)
     for part in ('images', 'maps'):
         (folder / part).mkdir(parents=True)

@@ -136,7 +136,7 @@ def read_config(path: str | Path, options: dict | None = None) -> Config:
         raise ConfigError(f'{path} cannot be read: {e}') from e
     config.merge_from_dict(options or {})
     scope = config.setdefault('default_scope', 'mmengine')
-    if find_spec(scope) is None:
+    if scope is not None and find_spec(scope) is None:
         raise ConfigError(
             f'{path} is a config of {scope}, which is not installed. '
             f'Install it: pip install {PACKAGES.get(scope, scope)}'

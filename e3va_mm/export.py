@@ -87,7 +87,7 @@ class Difference(NamedTuple):
 def preprocessed(
     model: nn.Module, batch: int, size: tuple[int, int]
 ) -> Tensor:
-    """Noise of (batch, 3, *size), as the model's preprocessor hands it on."""
+    """Noise (batch, 3, H, W), as the model's preprocessor hands it on."""
     images = [
         torch.randint(0, 256, (3, *size), dtype=torch.uint8)
         for _ in range(batch)

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from mmengine.dist import get_rank, get_world_size
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 
+from e3va_mm.engine.hooks.adapter_checkpoint_hook import (
+    AdapterCheckpointHook,
+)
 from e3va_mm.engine.optimizers import optimizers_of
 from e3va_mm.errors import TrainingError
 from e3va_mm.registry import HOOKS
@@ -34,8 +36,8 @@ class TrainingGuardHook(Hook):
 
     It does so when
 
-    * the loss or a trained weight is NaN or infinite: in that iteration,
-      before a checkpoint is written;
+    * the loss is NaN or infinite: in that iteration; or a trained weight, when
+      a checkpoint is about to be written;
     * a parameter that a backbone declares to train has had no gradient in the
       first three steps of the optimizer;
     * any parameter that trains has had none in the first step, and
@@ -107,7 +109,7 @@ class TrainingGuardHook(Hook):
         data_batch: Any = None,
         outputs: Mapping | None = None,
     ) -> None:
-        """Look at the loss and the weights, and at gradients at first."""
+        """Look at the loss, and at gradients at first."""
         terms = {
             name: value.item() if torch.is_tensor(value) else value
             for name, value in (outputs or {}).items()
@@ -115,13 +117,32 @@ class TrainingGuardHook(Hook):
             or (torch.is_tensor(value) and value.numel() == 1)
         }
         losses = [terms['loss']] if 'loss' in terms else terms.values()
-        weights = [p.detach() for p in self._trained().values()]
         if not all(map(math.isfinite, losses)):
             self._end(runner, 'the loss', terms, data_batch)
-        if weights and not get_total_norm(weights).isfinite():
+        # Not at the save: mmengine's hook has removed the older file by then.
+        if self._save_is_due(runner, batch_idx) and self._broken():
             self._end(runner, 'what trains', terms, data_batch)
         if self._handles:
             self._check_gradients(runner)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Look at what a validation has found to be the best, too."""
+        if hasattr(self, '_model') and self._broken():
+            self._end(runner, 'what trains', {}, None)
+
+    def _save_is_due(self, runner: Runner, batch_idx: int) -> bool:
+        return any(
+            self.end_of_epoch(runner.train_dataloader, batch_idx)
+            if hook.by_epoch
+            else self.every_n_train_iters(runner, hook.interval)
+            or self.is_last_train_iter(runner)
+            for hook in runner.hooks
+            if isinstance(hook, (CheckpointHook, AdapterCheckpointHook))
+        )
+
+    def _broken(self) -> list[str]:
+        trained = self._trained().items()
+        return [n for n, p in trained if not p.isfinite().all()]
 
     def _trained(self) -> dict[str, nn.Parameter]:
         named = self._model.named_parameters()
@@ -168,17 +189,15 @@ class TrainingGuardHook(Hook):
     def _end(
         self, runner: Runner, what: str, terms: Mapping, batch: Any
     ) -> None:
-        trained = self._trained().items()
-        broken = [n for n, p in trained if not p.isfinite().all()]
         images = dict.fromkeys(path for path, _ in images_of(batch))
         listing = ', '.join(f'{k} {v:.6g}' for k, v in terms.items())
         note = Path(runner.work_dir, 'last_checkpoint')
         last = note.read_text().strip() if note.is_file() else 'none'
         raise TrainingError(
             f'{_where(runner)}: {what} is not finite.\n'
-            f'  Loss terms: {listing}\n'
+            f'  Loss terms: {listing or "finite"}\n'
             f'  Images: {", ".join(images) or "the batch names none"}\n'
-            f'  Weights that are not finite: {_listed(broken)}\n'
+            f'  Weights that are not finite: {_listed(self._broken())}\n'
             f'  Last checkpoint: {last}\n'
             'No checkpoint is written from here on. Look at these images and '
             'their annotations; a lower learning rate and '

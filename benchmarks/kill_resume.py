@@ -3,7 +3,7 @@
     python benchmarks/kill_resume.py
     python benchmarks/kill_resume.py --kills 20 --stock
 
-Trains configs/upernet_e3va_swin_nano_digits.py on a few small pictures, with
+Trains configs/upernet_e3va_swin_nano_digits.py on a few small images, with
 an adapter file and a checkpoint after every iteration, an average of the
 weights (EMA), and an update every second iteration. A process of the run is
 killed (SIGKILL) at a random moment: one in five while it starts, the others
@@ -49,7 +49,7 @@ from e3va_mm.weights import read_adapter, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'upernet_e3va_swin_nano_digits.py'
-SIZE = (96, 96)  # of a picture
+SIZE = (96, 96)  # of an image
 EVER = 10**6  # iterations that no run here gets to
 START_UP = 0.2  # share of the kills
 

@@ -130,7 +130,7 @@ def one_step(path: Path, size: int, batch: int) -> dict:
         path (Path): A config with a stock backbone.
         size (int): Height and width of the images in pixels, but for
             backbones that are made for one size.
-        batch (int): Pictures.
+        batch (int): Images.
 
     Returns:
         dict: ``seconds`` of processors that the step takes and

@@ -16,7 +16,7 @@ from e3va_mm.trunks import StageEnd, Trunk
 from e3va_mm.tuners.base import Tuner
 from e3va_mm.tuners.e3va.norm_offset import NormOffset
 from e3va_mm.tuners.e3va.stage_sum import KeptSum, TokenNorm, normalise
-from e3va_mm.utils.params import mark_trainable
+from e3va_mm.utils.freezing import mark_trainable
 
 STATISTICS = nn.modules.batchnorm._BatchNorm
 

@@ -13,15 +13,8 @@ DTYPES = {
 def autocast_dtype(like: Tensor) -> torch.dtype | None:
     """Autocast's type on the device of a tensor, None where it is off."""
     device = like.device.type
-    if hasattr(torch, 'get_autocast_dtype'):  # torch >= 2.4
-        on = torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if on else None
-    if device == 'cpu':
-        on = torch.is_autocast_cpu_enabled()
-        return torch.get_autocast_cpu_dtype() if on else None
-    return (
-        torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
-    )
+    on = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def autocast_to(like: Tensor, dtype: torch.dtype | None) -> torch.autocast:

@@ -24,10 +24,8 @@ def _emulated() -> set[torch.dtype]:
 # Types whose products torch computes by scalar code on this CPU.
 EMULATED = _emulated()
 # Whether products in single precision are faster in oneDNN.
-ONEDNN = (
-    torch.backends.cpu.get_cpu_capability() == 'AVX512'
-    and hasattr(torch.ops.mkldnn, '_linear_pointwise')
-    and hasattr(torch.compiler, 'is_compiling')  # torch >= 2.3
+ONEDNN = torch.backends.cpu.get_cpu_capability() == 'AVX512' and hasattr(
+    torch.ops.mkldnn, '_linear_pointwise'
 )
 
 
@@ -79,8 +77,7 @@ def transposed_product(a: Tensor, b: Tensor) -> Tensor:
 
 def is_traced() -> bool:
     """Whether what runs is being written down, by a trace or an export."""
-    compiling = getattr(torch.compiler, 'is_compiling', bool)  # torch >= 2.3
-    return compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:

@@ -155,5 +155,5 @@ def _compiled(function: Callable, channels: int) -> Callable:
     # and a trunk has a width for each stage.
     code = function.__code__.replace(co_name=f'{function.__name__}_{channels}')
     own = FunctionType(code, function.__globals__, code.co_name)
-    # Picture sizes vary from step to step.
+    # Image sizes vary from step to step.
     return torch.compile(own, dynamic=True)

@@ -22,7 +22,7 @@ def rotation(rope: nn.Module, size: Size) -> tuple[Tensor, Tensor]:
     """Cosine and sine (H * W, d) of a stock module for a grid.
 
     Its buffers stay as they are: they are part of the trunk's state, which
-    the stock forward would change with the size of the picture.
+    the stock forward would change with the size of the image.
     """
     buffers = rope.freqs_cos, rope.freqs_sin
     native = tuple(rope.patch_resolution)

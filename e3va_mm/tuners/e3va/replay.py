@@ -13,7 +13,7 @@ RunTrunk = Callable[[Tensor, int, Collection[int], OnStageTap], None]
 class Replay:
     """Runs a trunk once more in backward, for all stages that want it.
 
-    Only the picture is needed, which a training step holds on to anyway.
+    Only the image is needed, which a training step holds on to anyway.
 
     Args:
         image (Tensor): (B, 3, H, W), what the trunk ran on. Whoever wants

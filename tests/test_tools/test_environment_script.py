@@ -102,7 +102,7 @@ def test_a_lock_covers_what_a_killed_script_left_at_work(tmp_path):
     first = subprocess.Popen(
         command(f"""
 lock {tmp_path}/file
-touch {tmp_path}/begun; sleep 1; touch {tmp_path}/never
+touch {tmp_path}/begun; sleep 5; touch {tmp_path}/never
 """)
     )
     while not (tmp_path / 'begun').exists():

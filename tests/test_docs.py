@@ -48,7 +48,7 @@ SHOWN = dict(
     get_started=[
         'Trainable parameters',
         r'Epoch\(test\)',
-        r'│ frozen',
+        r'│ lora',
         r'mIoU: ',
         r'torch\.Size\(\[\d+, 4\]\)',
     ],
@@ -56,7 +56,6 @@ SHOWN = dict(
     own_data=[r'Epoch\(test\)'],
     memory=['6 GB'],
     distributed=[r'Epoch\(test\)'],
-    migration=['lora'],
 )
 
 

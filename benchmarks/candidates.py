@@ -16,7 +16,7 @@ from e3va_mm.tuners import E3VA, E3VAMix, E3VAMixOptions, E3VAOptions
 from e3va_mm.tuners.e3va.adapter import LowRankAdapter
 from e3va_mm.tuners.e3va.highway import Highway
 from e3va_mm.tuners.e3va.mixer import StageMixer
-from e3va_mm.tuners.grid import on_grid
+from e3va_mm.tuners.token_grid import on_grid
 from e3va_mm.utils.options import flag, option
 
 

@@ -26,7 +26,7 @@ def install() -> None:
     """
     # Here, or mmengine would hide that an import failed: it takes this module
     # for missing then.
-    from e3va_mm.frameworks.install import install
+    from e3va_mm.frameworks.patches import install
 
     install(read=_read_checkpoint, check=_check_adapter)
 
@@ -73,7 +73,7 @@ HOOKS = _Registry(
     locations=[
         'e3va_mm.engine.hooks',
         'e3va_mm.preflight',
-        'e3va_mm.measure.hook',
+        'e3va_mm.measure.measure_hook',
     ],
 )
 # manage constructors of optimizer wrappers
@@ -88,5 +88,5 @@ MODEL_WRAPPERS = _Registry(
     'model wrapper',
     parent=mmengine.MODEL_WRAPPERS,
     scope='e3va_mm',
-    locations=['e3va_mm.engine.wrappers'],
+    locations=['e3va_mm.engine.optim'],
 )

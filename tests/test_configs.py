@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, PARAM_SCHEDULERS, DefaultScope
 
-from e3va_mm.engine.checkpointing import is_checkpointed
+from e3va_mm.engine.activation_checkpointing import is_checkpointed
 from e3va_mm.measure import TrainingStep
 from e3va_mm.registry import MODELS
 from e3va_mm.utils import count_parameters

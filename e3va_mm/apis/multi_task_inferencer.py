@@ -99,11 +99,11 @@ class MultiTaskInferencer:
 
     def on_trunk_of(self, name: str) -> list[str]:
         """Names of the other tasks that share the trunk of this one."""
-        storage = self.tasks[name].backbone.storage
+        backbone = self.tasks[name].backbone
         return [
             other
             for other, task in self.tasks.items()
-            if other != name and task.backbone.storage is storage
+            if other != name and task.backbone.shares_trunk_with(backbone)
         ]
 
     def __call__(
@@ -205,7 +205,7 @@ class MultiTaskInferencer:
             for group in groups:
                 other = tasks[group[0]]
                 if (
-                    task.backbone.storage is other.backbone.storage
+                    task.backbone.shares_trunk_with(other.backbone)
                     and not (task.slides or other.slides)
                     and torch.equal(inputs, batches[group[0]]['inputs'])
                 ):

@@ -19,8 +19,8 @@ from e3va_mm.weights import (
     match_state,
     read_checkpoint,
 )
+from e3va_mm.weights.adapter_extraction import CHECKPOINT
 from e3va_mm.weights.adapter_file import RECORD
-from e3va_mm.weights.adapters import CHECKPOINT
 from e3va_mm.weights.state_dicts import converting
 
 

@@ -43,7 +43,7 @@ class TrunkPool:
     def add(self, backbone: TunedModule) -> None:
         """Let others share a trunk; it shares one that is here already."""
         for member, found in self._members:
-            if backbone.storage is member.storage:
+            if backbone.shares_trunk_with(member):
                 self._members.append((backbone, found))
                 return
         found = fingerprint(backbone.trunk_state())

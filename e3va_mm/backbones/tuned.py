@@ -230,6 +230,10 @@ class TunedBackbone(LoadsTrunk):
         self.init_cfg = None
         self._is_init = True
 
+    def shares_trunk_with(self, other: 'TunedBackbone') -> bool:
+        """Whether both run on one trunk."""
+        return self.storage is other.storage
+
     def _share_open(self, wanted: str) -> bool:
         return not self.has_graph and share_open(self, wanted)
 

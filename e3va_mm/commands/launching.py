@@ -18,7 +18,7 @@ from torch import nn
 
 from e3va_mm.engine.hooks import ProgressBarHook
 from e3va_mm.errors import CheckpointError, ConfigError, E3VAError
-from e3va_mm.frameworks.distributed import use_gloo
+from e3va_mm.frameworks.cpu_processes import use_gloo
 from e3va_mm.preflight import (
     DatasetCheckHook,
     check_batch,

@@ -12,7 +12,7 @@ from mmengine.runner import set_random_seed
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from e3va_mm.engine.checkpointing import checkpoint_modules
+from e3va_mm.engine.activation_checkpointing import checkpoint_modules
 from e3va_mm.errors import ConfigError
 from e3va_mm.frameworks.cpu_amp import CPUAmpOptimWrapper
 from e3va_mm.measure.inputs import (

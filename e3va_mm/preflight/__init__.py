@@ -5,7 +5,7 @@ Each check is a small function of config and data sets that yields problems;
 """
 
 from e3va_mm.preflight.building import build_datasets, explain_data_failure
-from e3va_mm.preflight.hook import DatasetCheckHook
+from e3va_mm.preflight.dataset_check_hook import DatasetCheckHook
 from e3va_mm.preflight.problems import Problem
 from e3va_mm.preflight.samples import check_batch
 

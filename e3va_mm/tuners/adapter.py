@@ -6,8 +6,8 @@ from torch import nn
 
 from e3va_mm.registry import MODELS
 from e3va_mm.tuners.base import BlockTuner
-from e3va_mm.tuners.blocks import Insertion
 from e3va_mm.tuners.bottleneck import Bottleneck
+from e3va_mm.tuners.insertion import Insertion
 from e3va_mm.utils.options import Options, option, whole
 
 

@@ -8,8 +8,8 @@ from torch import nn
 from e3va_mm.registry import MODELS
 from e3va_mm.trunks import Trunk
 from e3va_mm.tuners.base import BlockTuner, require, require_all_found
-from e3va_mm.tuners.blocks import Block, Insertion
 from e3va_mm.tuners.bottleneck import Bottleneck
+from e3va_mm.tuners.insertion import Block, Insertion
 from e3va_mm.utils.options import (
     Options,
     names,

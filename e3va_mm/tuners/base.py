@@ -12,7 +12,7 @@ from torch import nn
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.trunks import Trunk
-from e3va_mm.tuners.blocks import Block, Insertion, blocks_of
+from e3va_mm.tuners.insertion import Block, Insertion, blocks_of
 from e3va_mm.utils.options import Options
 
 

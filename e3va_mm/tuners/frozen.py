@@ -12,7 +12,7 @@ class Frozen(Tuner):
     """Trains no parameter of the backbone; adds none.
 
     The stock forward runs, in eval mode. For a frozen trunk under the trunk
-    options of E3VA see :class:`~e3va_mm.tuners.e3va.none.NoSidePath`.
+    options of E3VA see :class:`~e3va_mm.tuners.e3va.no_side_path.NoSidePath`.
     """
 
     def attach(self, trunk: Trunk) -> list[nn.Parameter]:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from e3va_mm.registry import MODELS
 from e3va_mm.tuners.adapter import OnBranch
 from e3va_mm.tuners.base import BlockTuner
-from e3va_mm.tuners.blocks import Insertion
+from e3va_mm.tuners.insertion import Insertion
 from e3va_mm.utils.options import Options, option, whole
 
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from e3va_mm.registry import MODELS
 from e3va_mm.trunks import Size
 from e3va_mm.tuners.base import BlockTuner
-from e3va_mm.tuners.blocks import Insertion
-from e3va_mm.tuners.grid import GridFilters, on_grid
+from e3va_mm.tuners.insertion import Insertion
+from e3va_mm.tuners.token_grid import GridFilters, on_grid
 from e3va_mm.utils.options import Options, number, option, whole
 
 

@@ -1,4 +1,7 @@
-"""What trains: the only place that touches ``requires_grad``."""
+"""Freezing: what of a backbone trains is applied here, and nowhere else.
+
+Necks and heads are frozen by ``FreezeHook``, where a config asks for it.
+"""
 
 from collections.abc import Iterable
 

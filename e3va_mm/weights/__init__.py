@@ -1,10 +1,10 @@
-from e3va_mm.weights.adapter_file import AdapterFile, TrunkRecord
-from e3va_mm.weights.adapters import (
+from e3va_mm.weights.adapter_extraction import (
     adapter_of,
     check_adapter,
     trunk_records,
     without_trunks,
 )
+from e3va_mm.weights.adapter_file import AdapterFile, TrunkRecord
 from e3va_mm.weights.fingerprint import fingerprint
 from e3va_mm.weights.matching import match_state
 from e3va_mm.weights.reading import read_adapter, read_checkpoint

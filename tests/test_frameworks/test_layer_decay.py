@@ -13,7 +13,7 @@ from mmengine.optim import (
 )
 from mmengine.registry import MODELS, DefaultScope
 
-from e3va_mm.frameworks import optimizers
+from e3va_mm.frameworks import optimizer_groups
 from tests.trunk_cases import VIT
 
 pytest.importorskip('mmpretrain')
@@ -164,7 +164,7 @@ def test_models_without_a_side_path_keep_the_stock_groups(name, monkeypatch):
     monkeypatch.setattr(
         DefaultOptimWrapperConstructor,
         '__call__',
-        optimizers._stock_call,
+        optimizer_groups._stock_call,
     )
     _, stock = groups_of(scope, copy.deepcopy(model), optimizer)
     assert found.keys() == stock.keys()
@@ -220,7 +220,7 @@ def test_a_key_that_names_the_side_path_scales_it(name):
 def test_one_line_in_the_log(monkeypatch):
     said = []
     monkeypatch.setattr(
-        'e3va_mm.frameworks.optimizers.print_log',
+        'e3va_mm.frameworks.optimizer_groups.print_log',
         lambda line, logger: said.append(line),
     )
     scope, model, optimizer = config_of('mmpretrain')

@@ -3,7 +3,7 @@
 import pytest
 from mmengine.config import Config
 
-from e3va_mm.engine.checkpointing import is_checkpointed
+from e3va_mm.engine.activation_checkpointing import is_checkpointed
 from e3va_mm.measure import TrainingStep
 from e3va_mm.measure.fits import (
     changes,

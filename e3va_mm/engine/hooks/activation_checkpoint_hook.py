@@ -3,9 +3,9 @@ from collections.abc import Sequence
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from e3va_mm.engine.checkpointing import checkpoint_modules
+from e3va_mm.engine.activation_checkpointing import checkpoint_modules
 from e3va_mm.registry import HOOKS
-from e3va_mm.utils.wrappers import unwrapped
+from e3va_mm.utils.unwrapping import unwrapped
 
 
 @HOOKS.register_module()

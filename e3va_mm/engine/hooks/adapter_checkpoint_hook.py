@@ -22,8 +22,12 @@ from e3va_mm.utils.options import (
 )
 from e3va_mm.utils.sizes import MIB
 from e3va_mm.utils.tuned import tuned_backbones
-from e3va_mm.utils.wrappers import unwrapped
-from e3va_mm.weights.adapters import CHECKPOINT, adapter_of, trunk_records
+from e3va_mm.utils.unwrapping import unwrapped
+from e3va_mm.weights.adapter_extraction import (
+    CHECKPOINT,
+    adapter_of,
+    trunk_records,
+)
 
 # Where the message hub, and with it a checkpoint to resume from, keeps them.
 KEPT, SOURCES = 'e3va_mm_adapter_kept', 'e3va_mm_adapter_sources'

@@ -10,11 +10,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from e3va_mm.engine.hooks.resume_check_hook import ResumeCheckHook
-from e3va_mm.engine.optimizers import iterations_per_update, optimizers_of
+from e3va_mm.engine.runner_optimizers import (
+    iterations_per_update,
+    optimizers_of,
+)
 from e3va_mm.errors import CheckpointError, ConfigError
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils.configs import class_name
-from e3va_mm.utils.wrappers import unwrapped
+from e3va_mm.utils.unwrapping import unwrapped
 
 # In a checkpoint: where the run was, and gradients that wait for an update.
 RECORD, GRADIENTS = 'e3va_mm_exact_resume', 'e3va_mm_gradients'

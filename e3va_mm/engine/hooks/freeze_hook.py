@@ -9,12 +9,12 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from e3va_mm.engine.optimizers import optimizers_of
+from e3va_mm.engine.runner_optimizers import optimizers_of
 from e3va_mm.errors import ConfigError
 from e3va_mm.registry import HOOKS
-from e3va_mm.utils.paths import check_patterns, parameters_of, select
+from e3va_mm.utils.module_paths import check_patterns, parameters_of, select
 from e3va_mm.utils.tuned import side_path_backbones
-from e3va_mm.utils.wrappers import unwrapped
+from e3va_mm.utils.unwrapping import unwrapped
 
 
 @HOOKS.register_module()

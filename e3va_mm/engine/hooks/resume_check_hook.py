@@ -3,11 +3,11 @@ from functools import partial
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from e3va_mm.engine.optimizers import optimizers_of
+from e3va_mm.engine.runner_optimizers import optimizers_of
 from e3va_mm.errors import CheckpointError
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils.listing import listed
-from e3va_mm.utils.wrappers import unwrapped
+from e3va_mm.utils.unwrapping import unwrapped
 
 # In the `meta` of a checkpoint: names of what the optimizer held, in order.
 OPTIMIZED = 'e3va_mm_optimized'

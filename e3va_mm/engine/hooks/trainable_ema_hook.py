@@ -8,7 +8,7 @@ from torch import nn
 
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils.tuned import tuned_backbones
-from e3va_mm.utils.wrappers import unwrapped
+from e3va_mm.utils.unwrapping import unwrapped
 
 
 @HOOKS.register_module()

@@ -11,7 +11,7 @@ from torch import nn
 
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils.tuned import side_path_backbones
-from e3va_mm.utils.wrappers import unwrapped
+from e3va_mm.utils.unwrapping import unwrapped
 
 # As wide as a README; the terminal's width must not change the log file.
 WIDTH = 79

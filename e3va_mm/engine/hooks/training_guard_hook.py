@@ -15,14 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from e3va_mm.engine.hooks.adapter_checkpoint_hook import (
     AdapterCheckpointHook,
 )
-from e3va_mm.engine.optimizers import optimizers_of
+from e3va_mm.engine.runner_optimizers import optimizers_of
 from e3va_mm.errors import TrainingError
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils.batches import images_of
 from e3va_mm.utils.listing import listed
-from e3va_mm.utils.paths import check_patterns, parameters_of, select
+from e3va_mm.utils.module_paths import check_patterns, parameters_of, select
 from e3va_mm.utils.tuned import tuned_backbones
-from e3va_mm.utils.wrappers import unwrapped
+from e3va_mm.utils.unwrapping import unwrapped
 
 # Up projections start at zero: what lies before one may have no gradient at
 # first.

@@ -1,6 +1,6 @@
 from e3va_mm.tuners.e3va.adapter import LowRankAdapter, LowRankLinear
-from e3va_mm.tuners.e3va.mix import E3VAMix, E3VAMixOptions
-from e3va_mm.tuners.e3va.none import NoSidePath
+from e3va_mm.tuners.e3va.e3va_mix import E3VAMix, E3VAMixOptions
+from e3va_mm.tuners.e3va.no_side_path import NoSidePath
 from e3va_mm.tuners.e3va.side_path import (
     E3VA,
     E3VAOptions,

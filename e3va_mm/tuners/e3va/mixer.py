@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from e3va_mm.numerics.autocast import autocast_dtype, autocast_to
 from e3va_mm.trunks import Size
 from e3va_mm.tuners.e3va.kept_taps import ExactTaps, TapCodec
-from e3va_mm.tuners.grid import GridFilters, on_grid
+from e3va_mm.tuners.token_grid import GridFilters, on_grid
 
 
 class StageMixer(nn.Module):

@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from e3va_mm.engine.checkpointing import is_checkpointed
+from e3va_mm.engine.activation_checkpointing import is_checkpointed
 from e3va_mm.engine.hooks import ActivationCheckpointHook
 from e3va_mm.errors import ConfigError
 

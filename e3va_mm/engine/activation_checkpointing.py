@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from e3va_mm.errors import ConfigError
-from e3va_mm.utils.paths import check_patterns, matching
+from e3va_mm.utils.module_paths import check_patterns, matching
 
 
 def checkpoint_modules(model: nn.Module, paths: Sequence[str]) -> list[str]:

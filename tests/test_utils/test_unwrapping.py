@@ -1,7 +1,7 @@
 from mmengine.registry import MODEL_WRAPPERS
 from torch import nn
 
-from e3va_mm.utils.wrappers import unwrapped
+from e3va_mm.utils.unwrapping import unwrapped
 
 
 class Wrapper(nn.Module):

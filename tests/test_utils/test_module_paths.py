@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from e3va_mm.errors import ConfigError
-from e3va_mm.utils.paths import (
+from e3va_mm.utils.module_paths import (
     check_patterns,
     matching,
     parameters_of,

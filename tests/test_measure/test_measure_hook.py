@@ -11,8 +11,8 @@ from mmengine.registry import HOOKS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
 
 from e3va_mm.errors import ConfigError
-from e3va_mm.measure import hook as measure_hook
-from e3va_mm.measure.hook import MeasureHook
+from e3va_mm.measure import measure_hook
+from e3va_mm.measure.measure_hook import MeasureHook
 from tests.test_engine.test_hooks.toy import toy_config
 
 MIB = 2**20

@@ -24,7 +24,7 @@ def install(read: Callable, check: Callable) -> None:
     # Later, for what they import may import torchvision.
     from e3va_mm.frameworks.atomic_backend import register_atomic_backend
     from e3va_mm.frameworks.loaders import replace_loaders
-    from e3va_mm.frameworks.optimizers import patch_constructors
+    from e3va_mm.frameworks.optimizer_groups import patch_constructors
 
     replace_loaders(read, check)
     register_atomic_backend()

@@ -10,7 +10,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 
-from e3va_mm.engine.checkpointing import checkpoint_modules, is_checkpointed
+from e3va_mm.engine.activation_checkpointing import (
+    checkpoint_modules,
+    is_checkpointed,
+)
 from e3va_mm.errors import ConfigError
 from e3va_mm.measure import LiveBytes, TrainingStep
 

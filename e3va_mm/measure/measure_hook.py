@@ -7,13 +7,13 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from e3va_mm.engine.optimizers import iterations_per_update
+from e3va_mm.engine.runner_optimizers import iterations_per_update
 from e3va_mm.errors import ConfigError
 from e3va_mm.measure.live_bytes import LiveBytes
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils import count_parameters, is_whole
 from e3va_mm.utils.sizes import MIB
-from e3va_mm.utils.wrappers import unwrapped
+from e3va_mm.utils.unwrapping import unwrapped
 
 
 @HOOKS.register_module()

@@ -20,7 +20,7 @@ from e3va_mm.preflight.problems import iter_datasets, raise_errors
 from e3va_mm.preflight.samples import CheckedSamples
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils.batches import images_of
-from e3va_mm.utils.wrappers import unwrapped
+from e3va_mm.utils.unwrapping import unwrapped
 
 
 @HOOKS.register_module()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,11 @@ def test_figures_of_the_comparison_are_those_measured(name):
         key = method.lower().replace('full fine-tuning', 'full')
         key = key.replace('frozen', 'fixed')
         assert (key, means[column]) in known, method
+
+
+def test_the_image_is_drawn_from_the_records(tmp_path):
+    pytest.importorskip('matplotlib')
+    main = runpy.run_path(ROOT / 'benchmarks' / 'plot_methods.py')['main']
+    main.__globals__['IMAGE'] = tmp_path / 'methods.png'
+    main()
+    assert (tmp_path / 'methods.png').stat().st_size > 10_000

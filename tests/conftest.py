@@ -1,5 +1,6 @@
 import logging
 import os
+import sys
 
 # One thread a test process: the suite runs in parallel, and sums in one
 # thread are the same from run to run.
@@ -18,6 +19,15 @@ logging.raiseExceptions = False
 
 # Tests import the frameworks in any order, and read checkpoints before models.
 install()
+
+
+@pytest.fixture(autouse=True)
+def freed_memory_goes(monkeypatch):
+    """Commands run in this process, whose memory many tests share."""
+    for name in ('train', 'test', 'measure'):
+        command = sys.modules.get(f'e3va_mm.commands.{name}')
+        if command is not None:
+            monkeypatch.setattr(command, 'keep_freed_memory', bool)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import e3va_mm.checkpoint  # noqa: F401 as conftest, in each rank
 from e3va_mm.utils import end_process_group
 
 WORLD = 2

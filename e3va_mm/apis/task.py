@@ -18,6 +18,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from e3va_mm.errors import CheckpointError, ConfigError
+from e3va_mm.registry import install
 from e3va_mm.utils.configs import class_name
 from e3va_mm.utils.tuned import side_path_backbones
 
@@ -57,6 +58,7 @@ class Task:
             raise CheckpointError(
                 f'Task {name!r}: {checkpoint}: no such checkpoint file.'
             )
+        install()  # before a checkpoint is read
         apis = import_module(f'{self.scope}.apis')
         with self.in_scope():
             self._inferencer = getattr(apis, INFERENCERS[self.scope])(

@@ -131,13 +131,18 @@ class TrainingGuardHook(Hook):
             self._end(runner, 'what trains', {}, None)
 
     def _save_is_due(self, runner: Runner, batch_idx: int) -> bool:
-        return any(
-            self.end_of_epoch(runner.train_dataloader, batch_idx)
-            if hook.by_epoch
-            else self.every_n_train_iters(runner, hook.interval)
-            or self.is_last_train_iter(runner)
+        saving = [
+            # An AdapterCheckpointHook has its options in one place.
+            getattr(hook, 'options', hook)
             for hook in runner.hooks
             if isinstance(hook, (CheckpointHook, AdapterCheckpointHook))
+        ]
+        return any(
+            self.end_of_epoch(runner.train_dataloader, batch_idx)
+            if each.by_epoch
+            else self.every_n_train_iters(runner, each.interval)
+            or self.is_last_train_iter(runner)
+            for each in saving
         )
 
     def _broken(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -168,3 +169,11 @@ def test_importing_the_package_is_cheap():
 
 def test_importing_all_of_it_changes_nothing_outside():
     assert printed(IMPORT_ALL) == []
+
+
+def test_each_change_of_the_frameworks_has_its_test():
+    tests = Path(__file__).parent
+    page = tests.parent / 'docs' / 'frameworks.md'
+    named = re.findall(r'`(test_\w+/test_\w+\.py)`', page.read_text())
+    assert len(named) >= 7
+    assert not [name for name in named if not (tests / name).exists()]

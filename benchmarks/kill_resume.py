@@ -42,6 +42,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+import e3va_mm.checkpoint  # noqa: F401 changes the frameworks
 from e3va_mm.datasets.digits import build_dataset
 from e3va_mm.errors import CheckpointError
 from e3va_mm.registry import HOOKS, MODELS

@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+import e3va_mm.checkpoint  # noqa: F401 changes the frameworks
 from e3va_mm.datasets.digits import make_scene
 from e3va_mm.registry import MODELS
 from e3va_mm.tuners.e3va.kept_taps import TAP_CODECS

@@ -24,6 +24,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+import e3va_mm.checkpoint  # noqa: F401 changes the frameworks
 from benchmarks.backbone import BACKBONES, build
 from e3va_mm.backbones.trunk_pass import run_trunk
 

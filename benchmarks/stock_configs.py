@@ -41,6 +41,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import e3va_mm.checkpoint  # noqa: F401 changes the frameworks
 from e3va_mm.backbones import TunedBackbone, tuned_config
 from e3va_mm.measure import TrainingStep
 from e3va_mm.measure.results import Results

@@ -20,6 +20,8 @@ from pathlib import Path
 import cv2
 import pytest
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmengine.visualization import Visualizer
 from safetensors.torch import save_file
 
 from e3va_mm.backbones import TunedBackbone
@@ -148,8 +150,11 @@ def _run(command, folder):
 
 
 def _run_here(command, folder):
-    """Run a script of the tools in this process."""
+    """Run a script of the tools in this process, as if it were the first."""
     out = io.StringIO()
+    # Frameworks take the newest of these, whoever made it.
+    DefaultScope._instance_dict.clear()
+    Visualizer._instance_dict.clear()
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(out),

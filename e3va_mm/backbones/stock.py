@@ -226,6 +226,10 @@ def _check_values(own: Mapping, parameters: Mapping) -> None:
             raise ValueError(
                 f'`{name}` should be one of {INTERPOLATIONS}, but is {value!r}'
             )
+        if name == 'qk_scale' and not (value is None or is_number(value)):
+            raise ValueError(
+                f'`{name}` should be a number or None, but is {value!r}'
+            )
         if (
             is_number(parameters.get(name))
             and isinstance(value, (bool, float))

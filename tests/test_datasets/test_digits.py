@@ -319,14 +319,18 @@ def test_mmdet_reads_coco_and_voc_alike(data):
 
 
 def read_seg(cls, i=0, **kwargs):
-    dataset = cls(
-        pipeline=[
-            dict(type='mmseg.LoadImageFromFile'),
-            dict(type='mmseg.LoadAnnotations'),
-        ],
-        **kwargs,
-    )
-    item = dataset[i]
+    from mmengine.registry import DefaultScope
+
+    # Commands that ran in this process have left a scope of their own.
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        dataset = cls(
+            pipeline=[
+                dict(type='LoadImageFromFile'),
+                dict(type='LoadAnnotations'),
+            ],
+            **kwargs,
+        )
+        item = dataset[i]
     assert item['img'].shape[:2] == item['gt_seg_map'].shape == (96, 96)
     return len(dataset), item['gt_seg_map']
 

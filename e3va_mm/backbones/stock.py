@@ -11,6 +11,7 @@ from mmengine.registry import DefaultScope
 from torch import nn
 
 from e3va_mm.errors import ConfigError
+from e3va_mm.frameworks.distributions import PACKAGES
 from e3va_mm.registry import MODELS
 from e3va_mm.utils import is_number, is_whole
 
@@ -39,11 +40,6 @@ REFUSALS = (
     RuntimeError,
     TypeError,
     ValueError,
-)
-PACKAGES = dict(
-    mmdet='onedl-mmdetection',
-    mmseg='onedl-mmsegmentation',
-    mmpretrain='onedl-mmpretrain',
 )
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from e3va_mm.engine.hooks import ProgressBarHook
 from e3va_mm.errors import CheckpointError, ConfigError, E3VAError
 from e3va_mm.frameworks.cpu_processes import use_gloo
+from e3va_mm.frameworks.distributions import PACKAGES
 from e3va_mm.preflight import (
     DatasetCheckHook,
     check_batch,
@@ -28,11 +29,6 @@ from e3va_mm.registry import install
 from e3va_mm.utils.process_group import end_process_group
 from e3va_mm.weights import match_state
 
-PACKAGES = dict(
-    mmdet='onedl-mmdetection',
-    mmseg='onedl-mmsegmentation',
-    mmpretrain='onedl-mmpretrain',
-)
 # The disk itself, a quota, a limit of the process.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

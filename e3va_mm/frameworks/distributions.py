@@ -15,6 +15,10 @@ DISTRIBUTIONS = {
     'mmseg': ('onedl-mmsegmentation', 'mmsegmentation'),
     'mmpretrain': ('onedl-mmpretrain', 'mmpretrain'),
 }
+#: What to install for the scope of a config.
+PACKAGES = {
+    name: DISTRIBUTIONS[name][0] for name in ('mmdet', 'mmseg', 'mmpretrain')
+}
 MISSING = (
     'e3va_mm needs mmengine, which is not installed. Install torch first, '
     'then the frameworks. In a clone of the repository `bash '

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from e3va_mm.numerics.temporaries import runs_as_on_gpu
+
 # What says whether the CPU's own products are fast.
 _SUPPORTED = {
     torch.bfloat16: '_is_mkldnn_bf16_supported',
@@ -87,7 +89,7 @@ def _is_plain(*tensors: Tensor | None) -> bool:
     grad = torch.is_grad_enabled()
     return all(
         type(tensor) in (Tensor, nn.Parameter)  # not those of an export
-        and tensor.device.type == 'cpu'
+        and not runs_as_on_gpu(tensor.device)
         and tensor.dtype == torch.float32
         and tensor.numel()
         and not (grad and tensor.requires_grad)

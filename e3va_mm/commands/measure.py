@@ -16,6 +16,7 @@ import platform
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,7 +30,9 @@ from e3va_mm.commands import launching
 from e3va_mm.errors import ConfigError, E3VAError
 from e3va_mm.frameworks.memory import keep_freed_memory
 from e3va_mm.measure import VARIANTS, TrainingStep, variant_config
+from e3va_mm.measure.batches import BatchSearch
 from e3va_mm.measure.fits import (
+    averaged_bytes,
     changes,
     is_amp,
     margin_text,
@@ -38,6 +41,7 @@ from e3va_mm.measure.fits import (
 )
 from e3va_mm.measure.report import (
     advice,
+    batch_text,
     draw,
     figures_table,
     fits_table,
@@ -69,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--compare', default='', metavar='A,B', help=variants)
     size = "in pixels; default: the config's"
     add('--size', type=int, nargs=2, metavar=('H', 'W'), help=size)
-    add('--batch', type=int, help="images per step; default: the config's")
+    batch = "images per step, or auto: the most that --fits' cards hold"
+    add('--batch', type=_batch, help=f"{batch}; default: the config's")
     add('--steps', type=int, default=5, help='timed steps')
     add('--warmup', type=int, default=2, help='untimed steps')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -90,10 +95,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _batch(text: str) -> int | str:
+    return text if text == 'auto' else int(text)
+
+
 def measure(args: argparse.Namespace) -> None:
     """Measure memory, then time; print the tables and write the files."""
     _check(args)
     _prepare(args.threads)
+    if args.batch == 'auto':
+        _report_batches(args)
+        return
     rows = planned(args.configs, args.compare)
     for row in rows.values():
         config = _load(row['config'], args)
@@ -133,7 +145,7 @@ def _check(args: argparse.Namespace) -> None:
         )
     for name, least in dict(steps=1, warmup=0, batch=1, threads=1).items():
         value = getattr(args, name)
-        if value is not None and value < least:
+        if value not in (None, 'auto') and value < least:
             raise ConfigError(
                 f'--{name} should be at least {least}, but got {value}.'
             )
@@ -144,6 +156,14 @@ def _check(args: argparse.Namespace) -> None:
             '--fits and --modules need memory, which --time-only leaves out.'
         )
     _cards(args.fits)
+    others = ('compare', 'time_only', 'modules', 'json', 'plot')
+    given = [key for key in others if getattr(args, key)]
+    if args.batch == 'auto' and (given or not args.fits):
+        raise ConfigError(
+            '--batch auto expects --fits, such as --fits 8, and none of '
+            f'{", ".join("--" + key.replace("_", "-") for key in others)}. '
+            'Measure the batch that it finds for other figures.'
+        )
     if args.plot and args.plot.suffix not in ('.png', '.pdf'):
         raise ConfigError(
             f'--plot should end in .png or .pdf, but got {args.plot}.'
@@ -272,6 +292,23 @@ def _measure_time(
             results.update(label, seconds=taken[args.warmup :])
 
 
+def _report_batches(args: argparse.Namespace) -> None:
+    """Print the largest batch for each card, with lines to paste."""
+    for path in args.configs:
+        search = BatchSearch(
+            _load(path, args),
+            args.device,
+            tuple(args.size) if args.size else None,
+            partial(_prepare, args.threads),
+        )
+        print(
+            f'{path}: {search.total} images an update; assuming '
+            f'{search.assumed()}'
+        )
+        for card in _cards(args.fits):
+            print(batch_text(card, search.largest(card)))
+
+
 def _device_name(device: str) -> str:
     if torch.device(device).type == 'cuda':
         return torch.cuda.get_device_name(device)
@@ -323,8 +360,11 @@ def _report_fits(rows: Rows, args: argparse.Namespace, out: Console) -> None:
         config = _load(row['config'], args)
         config.train_dataloader.batch_size = row['batch']
         memory, parameters = row['memory_bytes'], row['parameters']
-        at_once = updated_at_once(config, parameters)
-        needed[label] = needed_bytes(memory, at_once)
+        needed[label] = needed_bytes(
+            memory,
+            updated_at_once(config, parameters),
+            averaged_bytes(config, memory, parameters),
+        )
         if row['variant'] == 'as-is' and needed[label] > min(cards) * GIB:
             texts.append(advice(label, changes(config, memory, parameters)))
     out.print(fits_table(needed, cards))

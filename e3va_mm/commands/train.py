@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import Runner
@@ -11,8 +12,11 @@ from mmengine.runner import Runner
 from e3va_mm.commands import launching
 from e3va_mm.errors import ConfigError
 from e3va_mm.frameworks.memory import keep_freed_memory
+from e3va_mm.measure.batches import BatchSearch, set_batch
+from e3va_mm.measure.report import batch_text
 from e3va_mm.utils.configs import class_name
 from e3va_mm.utils.files import newest_whole
+from e3va_mm.utils.sizes import GIB
 
 # What any config could have; see docs/hooks.md.
 USEFUL_HOOKS = (
@@ -48,6 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         const='auto',
         help='a checkpoint; without a path, the latest in the work directory',
     )
+    parser.add_argument(
+        '--batch',
+        choices=['auto'],
+        help='auto: the largest batch that fits, with the images an update '
+        'that the config has',
+    )
+    parser.add_argument(
+        '--gpu-memory',
+        type=float,
+        metavar='GB',
+        help="of --batch auto; default: the device's",
+    )
     args = parser.parse_args(argv)
     keep_freed_memory()
     return launching.exit_code(_train, args)
@@ -66,6 +82,8 @@ def _train(args: argparse.Namespace) -> None:
                 f'base_batch_size=N)` in the config, but got {scaling}.'
             )
         scaling.enable = True
+    if args.batch or args.gpu_memory:
+        _set_batch(config, args)
     _set_resume(config, args.resume)
     launching.run(config, ('train', 'val'), _run)
 
@@ -92,6 +110,33 @@ def _set_precision(config: Config, amp: bool) -> None:
         )
     if amp and name == 'OptimWrapper':
         wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
+
+
+def _set_batch(config: Config, args: argparse.Namespace) -> None:
+    """Let the largest batch train that fits; say which."""
+    if not args.batch:
+        raise ConfigError(
+            '--gpu-memory is for --batch auto. Add it, or set '
+            '`train_dataloader.batch_size` yourself.'
+        )
+    if args.resume or args.launcher != 'none':
+        raise ConfigError(
+            '--batch auto is for a new run of one process. Continue a run '
+            'with the config in its work directory; for several processes, '
+            'take the lines of `e3va measure --fits GB --batch auto`.'
+        )
+    device, memory = get_device(), args.gpu_memory
+    if memory is None and device == 'cuda':
+        memory = torch.cuda.get_device_properties(0).total_memory / GIB
+    if memory is None or memory <= 0:
+        raise ConfigError(
+            '--batch auto needs the memory of the device in GB, such as '
+            f'--gpu-memory 8, but got {memory}.'
+        )
+    search = BatchSearch(config, 'cuda' if device == 'cuda' else 'cpu')
+    batch = search.largest(memory)
+    set_batch(config, batch)
+    print(f'{batch_text(memory, batch)}\n# assuming {search.assumed()}')
 
 
 def _set_resume(config: Config, resume: str | None) -> None:

@@ -44,7 +44,7 @@ class Change(NamedTuple):
     lines: str
 
 
-def needed_bytes(memory: Mapping, at_once: int = 0) -> int:
+def needed_bytes(memory: Mapping, at_once: int = 0, averaged: int = 0) -> int:
     """Bytes a card needs for a step: the figures and the margin.
 
     On CUDA torch's optimizers update all weights at once and hold about as
@@ -56,6 +56,7 @@ def needed_bytes(memory: Mapping, at_once: int = 0) -> int:
     Args:
         memory (Mapping): Of :meth:`~e3va_mm.measure.TrainingStep.memory`.
         at_once (int): See :func:`updated_at_once`. Defaults to 0.
+        averaged (int): See :func:`averaged_bytes`. Defaults to 0.
 
     Returns:
         int: Bytes.
@@ -67,7 +68,7 @@ def needed_bytes(memory: Mapping, at_once: int = 0) -> int:
     else:
         peak = max(memory['peak'], _update_bytes(memory, at_once))
         peak = peak * (1 + FRAGMENTATION) + WORKSPACES
-    return round(peak) + CONTEXT
+    return round(peak) + CONTEXT + averaged
 
 
 def _update_bytes(memory: Mapping, at_once: int) -> int:
@@ -92,6 +93,24 @@ def updated_at_once(config: Config, parameters: Mapping) -> int:
     """Values updated at once: all trainable ones, or 0 if one by one."""
     optimizer = config.optim_wrapper.get('optimizer') or {}
     return parameters['trainable'] * (optimizer.get('foreach') is not False)
+
+
+def averaged_bytes(
+    config: Config, memory: Mapping, parameters: Mapping
+) -> int:
+    """Bytes of the averaged weights that a config's hooks keep.
+
+    Args:
+        config (Config): The config.
+        memory (Mapping): Of :meth:`~e3va_mm.measure.TrainingStep.memory`.
+        parameters (Mapping): Of ``TrainingStep.parameters()``.
+    """
+    of_hook = dict(
+        EMAHook=memory['weights'],
+        TrainableEMAHook=FLOAT * parameters['trainable'],
+    )
+    hooks = config.get('custom_hooks') or []
+    return sum(of_hook.get(class_name(hook), 0) for hook in hooks)
 
 
 def is_amp(config: Config) -> bool:

@@ -18,14 +18,36 @@ Size = tuple[int, int]  # height, width
 def image_size(config: Config) -> Size:
     """Height and width in pixels of the images of the training pipeline.
 
-    The largest, where it chooses one. Images that keep their ratio are assumed
-    to be landscape and to fill the scale.
+    The largest scale, where it chooses one. Images that keep their ratio are
+    assumed to be landscape and to fill the scale.
 
     Raises:
         ConfigError: If neither the pipeline nor the data preprocessor fixes
             a size.
     """
-    sizes = [_size_after(_pipeline(config))]
+    return _image_size(config)
+
+
+def largest_size(config: Config, batch: int) -> Size:
+    """Height and width of the largest batch that the pipeline can produce.
+
+    As :func:`image_size`, but a ``ratio_range`` enlarges, and landscape and
+    portrait images that keep their ratio are padded to a common square unless
+    an ``AspectRatioBatchSampler`` keeps them apart.
+
+    Args:
+        config (Config): The config.
+        batch (int): Images.
+    """
+    sampler = config.train_dataloader.get('batch_sampler') or {}
+    apart = class_name(sampler).endswith('AspectRatioBatchSampler')
+    return _image_size(config, True, batch > 1 and not apart)
+
+
+def _image_size(
+    config: Config, enlarged: bool = False, mixed: bool = False
+) -> Size:
+    sizes = [_size_after(_pipeline(config), enlarged, mixed)]
     sizes += [part.get('size') for part in _preprocessors(config)]
     for size in filter(_is_size, sizes):
         return tuple(size)
@@ -126,18 +148,25 @@ def _preprocessors(config: Config) -> list[Mapping]:
     return [preprocessor, *(preprocessor.get('batch_augments') or ())]
 
 
-def _size_after(transforms: Sequence[Mapping]) -> Size | None:
+def _size_after(
+    transforms: Sequence[Mapping], enlarged: bool, mixed: bool
+) -> Size | None:
     """The size after the last transform that fixes one."""
     size = None
     for transform in transforms:
-        size = max(
-            _sizes(transform), key=lambda hw: hw[0] * hw[1], default=size
-        )
+        found = _sizes(transform, enlarged, mixed)
+        size = max(found, key=lambda hw: hw[0] * hw[1], default=size)
     return size
 
 
-def _sizes(transform: Mapping) -> Iterator[Size]:
-    """Sizes (height, width) that a transform may return."""
+def _sizes(transform: Mapping, enlarged: bool, mixed: bool) -> Iterator[Size]:
+    """Sizes (height, width) that a transform may return.
+
+    Args:
+        transform (Mapping): Its config.
+        enlarged (bool): Whether to enlarge by its ``ratio_range``.
+        mixed (bool): Whether batches have images of both orientations.
+    """
     found = []
     scales = transform.get('scales')
     if scales is None and transform.get('scale') is not None:
@@ -148,10 +177,14 @@ def _sizes(transform: Mapping) -> Iterator[Size]:
         branches = transform['transforms']
         if branches and isinstance(branches[0], Mapping):
             branches = [branches]
-        found = [_size_after(branch) for branch in branches]
+        found = [_size_after(b, enlarged, mixed) for b in branches]
     elif scales is not None:
         # mmcv has scales and pads as (width, height), crops as (height, width)
-        found = [to_2tuple(scale)[::-1] for scale in scales]
+        ratio = max(transform.get('ratio_range') or [1]) if enlarged else 1
+        found = [
+            tuple(int(side * ratio) for side in to_2tuple(scale)[::-1])
+            for scale in scales
+        ]
     elif transform.get('crop_type') == 'absolute_range':
         found = [to_2tuple(max(transform['crop_size']))]
     elif 'crop_size' in transform:
@@ -159,8 +192,9 @@ def _sizes(transform: Mapping) -> Iterator[Size]:
     elif class_name(transform) == 'Pad':
         found = [to_2tuple(transform.get('size'))[::-1]]
     for size in filter(_is_size, found):
-        landscape = transform.get('keep_ratio', False)
-        yield tuple(sorted(size) if landscape else size)
+        if transform.get('keep_ratio', False):
+            size = 2 * [max(size)] if mixed else sorted(size)
+        yield tuple(size)
 
 
 def _is_size(value) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
+from e3va_mm.measure.batches import Batch
 from e3va_mm.measure.fits import Change
 from e3va_mm.measure.kept import kept_by_part
 from e3va_mm.measure.live_bytes import CATEGORIES
@@ -142,6 +143,17 @@ def fits_table(needed: Mapping[str, int], sizes: Sequence[float]) -> Table:
             'yes' if need <= size * GIB else 'no' for need in needed.values()
         ]
     return _table('Cards that hold the step', list(needed), columns)
+
+
+def batch_text(card: float, batch: Batch) -> str:
+    """The largest batch for a card, with the lines to paste."""
+    height, width = batch.size
+    return (
+        f'# {card:g} GB: {batch.images} images of {height}x{width} need '
+        f'{mib(batch.needs)} MiB\n'
+        f'train_dataloader = dict(batch_size={batch.images})\n'
+        f'optim_wrapper = dict(accumulative_counts={batch.counts})'
+    )
 
 
 def advice(label: str, changes: Sequence[Change]) -> str:

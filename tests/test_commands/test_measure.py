@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from mmengine.config import Config
 
 from e3va_mm.commands import measure as command
 from e3va_mm.errors import E3VAError
 from e3va_mm.measure import CATEGORIES, VARIANTS, TrainingStep
+from e3va_mm.measure.batches import Batch
 
 ROOT = Path(__file__).parents[2]
 DIGITS = 'configs/cascade_e3va_swin_nano_digits.py'
@@ -214,6 +216,19 @@ def test_memory_alone_of_two_configs(main, monkeypatch):
     assert ' 15.0 ' in line and ' 3.000 ' in line
 
 
+def test_the_largest_batch_comes_as_lines_for_a_config(main, monkeypatch):
+    def largest(self, gigabytes):
+        return Batch(int(gigabytes), 2, self._size, 100 * MIB)
+
+    monkeypatch.setattr(command.BatchSearch, 'largest', largest)
+    out = main(*(DIGITS, *SMALL[:3], '--fits', '8,11', '--batch', 'auto'))
+    assert '4 images an update; assuming images of the given size, 100' in out
+    assert '# 8 GB: 8 images of 64x64 need 100.0 MiB\n' in out
+    lines = Config.fromstring(out[out.index('# 11 GB') :], '.py')
+    assert lines.train_dataloader.batch_size == 11
+    assert lines.optim_wrapper.accumulative_counts == 2
+
+
 def test_labels():
     assert list(command.planned(['a.py'], 'full')) == ['as-is', 'full']
     rows = command.planned(['x/a.py', 'b.py'], 'full')
@@ -235,6 +250,11 @@ def test_labels():
         ((DIGITS, '--fits', '8,x'), "8,11,24, but got '8,x'"),
         ((DIGITS, '--fits', '0'), "8,11,24, but got '0'"),
         ((DIGITS, '--time-only', '--fits', '8'), '--time-only leaves out'),
+        ((DIGITS, '--batch', 'auto'), '--batch auto expects --fits'),
+        (
+            (DIGITS, '--batch', 'auto', '--fits', '8', '--modules'),
+            'and none of --compare, --time-only, --modules',
+        ),
         ((DIGITS, '--device', 'gpu'), 'but got gpu'),
         ((DIGITS, '--device', 'cuda:99'), 'but got cuda:99'),
     ],

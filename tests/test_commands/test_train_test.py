@@ -10,6 +10,7 @@ import torch
 from mmengine.hooks import Hook
 
 from e3va_mm.commands import launching, test, train
+from e3va_mm.measure.batches import Batch
 from e3va_mm.registry import HOOKS
 from tests.test_engine.test_hooks.tiny import (
     detection_config,
@@ -87,6 +88,24 @@ def test_the_config_is_what_runs(detection, last_config, tmp_path):
     assert cfg.work_dir == 'here'
     cfg = last_config(train, detection_config(tmp_path, work_dir=None))
     assert cfg.work_dir == './work_dirs/detection'
+
+
+def test_the_largest_batch(detection, last_config, error, monkeypatch, capsys):
+    def largest(self, gigabytes):
+        return Batch(1, self.total, (64, 64), gigabytes * 2**30)
+
+    monkeypatch.setattr(train.BatchSearch, 'largest', largest)
+    auto = (train, detection, '--batch', 'auto')
+    cfg = last_config(*auto, '--gpu-memory', 8)
+    assert cfg.train_dataloader.batch_size == 1
+    assert cfg.optim_wrapper.accumulative_counts == 2
+    said = capsys.readouterr().out
+    assert '# 8 GB: 1 images of 64x64 need 8,192.0 MiB' in said
+    assert 'assuming images of the largest size, 1 objects each' in said
+    assert 'is for --batch auto' in error(train, detection, '--gpu-memory', 8)
+    assert 'is for a new run' in error(*auto, '--resume')
+    if not torch.cuda.is_available():
+        assert 'such as --gpu-memory 8, but got None' in error(*auto)
 
 
 def test_resume(detection, last_config, error, tmp_path):

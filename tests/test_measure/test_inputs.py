@@ -8,6 +8,7 @@ from e3va_mm.measure.inputs import (
     batch_size,
     generate_batch,
     image_size,
+    largest_size,
     set_image_size,
 )
 
@@ -107,6 +108,24 @@ def config(*pipeline, model=None, **dataset):
 )
 def test_the_size_is_what_the_pipeline_ends_with(pipeline, size):
     assert image_size(config(*pipeline)) == size
+
+
+@pytest.mark.parametrize(
+    'batch, sampler, size',
+    [
+        (1, None, (1600, 2666)),
+        (2, None, (2666, 2666)),
+        (2, 'mmdet.AspectRatioBatchSampler', (1600, 2666)),
+    ],
+)
+def test_the_largest_batch_of_a_pipeline(batch, sampler, size):
+    """Landscape and portrait in one batch are padded to a square."""
+    resize = dict(type='RandomResize', scale=(1333, 800), keep_ratio=True)
+    given = config(dict(resize, ratio_range=(0.5, 2.0)))
+    given.train_dataloader.batch_sampler = sampler and dict(type=sampler)
+    assert largest_size(given, batch) == size
+    given.train_dataloader.dataset.pipeline.append(CROP)
+    assert largest_size(given, batch) == (512, 1024)
 
 
 def test_wrapped_data_sets():

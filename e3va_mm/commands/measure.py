@@ -39,12 +39,15 @@ from e3va_mm.measure.fits import (
     needed_bytes,
     updated_at_once,
 )
+from e3va_mm.measure.gpu_model import CARDS, modelled, named_cards
 from e3va_mm.measure.report import (
     advice,
     batch_text,
     draw,
     figures_table,
     fits_table,
+    gpu_parts_table,
+    gpu_table,
     modules_table,
 )
 from e3va_mm.measure.results import Results, Rows, groups
@@ -86,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     only.add_argument('--time-only', action='store_true')
     cards = 'which of these cards hold the step, and what to change'
     add('--fits', metavar='GB,GB', help=cards)
+    model = 'model, not measure, the step on these cards: '
+    add('--gpu', metavar='CARD,CARD', help=model + ', '.join(CARDS))
     add('--modules', action='store_true', help='bytes kept, by module')
     add('--json', type=Path, help='write the figures to this file')
     resume = 'measure only what the file of --json lacks'
@@ -100,7 +105,7 @@ def _batch(text: str) -> int | str:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Measure memory, then time; print the tables and write the files."""
+    """Count, then take time; print the tables and write the files."""
     _check(args)
     _prepare(args.threads)
     if args.batch == 'auto':
@@ -123,8 +128,7 @@ def measure(args: argparse.Namespace) -> None:
     )
     results = Results(rows, header, args.json, args.resume)
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        if not args.time_only:
-            _measure_memory(results, args, progress)
+        _count(results, args, progress)
         if not args.memory_only:
             _measure_time(results, args, progress)
     _report(results, args)
@@ -156,7 +160,8 @@ def _check(args: argparse.Namespace) -> None:
             '--fits and --modules need memory, which --time-only leaves out.'
         )
     _cards(args.fits)
-    others = ('compare', 'time_only', 'modules', 'json', 'plot')
+    named_cards(args.gpu)
+    others = ('compare', 'time_only', 'modules', 'gpu', 'json', 'plot')
     given = [key for key in others if getattr(args, key)]
     if args.batch == 'auto' and (given or not args.fits):
         raise ConfigError(
@@ -233,12 +238,27 @@ def _step(row: dict, args: argparse.Namespace) -> tuple[TrainingStep, dict]:
     )
 
 
-def memory_of(row: dict, args: argparse.Namespace) -> dict:
-    """Figures of one row, for a process of its own."""
+def _lacking(row: dict, args: argparse.Namespace) -> tuple[bool, bool]:
+    """Whether memory and model of a row are asked for and not there."""
+    model = next(iter(row.get('gpu_model', {}).values()), dict(cards=()))
+    return (
+        not args.time_only and 'memory_bytes' not in row,
+        not set(named_cards(args.gpu)) <= set(model['cards']),
+    )
+
+
+def counted_of(row: dict, args: argparse.Namespace) -> dict:
+    """Figures of one row that are counted, for a process of its own."""
     _prepare(args.threads)
     step, figures = _step(row, args)
     try:
-        return dict(figures, memory_bytes=step.memory())
+        memory, model = _lacking(row, args)
+        if memory:
+            figures['memory_bytes'] = step.memory()
+        if model:
+            cards = named_cards(args.gpu)
+            figures['gpu_model'] = modelled(step.launches(), cards)
+        return figures
     except torch.cuda.OutOfMemoryError as error:
         raise E3VAError(
             f'{args.device} has too little memory for {row["variant"]} of '
@@ -247,16 +267,16 @@ def memory_of(row: dict, args: argparse.Namespace) -> dict:
         ) from None
 
 
-def _measure_memory(
+def _count(
     results: Results, args: argparse.Namespace, progress: Progress
 ) -> None:
-    rows = {k: r for k, r in results.rows.items() if 'memory_bytes' not in r}
-    task = progress.add_task('memory', total=len(rows))
+    rows = {k: r for k, r in results.rows.items() if any(_lacking(r, args))}
+    task = progress.add_task('counting', total=len(rows))
     for label, row in rows.items():
-        progress.update(task, description=f'memory: {label}')
+        progress.update(task, description=f'counting: {label}')
         with ProcessPoolExecutor(1, get_context('spawn')) as pool:
             try:
-                figures = pool.submit(memory_of, row, args).result()
+                figures = pool.submit(counted_of, row, args).result()
             except BrokenProcessPool:
                 raise E3VAError(
                     f'Measuring {row["variant"]} of {row["config"]} was '
@@ -344,6 +364,11 @@ def _report(results: Results, args: argparse.Namespace) -> None:
         f'threads, {" and ".join(sorted(precisions))}; images '
         f'{", ".join(sorted(images))}{"" if args.memory_only else steps}'
     )
+    cards = named_cards(args.gpu)
+    if cards:
+        out.print(gpu_table(rows, cards))
+        for label, row in rows.items():
+            out.print(gpu_parts_table(label, row, cards))
     if args.modules:
         out.print(modules_table(rows))
     if args.fits:

@@ -14,7 +14,7 @@ waits for a value (``.item()``), and kernels outside of torch's dispatcher
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop
 
+from e3va_mm.errors import ConfigError
 from e3va_mm.numerics.temporaries import as_on_gpu
 
 DISPATCH, LAUNCH = 4e-6, 3e-6  # seconds of the host
@@ -85,6 +86,23 @@ CARDS: Mapping[str, Card] = {
     'H100': Card(67e12, 989.5e12, 3350e9),
     'H200': Card(67e12, 989.5e12, 4800e9),
 }
+
+
+def named_cards(names: str | None) -> list[str]:
+    """Keys of ``CARDS`` from a list such as ``'3090,a100'``.
+
+    Raises:
+        ConfigError: If one is unknown.
+    """
+    known = {name.casefold(): name for name in CARDS}
+    asked = [name.strip() for name in (names or '').split(',')]
+    for name in filter(None, asked):
+        if name.casefold() not in known:
+            raise ConfigError(
+                f'Cards that are known are {", ".join(CARDS)}, but got '
+                f'{name!r}. Name the one closest to yours.'
+            )
+    return [known[name.casefold()] for name in asked if name]
 
 
 class Kernel(NamedTuple):
@@ -225,6 +243,32 @@ def count_launches(backbone: nn.Module, image: Tensor) -> Launches:
         if outputs:
             torch.autograd.backward(outputs, [*map(torch.empty_like, outputs)])
     return counted
+
+
+def modelled(counted: Launches, cards: Sequence[str]) -> dict[str, dict]:
+    """What was counted, and what bounds it on some cards, by place.
+
+    Returns:
+        dict: Places to ``ops``, ``kernels``, seconds of the ``host``, and for
+        each of ``cards`` seconds of the GPU by what bounds its kernels.
+    """
+    places = {
+        place: dict(
+            ops=ops,
+            kernels=0,
+            host=ops * DISPATCH,
+            cards={card: dict.fromkeys(BOUNDS, 0.0) for card in cards},
+        )
+        for place, ops in counted.operations.items()
+    }
+    for kernel, count in counted.work.items():
+        figures = places[kernel.place]
+        figures['kernels'] += count
+        figures['host'] += count * LAUNCH
+        for card in cards:
+            bound, seconds = kernel.bound(CARDS[card])
+            figures['cards'][card][bound] += count * seconds
+    return places
 
 
 def _moved(func, name: str, args, kwargs, result) -> list[Tensor]:

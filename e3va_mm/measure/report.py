@@ -7,6 +7,7 @@ from rich.table import Table
 
 from e3va_mm.measure.batches import Batch
 from e3va_mm.measure.fits import Change
+from e3va_mm.measure.gpu_model import LAUNCHES
 from e3va_mm.measure.kept import kept_by_part
 from e3va_mm.measure.live_bytes import CATEGORIES
 from e3va_mm.measure.results import Rows, groups
@@ -133,6 +134,50 @@ def modules_table(rows: Rows) -> Table:
     }
     labels = [*(part or '(model)' for part in parts), 'sum']
     return _table('MiB kept for backward, by module', labels, columns)
+
+
+def gpu_table(rows: Rows, cards: Sequence[str]) -> Table:
+    """Modelled milliseconds of steps on cards, beside measured seconds."""
+    columns: dict[str, list[str]] = {}
+    for row in rows.values():
+        parts = row['gpu_model'].values()
+        host = sum(part['host'] for part in parts)
+        cells = {'measured s/step': _spread(row).split(' ')[0]}
+        for key in ('ops', 'kernels'):
+            cells[key] = f'{sum(part[key] for part in parts):,}'
+        cells['host ms'] = _ms(host)
+        for card in cards:
+            gpu = sum(sum(part['cards'][card].values()) for part in parts)
+            cells[f'{card} GPU ms'] = _ms(gpu)
+            cells[f'{card} step ms'] = _ms(max(host, gpu))
+        for name, cell in cells.items():
+            columns.setdefault(name, []).append(cell)
+    title = 'A model, not measured: one training step on GPUs'
+    return _table(title, list(rows), columns)
+
+
+def gpu_parts_table(label: str, row: Mapping, cards: Sequence[str]) -> Table:
+    """What bounds the parts of a modelled step on each card."""
+    parts = row['gpu_model']
+    columns = {
+        'ops': [f'{part["ops"]:,}' for part in parts.values()],
+        'kernels': [f'{part["kernels"]:,}' for part in parts.values()],
+        'host ms': [_ms(part['host']) for part in parts.values()],
+    }
+    for card in cards:
+        for part in parts.values():
+            seconds = part['cards'][card]
+            gpu = sum(seconds.values())
+            bound = max(seconds, key=seconds.get)
+            if part['host'] > gpu:
+                bound = LAUNCHES
+            cell = f'{_ms(gpu)}, {bound}'
+            columns.setdefault(f'{card} GPU ms, bound by', []).append(cell)
+    return _table(f'A model, not measured: {label}', list(parts), columns)
+
+
+def _ms(seconds: float) -> str:
+    return f'{1e3 * seconds:,.1f}'
 
 
 def fits_table(needed: Mapping[str, int], sizes: Sequence[float]) -> Table:

@@ -1,12 +1,14 @@
 """One real training step of a config on generated input."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
-from mmengine.optim import build_optim_wrapper
+from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import set_random_seed
 from torch import nn
@@ -15,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from e3va_mm.engine.activation_checkpointing import checkpoint_modules
 from e3va_mm.errors import ConfigError
 from e3va_mm.frameworks.cpu_amp import CPUAmpOptimWrapper
+from e3va_mm.measure.gpu_model import Launches
 from e3va_mm.measure.inputs import (
     batch_size,
     generate_batch,
@@ -23,6 +26,7 @@ from e3va_mm.measure.inputs import (
 )
 from e3va_mm.measure.kept import ModulePath, fold_paths
 from e3va_mm.measure.live_bytes import LiveBytes
+from e3va_mm.measure.parts import Parts
 from e3va_mm.measure.variants import framework, prepare_variant, variant_config
 from e3va_mm.registry import install
 from e3va_mm.utils import count_parameters
@@ -149,10 +153,10 @@ class TrainingStep:
             deep. On CUDA ``allocated`` and ``reserved`` are the most that
             torch's allocator held in this process, in a step of its own.
         """
-        rates = [group['lr'] for group in self.optim_wrapper.param_groups]
-        self._set_rates(0.0)
-        self.run()
-        self.optim_wrapper.zero_grad()
+        with self._after_first():
+            return self._memory()
+
+    def _memory(self) -> dict:
         allocator = {}
         if self.device.type == 'cuda':
             torch.cuda.empty_cache()
@@ -168,13 +172,43 @@ class TrainingStep:
             LiveBytes(self.model, self.optim_wrapper, path) as count,
         ):
             self.run()
-        self._set_rates(*rates)
         return dict(
             count.at_peak,
             peak=count.peak,
             kept_modules=fold_paths(count.kept_at_backward, 2),
             **allocator,
         )
+
+    def launches(self) -> Launches:
+        """Count what a step after the first launches on a GPU.
+
+        It runs on this device, for what heads do depends on values, which the
+        meta device has none of. On a CPU it takes the ways of a GPU: large
+        chunks, torch's own products, updates of all weights at once; mixed
+        precision is that of this step. No weight changes.
+
+        Returns:
+            Launches: By part of the model, see
+            :class:`~e3va_mm.measure.parts.Parts`.
+        """
+        with (
+            self._after_first(),
+            _updates_at_once(self.optim_wrapper),
+            Parts(self.model) as part,
+            Launches(part) as counted,
+        ):
+            self.run()
+        return counted
+
+    @contextmanager
+    def _after_first(self) -> Iterator[None]:
+        """Inside, the optimizer has its state and changes no weight."""
+        rates = [group['lr'] for group in self.optim_wrapper.param_groups]
+        self._set_rates(0.0)
+        self.run()
+        self.optim_wrapper.zero_grad()
+        yield
+        self._set_rates(*rates)
 
     def parameters(self) -> dict[str, int]:
         """Numbers of parameters: all and trainable, of model and backbone.
@@ -212,6 +246,24 @@ class TrainingStep:
     def _synchronize(self) -> None:
         if self.device.type == 'cuda':
             torch.cuda.synchronize(self.device)
+
+
+@contextmanager
+def _updates_at_once(optim_wrapper: OptimWrapper) -> Iterator[None]:
+    """Clip and update as torch does on a GPU, unless the config says how."""
+    groups = [
+        group
+        for group in optim_wrapper.param_groups
+        if group.get('foreach', True) is None and not group.get('fused')
+    ]
+    clip = optim_wrapper.clip_grad_kwargs
+    if clip and clip.get('foreach') is None:
+        groups.append(clip)
+    for group in groups:
+        group['foreach'] = True
+    yield
+    for group in groups:
+        group['foreach'] = None
 
 
 class _SameDraws(TorchDispatchMode):

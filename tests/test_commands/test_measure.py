@@ -77,7 +77,8 @@ def measured(tmp_path_factory):
         [
             *(sys.executable, 'tools/measure.py', DIGITS, *SHORT),
             *('--compare', 'full', '--fits', '0.1,24'),
-            *('--modules', '--json', str(folder / 'measured.json')),
+            *('--modules', '--gpu', '3090,a100'),
+            *('--json', str(folder / 'measured.json')),
             *('--plot', str(folder / 'measured.png')),
         ],
         cwd=ROOT,
@@ -117,6 +118,18 @@ def test_tables_have_what_the_json_holds(measured):
         assert line.split('│')[1].strip() == name
         assert f' {peak / MIB:,.1f} ' in line
         assert f' {peak / full:.3f} ' in line
+    model = out[out.index('A model, not measured: one training step') :]
+    for name, row in rows.items():
+        parts = row['gpu_model']
+        assert {'backbone', 'neck', 'roi_head', 'optimizer'} <= set(parts)
+        assert ('backbone.side_path' in parts) == (name == 'as-is')
+        assert f'A model, not measured: {name}' in model
+        (line, *_) = (t for t in model.splitlines() if f'│ {name} ' in t)
+        for key in ('ops', 'kernels'):
+            assert f' {sum(p[key] for p in parts.values()):,} ' in line
+        # Images so small are a matter of launches, on any card.
+        host = f'{1e3 * sum(p["host"] for p in parts.values()):.1f}'
+        assert line.split().count(host) == 3
     environment = next(line for line in lines if line.startswith('torch'))
     for part in (
         held['environment']['torch'],
@@ -145,7 +158,7 @@ def test_resume_measures_what_is_missing(
     path.write_text(json.dumps(held))
     ran = []
 
-    def memory_of(row, args):
+    def counted_of(row, args):
         ran.append(row['variant'])
         # As the file stands after each: kept if this is killed.
         saved.append(json.loads(path.read_text())['variants'])
@@ -154,7 +167,7 @@ def test_resume_measures_what_is_missing(
 
     saved = []
     monkeypatch.setattr(command, 'ProcessPoolExecutor', Pool)
-    monkeypatch.setattr(command, 'memory_of', memory_of)
+    monkeypatch.setattr(command, 'counted_of', counted_of)
     monkeypatch.setattr(command, 'TrainingStep', Step)
     resumed = (DIGITS, *SHORT, '--json', path, '--resume')
     main(*resumed, '--compare', 'full,lean')
@@ -195,7 +208,7 @@ def test_times_of_a_group_are_taken_in_turns(main, monkeypatch):
 
 
 def test_memory_alone_of_two_configs(main, monkeypatch):
-    def memory_of(row, args):
+    def counted_of(row, args):
         scale = 3 if 'retinanet' in row['config'] else 1
         sizes = dict.fromkeys(CATEGORIES, scale * MIB)
         return dict(
@@ -206,7 +219,7 @@ def test_memory_alone_of_two_configs(main, monkeypatch):
         )
 
     monkeypatch.setattr(command, 'ProcessPoolExecutor', Pool)
-    monkeypatch.setattr(command, 'memory_of', memory_of)
+    monkeypatch.setattr(command, 'counted_of', counted_of)
     monkeypatch.setattr(command, 'TrainingStep', None)
     out = main(DIGITS, RETINANET, '--memory-only', '--device', 'cpu')
     first, second = Path(DIGITS).stem, Path(RETINANET).stem
@@ -255,6 +268,10 @@ def test_labels():
             (DIGITS, '--batch', 'auto', '--fits', '8', '--modules'),
             'and none of --compare, --time-only, --modules',
         ),
+        (
+            (DIGITS, '--gpu', '3090,RX'),
+            "L4, V100, A100, H100, H200, but got 'RX'",
+        ),
         ((DIGITS, '--device', 'gpu'), 'but got gpu'),
         ((DIGITS, '--device', 'cuda:99'), 'but got cuda:99'),
     ],
@@ -262,7 +279,7 @@ def test_labels():
 def test_what_cannot_be_measured_is_said_first(
     main, monkeypatch, args, message
 ):
-    monkeypatch.setattr(command, '_measure_memory', None)
+    monkeypatch.setattr(command, '_count', None)
     error = main(*args, code=1)
     assert error.startswith('error: ') and message in error
 
@@ -272,7 +289,7 @@ def kill(*args):
 
 
 def test_a_measurement_that_is_killed(main, monkeypatch):
-    monkeypatch.setattr(command, 'memory_of', kill)
+    monkeypatch.setattr(command, 'counted_of', kill)
     error = main(DIGITS, '--memory-only', '--device', 'cpu', code=1)
     assert f'Measuring as-is of {DIGITS} was killed: most likely' in error
 
@@ -287,4 +304,4 @@ def test_a_card_that_is_too_small(monkeypatch):
     args = command._parser().parse_args([DIGITS, *SMALL, '--device', 'cpu'])
     row = dict(config=DIGITS, variant='as-is')
     with pytest.raises(E3VAError, match='too little memory for as-is.*1 GiB'):
-        command.memory_of(row, args)
+        command.counted_of(row, args)

@@ -8,6 +8,8 @@ from e3va_mm.measure.report import (
     draw,
     figures_table,
     fits_table,
+    gpu_parts_table,
+    gpu_table,
     modules_table,
 )
 
@@ -88,6 +90,37 @@ def test_each_config_has_a_reference_of_its_own():
     assert ratios == ['0.500', '1.000', '0.800', '1.000']
     rows = {'a': row(config='a.py'), 'b': row(config='b.py', scale=2)}
     assert cells(figures_table(rows, ''))['b']['time / a'] == '2.000'
+
+
+def test_modelled_steps_take_the_larger_of_host_and_gpu():
+    def part(host, launches, memory, arithmetic):
+        seconds = dict(launches=launches, memory=memory, arithmetic=arithmetic)
+        return dict(ops=1500, kernels=2, host=host, cards=dict(T4=seconds))
+
+    made = row(
+        gpu_model={
+            'backbone': part(0.004, 0.001, 0.002, 0.003),
+            'neck': part(0.007, 0.001, 0.002, 0.003),
+            'optimizer': part(0.001, 0.001, 0.002, 0.0),
+        }
+    )
+    assert cells(gpu_table({'as-is': made}, ['T4'])) == {
+        'as-is': {
+            'measured s/step': '0.200',
+            'ops': '4,500',
+            'kernels': '6',
+            'host ms': '12.0',
+            'T4 GPU ms': '15.0',
+            'T4 step ms': '15.0',
+        }
+    }
+    found = cells(gpu_parts_table('as-is', made, ['T4']))
+    bounds = {k: v['T4 GPU ms, bound by'] for k, v in found.items()}
+    assert bounds == {
+        'backbone': '6.0, arithmetic',
+        'neck': '6.0, launches',
+        'optimizer': '3.0, memory',
+    }
 
 
 @pytest.mark.parametrize('missing', ['memory_bytes', 'seconds'])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from e3va_mm.trunks.layout import Layout
-from e3va_mm.weights import to_stock_state
+from e3va_mm.weights import to_class_names, to_stock_state
 
 
 class TrunkFiles:
@@ -28,7 +28,8 @@ class TrunkFiles:
         self, checkpoint: Mapping
     ) -> tuple[dict[str, Tensor], str]:
         """State with stock names from any known format, and its name."""
-        return to_stock_state(checkpoint)
+        state, form = to_stock_state(checkpoint)
+        return to_class_names(state, self.stock_class.__name__), form
 
     def adapt_state(
         self, expected: Mapping[str, Tensor], found: dict[str, Tensor]
@@ -45,10 +46,11 @@ class TrunkFiles:
         for key, ours in expected.items():
             theirs = found.get(key)
             gone = key in before and theirs is None
-            index = not ours.is_floating_point() and (
-                theirs is None or theirs.shape != ours.shape
-            )
-            if gone or index:
+            derived = (
+                not ours.is_floating_point()
+                or key.endswith('relative_coords_table')
+            ) and (theirs is None or theirs.shape != ours.shape)
+            if gone or derived:
                 found[key] = ours
         changed = [
             key

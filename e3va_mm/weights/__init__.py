@@ -5,6 +5,7 @@ from e3va_mm.weights.adapter_extraction import (
     without_trunks,
 )
 from e3va_mm.weights.adapter_file import AdapterFile, TrunkRecord
+from e3va_mm.weights.class_names import to_class_names
 from e3va_mm.weights.fingerprint import fingerprint
 from e3va_mm.weights.matching import match_state
 from e3va_mm.weights.reading import read_adapter, read_checkpoint
@@ -26,6 +27,7 @@ __all__ = [
     'match_state',
     'read_adapter',
     'read_checkpoint',
+    'to_class_names',
     'to_stock_keys',
     'to_stock_state',
     'to_vit_keys',

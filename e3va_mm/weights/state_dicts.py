@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from e3va_mm.errors import CheckpointError, E3VAError
+from e3va_mm.weights.hub_names import from_transformers
 
 # 'teacher' is what DINO and DINOv2 evaluate, 'module' what DeepSpeed writes.
 _WRAPPERS = ('state_dict', 'model', 'teacher', 'module')
@@ -41,7 +42,7 @@ def part_of(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def to_stock_state(
     checkpoint: Mapping[str, Any],
 ) -> tuple[dict[str, Tensor], str]:
-    """Unwrap a file with stock names.
+    """Unwrap a file with stock names, or with those of transformers.
 
     Args:
         checkpoint: A state dict, or a checkpoint that holds one under
@@ -49,11 +50,14 @@ def to_stock_state(
 
     Returns:
         The tensors, of a whole model only those of its backbone without
-        ``backbone.``, and the format in words.
+        ``backbone.``, and the format in words. Those of transformers come
+        with their official names.
     """
     tensors = tensors_of(checkpoint)
     backbone = part_of(tensors, 'backbone.')
-    return (backbone, 'MM model') if backbone else (tensors, 'MM backbone')
+    form = 'MM model' if backbone else 'MM backbone'
+    state, family = from_transformers(backbone or tensors)
+    return state, f'transformers {family}' if family else form
 
 
 @contextmanager

@@ -22,7 +22,7 @@ _RENAMES = (
 )
 
 
-def _unfold_order(value: Tensor) -> Tensor:
+def unfold_order(value: Tensor) -> Tensor:
     """Reorder the merged channels of a patch merging, the last dimension.
 
     The official code concatenates four images of C channels, taken at the
@@ -61,18 +61,19 @@ def to_stock_keys(
             'These are no weights of a Swin Transformer: the first keys are '
             f'{", ".join(first) or "none"}. Accepted are official Swin files '
             "('layers.0.blocks.0.attn.qkv.weight'), MM backbones "
-            "('stages.0.blocks.0.attn.w_msa.qkv.weight'), and MM models with "
-            "such a backbone ('backbone.stages...'), each also under 'model' "
-            "or 'state_dict', or with a leading 'module.'."
+            "('stages.0.blocks.0.attn.w_msa.qkv.weight'), MM models with "
+            "such a backbone ('backbone.stages...') and the Swin of "
+            "transformers, each also under 'model' or 'state_dict', or with "
+            "a leading 'module.'."
         )
     renamed = {}
     for key, value in state.items():
         if '.downsample.' in key:
-            value = _unfold_order(value)
+            value = unfold_order(value)
         for old, new in _RENAMES:
             key = re.sub(old, new, key)
         renamed[key] = value
-    return renamed, 'official Swin'
+    return renamed, form if 'transformers' in form else 'official Swin'
 
 
 def describe_swin(state: Mapping[str, Tensor]) -> dict[str, Any]:

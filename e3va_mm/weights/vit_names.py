@@ -282,15 +282,16 @@ def to_vit_keys(
     if any(_in_block(spec.first, key) for key in state):
         return state, form
     if any(_OFFICIAL.fullmatch(key) for key in state):
-        return _convert(state, target), 'official or timm ViT'
+        known = form if 'transformers' in form else 'official or timm ViT'
+        return _convert(state, target), known
     first = list(tensors_of(checkpoint) or checkpoint)
     raise CheckpointError(
         f'These are no weights that {target} takes: the first keys are '
         f"{listed(first, 5)}. Accepted are timm's and official files "
         f"('blocks.0.attn.qkv.weight'), MM backbones ('layers.0.{spec.first}')"
-        f" and whole MM models ('backbone.layers.0.{spec.first}'), each also "
-        "under 'state_dict', 'model' or 'teacher', or with a leading "
-        "'module.'."
+        f", whole MM models ('backbone.layers.0.{spec.first}') and those of "
+        "transformers, each also under 'state_dict', 'model' or 'teacher', or "
+        "with a leading 'module.'."
     )
 
 

@@ -1,0 +1,63 @@
+"""Official names -> those of stock classes, where renaming is all it takes."""
+
+import re
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from e3va_mm.weights.swin_names import unfold_order
+
+Renames = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
+
+# By the name of the stock class; Meta's names and timm's.
+_RENAMES: dict[str, Renames] = {
+    'ConvNeXt': (
+        (r'^stem\.', 'downsample_layers.0.'),
+        (r'^stages\.(\d+)\.downsample\.', r'downsample_layers.\1.'),
+        (r'^stages\.(\d+)\.blocks\.', r'stages.\1.'),
+        (r'\.(dwconv|conv_dw)\.', '.depthwise_conv.'),
+        (r'\.(pwconv|mlp\.fc)([12])\.', r'.pointwise_conv\2.'),
+        (r'\.mlp\.grn\.weight$', '.grn.gamma'),
+        (r'\.mlp\.grn\.bias$', '.grn.beta'),
+        (r'^(head\.)?norm\.', 'norm3.'),
+    ),
+    'SwinTransformerV2': (
+        (
+            r'^layers\.(\d+)\.downsample\.',
+            lambda match: f'stages.{int(match[1]) + 1}.downsample.',
+        ),
+        (r'^layers\.', 'stages.'),
+        (r'\.attn\.(?!w_msa\.)', '.attn.w_msa.'),
+        (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
+        (r'\.mlp\.fc2\.', '.ffn.layers.1.'),
+        (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
+        (r'^norm\.', 'norm3.'),
+    ),
+}
+
+
+def to_class_names(
+    state: Mapping[str, Tensor], stock_class: str
+) -> dict[str, Tensor]:
+    """Bring tensors to the names of a stock class.
+
+    Args:
+        state: Tensors by official or stock name.
+        stock_class: Name of the class.
+
+    Returns:
+        The same by stock name; all as it was, if the class is not in the
+        table.
+    """
+    renames = _RENAMES.get(stock_class, ())
+    renamed = {}
+    for key, value in state.items():
+        name = key
+        for old, new in renames:
+            name = re.sub(old, new, name)
+        if name.endswith('.grn.gamma') or name.endswith('.grn.beta'):
+            value = value.flatten()
+        elif name != key and name.endswith('.downsample.reduction.weight'):
+            value = unfold_order(value)
+        renamed[name] = value
+    return renamed

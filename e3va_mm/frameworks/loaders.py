@@ -13,6 +13,7 @@ from e3va_mm.errors import CheckpointError
 # Regular expressions, as mmengine understands them; the empty one is last.
 SCHEMES = (
     'e3va_mm://',
+    'hf://',
     'http://',
     'https://',
     'torchvision://',

@@ -12,6 +12,7 @@ from e3va_mm.frameworks.loaders import resolve
 from e3va_mm.weights.adapter_file import AdapterFile
 from e3va_mm.weights.downloads import read_url
 from e3va_mm.weights.file_formats import read_adapter_file, read_file
+from e3va_mm.weights.hub import read_folder, read_hub
 
 ASSETS = Path(__file__).resolve().parents[1] / 'assets'
 
@@ -31,7 +32,9 @@ def read_checkpoint(
     so a flipped bit within the numbers of such a file goes unnoticed.
 
     Args:
-        path_or_url: A local path (``~`` is expanded), an http(s) URL,
+        path_or_url: A local path (``~`` is expanded), also of a folder that
+            ``save_pretrained`` of transformers wrote, an http(s) URL,
+            ``hf://ORG/NAME[@REVISION][/FILE]`` of Hugging Face,
             ``e3va_mm://NAME`` for a file that comes with this package, or any
             other scheme of mmengine's ``CheckpointLoader``.
         map_location: As for ``torch.load``. For safetensors a device or its
@@ -49,6 +52,8 @@ def read_checkpoint(
     address = resolve(os.fspath(path_or_url))
     if address.startswith(('http://', 'https://')):
         return read_url(address, map_location)
+    if address.startswith('hf://'):
+        return read_hub(address, map_location)
     if address.startswith('e3va_mm://'):
         return read_file(_asset(address), map_location)
     if address.startswith('pavi://'):
@@ -61,6 +66,8 @@ def read_checkpoint(
         store = dict(backend='petrel')
         with get_local_path(address, backend_args=store) as path:
             return read_file(Path(path), map_location)
+    if os.path.isdir(os.path.expanduser(address)):
+        return read_folder(Path(address).expanduser(), map_location)
     return read_file(Path(address), map_location)
 
 

@@ -55,7 +55,7 @@ def test_assets_lie_in_the_package():
 
 def test_every_scheme_of_mmengine_is_ours():
     schemes = mm_checkpoint.CheckpointLoader._schemes
-    assert len(schemes) == 12
+    assert len(schemes) == 13
     for prefix, loader in schemes.items():
         assert loader.__module__ == 'e3va_mm.frameworks.loaders', prefix
     assert list(schemes)[-1] == ''

@@ -102,7 +102,7 @@ def test_a_missing_file_names_its_folder(tmp_path, monkeypatch):
     assert text.startswith(f'no/such.pth does not exist in {tmp_path}. ')
     path = tmp_path / 'such.pth'
     assert refusal_of(path).startswith(f'{path} does not exist. ')
-    assert refusal_of(tmp_path).startswith(f'{tmp_path} is no file. ')
+    assert refusal_of('/dev/null').startswith('/dev/null is no file. ')
 
 
 def _program(tmp_path):

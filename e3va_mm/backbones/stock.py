@@ -200,8 +200,17 @@ def build_stock(
         raise ConfigError(
             f'The trunk {cls.__module__}.{cls.__name__} refuses its '
             f'arguments: {error or type(error).__name__}. Of these, other '
-            f'than by default are {changed}.'
+            f'than by default are {changed}.{_meaning(cls, own)}'
         ) from error
+
+
+def _meaning(cls: type, own: Mapping) -> str:
+    """The sizes that the class understands by the name of an ``arch``."""
+    arch, zoo = own.get('arch'), getattr(cls, 'arch_zoo', {})
+    if not isinstance(arch, str) or arch not in zoo:
+        return ''
+    sizes = ', '.join(f'{name}={size}' for name, size in zoo[arch].items())
+    return f' By arch={arch!r} this class means {sizes}.'
 
 
 def _check_values(own: Mapping, parameters: Mapping) -> None:

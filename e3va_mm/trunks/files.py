@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from e3va_mm.trunks.layout import Layout
-from e3va_mm.weights import to_class_names, to_stock_state
+from e3va_mm.weights import describe_class, to_class_names, to_stock_state
 
 
 class TrunkFiles:
@@ -80,7 +80,30 @@ class TrunkFiles:
 
     def describe(self, state: Mapping[str, Tensor]) -> dict[str, object]:
         """The size of a variant, by the names of its config, if known."""
-        return {}
+        return describe_class(state, self.stock_class.__name__)
+
+    def _archs(self, found: Mapping[str, object]) -> list[str]:
+        """How the stock class names a variant in its config."""
+        zoo = next(
+            (
+                vars(cls)[name]
+                for cls in self.stock_class.__mro__
+                for name in ('arch_zoo', 'arch_settings')
+                if name in vars(cls)
+            ),
+            {},
+        )
+        known = {key: value for key, value in found.items() if value}
+        return [
+            f'`arch={arch!r}`'
+            for arch, sizes in zoo.items()
+            if known.keys() & sizes.keys()
+            and all(
+                _plain(known[key]) == _plain(value)
+                for key, value in sizes.items()
+                if key in known
+            )
+        ]
 
     def explain_mismatch(
         self, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
@@ -88,14 +111,17 @@ class TrunkFiles:
         """The likely cause when a file does not fit."""
         ours, theirs = self.describe(expected), self.describe(found)
         if ours != theirs:
+            named = self._archs(theirs)
+            if named:
+                named = f"The file's is {' or '.join(named)}. "
             ours, theirs = (
                 ', '.join(f'{k}={v}' for k, v in each.items())
                 for each in (ours, theirs)
             )
             return (
                 f'The file holds a {self.stock_class.__name__} with {theirs}; '
-                f'the config asks for {ours}. Take the weights of the variant '
-                'in the config, or change the config.'
+                f'the config asks for {ours}. {named}Take the weights of the '
+                'variant in the config, or change the config.'
             )
         if ours:
             return (
@@ -108,3 +134,8 @@ class TrunkFiles:
             'project to its names with the model converters of the '
             'frameworks or of tools/model_converters, or change the config.'
         )
+
+
+def _plain(value: object) -> object:
+    """Lists of configs are tuples of files."""
+    return tuple(value) if isinstance(value, (list, tuple)) else value

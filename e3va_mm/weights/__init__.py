@@ -5,7 +5,7 @@ from e3va_mm.weights.adapter_extraction import (
     without_trunks,
 )
 from e3va_mm.weights.adapter_file import AdapterFile, TrunkRecord
-from e3va_mm.weights.class_names import to_class_names
+from e3va_mm.weights.class_names import describe_class, to_class_names
 from e3va_mm.weights.fingerprint import fingerprint
 from e3va_mm.weights.matching import match_state
 from e3va_mm.weights.reading import read_adapter, read_checkpoint
@@ -21,6 +21,7 @@ __all__ = [
     'VIT_TARGETS',
     'adapter_of',
     'check_adapter',
+    'describe_class',
     'describe_swin',
     'describe_vit',
     'fingerprint',

@@ -104,6 +104,8 @@ def describe_swin(state: Mapping[str, Tensor]) -> dict[str, Any]:
             # (2 w - 1)^2 offsets within a window of w by w, for each head
             heads[stage] = value.shape[1]
             found['window_size'] = (round(value.shape[0] ** 0.5) + 1) // 2
+        elif match[3] == 'attn.w_msa.logit_scale':  # of version 2
+            heads[stage] = value.shape[0]
     for name, by_stage in (('depths', depths), ('num_heads', heads)):
         if by_stage:
             found[name] = tuple(by_stage[s] for s in sorted(by_stage))

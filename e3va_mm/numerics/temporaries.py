@@ -9,7 +9,7 @@ import torch
 # What a processor's cache holds.
 CPU_BYTES = 4 * 2**20
 # A launch costs more than a trip through memory; this bounds the peak alone.
-GPU_BYTES = 64 * 2**20
+GPU_BYTES = 256 * 2**20
 
 _AS_ON_GPU = ContextVar('as_on_gpu', default=False)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from e3va_mm.numerics.autocast import DTYPES, autocast_dtype
+from e3va_mm.numerics.temporaries import runs_as_on_gpu, temporary_bytes
 from e3va_mm.utils.options import (
     Options,
     flag,
@@ -16,6 +17,9 @@ from e3va_mm.utils.options import (
     optional,
     whole,
 )
+
+# Enough to read weights seldom, few enough for a cache.
+CPU_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +36,8 @@ class TrunkOptions(Options):
             which needs torchao. Checkpoints keep the weights as they came.
             Defaults to the type they have.
         chunk (int, optional): Tokens that token-wise parts and windows
-            process at once; None for all. Only memory and time depend on it.
-            Defaults to 8192.
+            process at once. Only memory and time depend on it. Defaults to
+            8192 on a CPU, on a GPU to as many as need 256 MiB of temporaries.
         compile (bool): Compile attention and MLP with ``torch.compile``.
             Defaults to False.
         drop_path (float): Stochastic depth in the trunk while training, in
@@ -47,7 +51,7 @@ class TrunkOptions(Options):
 
     compute: str | None = option(None, one_of(None, *DTYPES))
     weights: str | None = option(None, one_of(None, *DTYPES, 'int8'))
-    chunk: int | None = option(8192, optional(whole(1)))
+    chunk: int | None = option(None, optional(whole(1)))
     compile: bool = option(False, flag)
     drop_path: float = option(0.0, number(least=0, below=1))
 
@@ -56,3 +60,11 @@ class TrunkOptions(Options):
         if self.compute is not None:
             return DTYPES[self.compute]
         return autocast_dtype(like) or like.dtype
+
+    def at_once(self, token: int, device: torch.device) -> int:
+        """Tokens to process at once, with ``token`` bytes each beside them."""
+        if self.chunk is not None:
+            return self.chunk
+        if runs_as_on_gpu(device):
+            return max(1, temporary_bytes(device) // token)
+        return CPU_TOKENS

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from e3va_mm.errors import ConfigError
+from e3va_mm.numerics.temporaries import GPU_BYTES
 from e3va_mm.trunks import TrunkOptions
 
 COMPUTE = "one of (None, 'fp32', 'bf16', 'fp16')"
@@ -16,7 +17,7 @@ def test_by_default_nothing_changes_but_the_memory():
     options = TrunkOptions.of({})
     assert (options.compute, options.weights) == (None, None)
     assert (options.compile, options.drop_path) == (False, 0)
-    assert options.chunk > 0
+    assert options.chunk is None
 
 
 @pytest.mark.parametrize(
@@ -77,3 +78,12 @@ def test_the_type_asked_for_comes_before_autocast_and_weights():
         assert options.dtype(weight) is torch.float32
     for name, dtype in (('bf16', torch.bfloat16), ('fp16', torch.float16)):
         assert TrunkOptions(compute=name).dtype(weight) is dtype
+
+
+def test_how_many_tokens_at_once_depends_on_the_device():
+    cpu, gpu = torch.device('cpu'), torch.device('cuda')
+    assert TrunkOptions().at_once(2**20, cpu) == 8192
+    assert TrunkOptions().at_once(2**20, gpu) == GPU_BYTES // 2**20
+    assert TrunkOptions().at_once(2**40, gpu) == 1
+    for device in (cpu, gpu):
+        assert TrunkOptions(chunk=7).at_once(2**20, device) == 7

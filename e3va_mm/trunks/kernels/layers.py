@@ -6,7 +6,7 @@ products in the type that is asked for. What surrounds them (norms, residuals,
 drop path) stays the stock code.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from types import FunctionType
 
@@ -76,16 +76,14 @@ class FeedForward:
             elif not isinstance(module, (nn.Dropout, nn.Identity)):
                 steps.append(module)
         run = compiled(feed_forward, self.options, x.shape[-1])
-        tokens = x.flatten(0, -2)
-        # (N, out features of the last linear layer)
-        out = torch.empty_like(tokens, dtype=dtype)
-        size = self.options.chunk or len(tokens)
+        widest = max(len(step[0]) for step in steps if not callable(step))
         with autocast_off(x):
-            for part, target in zip(
-                tokens.split(size), out.split(size), strict=True
-            ):
-                target.copy_(run(part.to(dtype), steps))
-        return out.view_as(x)
+            out = in_parts(
+                lambda part: run(part.to(dtype), steps),
+                x.flatten(0, -2),
+                self.options.at_once(2 * widest * dtype.itemsize, x.device),
+            )
+        return out.unflatten(0, x.shape[:-1])
 
 
 class GatedFeedForward:
@@ -100,18 +98,17 @@ class GatedFeedForward:
         module = self.module
         dtype = self.options.dtype(module.w12.weight)
         before, after = cast(module.w12, dtype), cast(module.w3, dtype)
-        tokens = x.flatten(0, -2)
-        out = torch.empty(
-            len(tokens), len(after[0]), dtype=dtype, device=x.device
-        )
-        size = self.options.chunk or len(tokens)
+
+        def run(part: Tensor) -> Tensor:
+            gate, value = linear(part.to(dtype), *before).chunk(2, -1)
+            hidden = module.norm(F.silu(gate) * value)
+            return linear(hidden.to(dtype), *after)
+
         with autocast_off(x):
-            for part, target in zip(
-                tokens.split(size), out.split(size), strict=True
-            ):
-                gate, value = linear(part.to(dtype), *before).chunk(2, -1)
-                hidden = module.norm(F.silu(gate) * value)
-                target.copy_(linear(hidden.to(dtype), *after))
+            size = 2 * len(before[0]) * dtype.itemsize
+            out = in_parts(
+                run, x.flatten(0, -2), self.options.at_once(size, x.device)
+            )
         out = module.dropout_layer(
             module.gamma2(out.unflatten(0, x.shape[:-1]))
         )
@@ -125,6 +122,27 @@ def feed_forward(x: Tensor, steps: list) -> Tensor:
     for step in steps:
         x = step(x) if callable(step) else linear(x, *step)
     return x
+
+
+def in_parts(
+    function: Callable[[Tensor], Tensor], tokens: Tensor, size: int
+) -> Tensor:
+    """``function`` of tokens (N, C), ``size`` at a time -> (N, C')."""
+    return joined(map(function, tokens.split(size)), len(tokens))
+
+
+def joined(parts: Iterable[Tensor], rows: int) -> Tensor:
+    """Parts (n, C), each made when the one before is in its place."""
+    whole, first = None, 0
+    for part in parts:
+        if len(part) == rows:
+            return part
+        if whole is None:
+            whole = part.new_empty(rows, part.shape[1])
+        whole[first : first + len(part)] = part
+        first += len(part)
+        del part
+    return whole
 
 
 def cast(layer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

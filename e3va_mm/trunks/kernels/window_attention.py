@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from e3va_mm.numerics.autocast import autocast_off
 from e3va_mm.numerics.products import linear
 from e3va_mm.numerics.stored_weights import plain
-from e3va_mm.trunks.kernels.layers import cast, compiled
+from e3va_mm.trunks.kernels.layers import cast, compiled, joined
+from e3va_mm.trunks.kernels.windows import window_order
 from e3va_mm.trunks.options import TrunkOptions
 from e3va_mm.trunks.stages import Band
 
@@ -43,7 +44,8 @@ class PatchMerging:
                 ).to(x.dtype)
                 for band in self.bands(size, len(x))
             ]
-        return torch.cat(done, 1), size_out
+        whole = torch.cat(done, 1) if len(done) > 1 else done[0]
+        return whole, size_out
 
     def gather(
         self, tokens: Tensor, size: tuple[int, int], norm: bool = True
@@ -70,7 +72,7 @@ class PatchMerging:
         if not norm or merging.norm is None:
             return gathered
         weight, bias = (
-            self._reordered(p).to(tokens.dtype)
+            self._reordered(p, tokens.dtype)
             for p in (merging.norm.weight, merging.norm.bias)
         )
         return F.layer_norm(
@@ -83,8 +85,12 @@ class PatchMerging:
         sampler = self.merging.sampler
         down, across = sampler.stride
         rows = height
-        if self.options.chunk and sampler.kernel_size == (down, across):
-            rows = self.options.chunk // (batch * width)
+        if sampler.kernel_size == (down, across):
+            weight = self.merging.reduction.weight
+            # Padded, gathered, normalised and cast, at most.
+            token = 16 * self.merging.in_channels
+            rows = self.options.at_once(token, weight.device)
+            rows //= batch * width
             rows = max(down, rows - rows % down)
         patches = -(-width // across)
         for first in range(0, height, rows):
@@ -99,20 +105,22 @@ class PatchMerging:
     def weight(self) -> Tensor:
         """(C', K * C), of the product."""
         weight = plain(self.merging.reduction.weight)
-        return self._reordered(weight.to(self.options.dtype(weight)))
+        return self._reordered(weight, self.options.dtype(weight))
 
-    def _reordered(self, weight: Tensor) -> Tensor:
-        """(..., C * K) -> (..., K * C)."""
+    def _reordered(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """(..., C * K) -> (..., K * C) in ``dtype``, a copy."""
         columns = weight.unflatten(-1, (self.merging.in_channels, -1))
-        return columns.transpose(-1, -2).flatten(-2)
+        columns = columns.transpose(-1, -2)
+        return columns.to(
+            dtype, memory_format=torch.contiguous_format, copy=True
+        ).flatten(-2)
 
 
 class WindowAttention:
-    """Shifted window attention, some rows of windows at a time.
+    """Shifted window attention, some windows at a time.
 
-    However many windows there are, a shift masks them in at most four ways:
-    inside, at the lower edge, at the right edge, in the corner. Each is folded
-    into the relative position bias once.
+    A shift masks windows at the lower and right edge. They come last, and
+    each has the relative position bias with its mask added.
     """
 
     def __init__(self, attention: nn.Module, options: TrunkOptions) -> None:
@@ -121,95 +129,48 @@ class WindowAttention:
 
     def __call__(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """(B, H * W, C) -> (B, H * W, C) in the compute type."""
-        window, shift = self.attention.window_size, self.attention.shift_size
         inner = self.attention.w_msa
+        window, shift = self.attention.window_size, self.attention.shift_size
         dtype = self.options.dtype(inner.qkv.weight)
         batch, _, channels = query.shape
-        height, width = hw_shape
-        grid = query.to(dtype).view(batch, height, width, channels)
-        grid = F.pad(grid, (0, 0, 0, -width % window, 0, -height % window))
-        weights = (*cast(inner.qkv, dtype), *cast(inner.proj, dtype))
-        biases = attention_biases(inner, window, shift).to(dtype).contiguous()
+        # Tokens, q, k, v, two outputs and one more; masks.
+        token = (7 * channels + inner.num_heads * window**2) * dtype.itemsize
+        order = window_order(
+            batch,
+            tuple(hw_shape),
+            window,
+            shift,
+            self.options.at_once(token, query.device),
+            dtype,
+            query.device,
+        )
         run = compiled(attend, self.options, channels)
         with autocast_off(query):
-            if shift:
-                grid = grid.roll((-shift, -shift), (1, 2))
-            out = torch.empty_like(grid)
-            for part, target, kind in self._parts(grid, out, window, shift):
-                windows = part.reshape(-1, window * window, channels)
-                done = run(windows, *weights, biases[kind], inner.scale)
-                target.copy_(done.view(target.shape))
-            del grid, part, target  # views keep storages alive
-            if shift:
-                out = out.roll((shift, shift), (1, 2))
-        out = out[:, :height, :width].reshape(batch, -1, channels)
-        return self.attention.drop(out)
-
-    def _parts(
-        self, grid: Tensor, out: Tensor, window: int, shift: int
-    ) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Windows of one kind, where they go, and the kind.
-
-        Both are views (B, rows, columns, window, window, C).
-        """
-        source, target = (
-            t.unflatten(2, (-1, window))
-            .unflatten(1, (-1, window))
-            .transpose(2, 3)
-            for t in (grid, out)
-        )
-        batch, rows, columns = source.shape[:3]
-        if not shift:
-            kinds = [(slice(0, rows), slice(0, columns))]
-        else:
-            inside, edge = slice(0, rows - 1), slice(rows - 1, rows)
-            left, right = slice(0, columns - 1), slice(columns - 1, columns)
-            kinds = [
-                (inside, left),
-                (edge, left),
-                (inside, right),
-                (edge, right),
-            ]
-        for kind, (down, across) in enumerate(kinds):
-            count = down.stop - down.start
-            tokens = batch * (across.stop - across.start) * window**2
-            if not count * tokens:
-                continue
-            step = max(1, (self.options.chunk or count * tokens) // tokens)
-            for first in range(down.start, down.stop, step):
-                some = slice(first, min(first + step, down.stop))
-                yield source[:, some, across], target[:, some, across], kind
-
-
-def attention_biases(inner: nn.Module, window: int, shift: int) -> Tensor:
-    """Relative position bias, with the masks of a shift folded in.
-
-    Args:
-        inner (nn.Module): Stock ``WindowMSA`` with ``h`` heads.
-        window (int): Side of a window in tokens; ``N = window ** 2``.
-        shift (int): Shift in tokens, 0 for none.
-
-    Returns:
-        Tensor: (1, h, N, N), or with a shift (4, h, N, N): inside, lower
-        edge, right edge, corner.
-    """
-    index = inner.relative_position_index.view(-1)
-    bias = inner.relative_position_bias_table[index]
-    bias = bias.view(window**2, window**2, -1).permute(2, 0, 1)[None]
-    if not shift:
-        return bias
-    # At an edge, tokens that came from the opposite one are another region.
-    came = torch.arange(window, device=bias.device) >= window - shift
-    below, beyond = came.repeat_interleave(window), came.repeat(window)
-    nowhere = torch.zeros_like(below)
-    regions = torch.stack([nowhere, below, beyond, below + 2 * beyond])
-    apart = regions[:, :, None] != regions[:, None, :]
-    # -100 rather than minus infinity, as the stock code has it.
-    return bias + apart[:, None].to(bias.dtype) * -100.0
+            tokens = query.flatten(0, 1).to(dtype)
+            table = inner.relative_position_bias_table.t().to(dtype)
+            bias = table.index_select(1, order.bias)
+            arguments = (
+                *cast(inner.qkv, dtype),
+                *cast(inner.proj, dtype),
+                bias.view(inner.num_heads, window**2, -1),
+                inner.scale,
+            )
+            out = joined(
+                (
+                    run(some.of(tokens), some.inside, some.masks, *arguments)
+                    for some in order.parts
+                ),
+                order.length,
+            )
+            del tokens
+            out = out.index_select(0, order.back)
+        return self.attention.drop(out.view(batch, -1, channels))
 
 
 def attend(
-    windows: Tensor,
+    tokens: Tensor,
+    inside: int,
+    masks: Tensor | None,
     qkv_weight: Tensor,
     qkv_bias: Tensor | None,
     proj_weight: Tensor,
@@ -217,14 +178,26 @@ def attend(
     bias: Tensor,
     scale: float,
 ) -> Tensor:
-    """(n, N, C) -> (n, N, C): attention inside each window.
+    """(n * N, C) -> (n * N, C): attention inside each window.
 
-    ``bias`` (h, N, N) is added before the softmax.
+    ``bias`` (h, N, N') is added before the softmax, and ``masks``
+    (n - inside, 1, N, N') in the last windows; columns past N mean nothing.
     """
-    heads = len(bias)
-    qkv = linear(windows, qkv_weight, qkv_bias)
-    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias[None], scale=scale
-    )
-    return linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias)
+    heads, length, _ = bias.shape
+    qkv = linear(tokens, qkv_weight, qkv_bias)
+    qkv = qkv.view(-1, length, 3, heads, tokens.shape[1] // heads)
+    qkv = qkv.permute(2, 0, 3, 1, 4)
+    if masks is None:
+        parts = [(qkv, bias[None])]
+    else:
+        parts = [(qkv[:, inside:], bias + masks)]
+        if inside:
+            parts.insert(0, (qkv[:, :inside], bias[None]))
+    done = [
+        F.scaled_dot_product_attention(
+            *part.unbind(), attn_mask=added[..., :length], scale=scale
+        ).transpose(1, 2)
+        for part, added in parts
+    ]
+    out = torch.cat(done) if len(done) > 1 else done[0]
+    return linear(out.reshape(len(tokens), -1), proj_weight, proj_bias)

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from e3va_mm.measure import LiveBytes
 from e3va_mm.trunks import TrunkOptions
@@ -19,8 +17,8 @@ from e3va_mm.trunks.kernels.layers import FeedForward, install
 from e3va_mm.trunks.kernels.window_attention import (
     PatchMerging,
     WindowAttention,
-    attention_biases,
 )
+from e3va_mm.trunks.kernels.windows import relative_positions, shift_masks
 from tests.helpers import e3va_and_stock
 
 C, HEADS = 16, 4
@@ -145,7 +143,7 @@ def test_bands_are_the_whole_in_order(stride, chunk, size):
     tokens = torch.randn(2, size[0] * size[1], C)
     bands = list(kernel.bands(size, len(tokens)))
     # Patches of a side of 2 that overlap, or leave gaps, need their rows.
-    if stride != 2 or chunk is None:
+    if stride != 2 or chunk is None:  # 8192 tokens
         assert len(bands) == 1
     whole = kernel.gather(tokens, size)
     parts = [band.gather(tokens[:, band.tokens]) for band in bands]
@@ -219,83 +217,43 @@ def stock_mask(window, shift, rows, columns):
     return mask
 
 
+@pytest.mark.parametrize('window', [7, 5, 4, 2])
+def test_relative_positions_are_those_of_the_stock_code(window):
+    stock = block(window=window).attn.w_msa.relative_position_index
+    assert (relative_positions(window)[:, : window**2] == stock.numpy()).all()
+
+
 @pytest.mark.parametrize('window, shift', [(7, 3), (5, 2), (4, 2), (2, 1)])
-def test_four_masks_are_folded_into_the_bias(window, shift):
-    inner = block(window=window).attn.w_msa
-    plain = attention_biases(inner, window, 0)
-    count = window**2
-    assert plain.shape == (1, HEADS, count, count)
-    for i, j in ((0, 0), (1, 0), (0, count - 1), (count - 1, 2)):
-        down = i // window - j // window + window - 1
-        across = i % window - j % window + window - 1
-        row = inner.relative_position_bias_table[
-            down * (2 * window - 1) + across
-        ]
-        assert torch.equal(plain[0, :, i, j], row)
-    folded = attention_biases(inner, window, shift)
-    assert folded.shape == (4, HEADS, count, count)
-    masks = (folded - plain).mean(1)  # the same for every head
+def test_a_shift_masks_in_four_ways(window, shift):
+    masks = torch.from_numpy(shift_masks(window, shift))[..., : window**2]
     expected = stock_mask(window, shift, 3, 3)
     for row in range(3):
         for column in range(3):
             kind = int(row == 2) + 2 * int(column == 2)
-            torch.testing.assert_close(
-                masks[kind], expected[row, column], rtol=0, atol=1e-3
-            )
-
-
-class Squares(TorchDispatchMode):
-    """Elements of all storages of (..., N, N) tensors that are made."""
-
-    def __init__(self, side):
-        super().__init__()
-        self.side = side
-        self.made = []
-        self._seen = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_flatten(result)[0]:
-            if not isinstance(leaf, torch.Tensor):
-                continue
-            storage = leaf.untyped_storage()
-            square = tuple(leaf.shape[-2:]) == (self.side, self.side)
-            if square and storage._cdata not in self._seen:
-                self._seen[storage._cdata] = storage  # keeps its address
-                self.made.append(storage.nbytes() // leaf.element_size())
-        return result
+            assert torch.equal(masks[kind, 0], expected[row, column])
 
 
 @pytest.mark.parametrize('shift', [False, True])
-def test_masks_are_four_and_never_one_a_window(shift, monkeypatch):
-    """What is made besides the product itself does not grow with windows."""
-    stock = block(shift=shift)
-    ours = frozen(stock, chunk=None)
+def test_only_windows_at_an_edge_have_masks_of_their_own(shift, monkeypatch):
+    ours = frozen(block(shift=shift), chunk=10**9)
     masks = []
 
     def attend(q, k, v, attn_mask, scale):
-        masks.append(attn_mask.untyped_storage().nbytes() // FLOAT)
+        masks.append((len(q), attn_mask.untyped_storage().nbytes()))
         return v.clone()
 
     monkeypatch.setattr(F, 'scaled_dot_product_attention', attend)
-    made = {}
+    one = HEADS * 49 * 56 * FLOAT  # 56 is 49, aligned
     for rows, columns in ((2, 2), (5, 6)):
-        with torch.no_grad(), Squares(49) as squares:
+        masks.clear()
+        with torch.no_grad():
             ours.attn(
                 torch.randn(1, rows * columns * 49, C),
                 (7 * rows, 7 * columns),
             )
-        made[rows] = squares.made
-    kinds = 4 if shift else 1
-    assert made[2] == made[5]
-    assert max(made[5]) == kinds * HEADS * 49 * 49
-    assert len(masks) == 2 * kinds
-    assert set(masks) == {kinds * HEADS * 49 * 49}
-    # The stock block does make one a window, so they are seen here.
-    if shift:
-        with torch.no_grad(), Squares(49) as squares:
-            stock.attn(torch.randn(1, 30 * 49, C), (35, 42))
-        assert max(squares.made) >= 30 * HEADS * 49 * 49
+        inside = (rows - 1) * (columns - 1) if shift else rows * columns
+        edge = rows * columns - inside
+        assert masks == [(inside, one)] + [(edge, edge * one)] * shift
 
 
 def peak_of(function, *args):
@@ -314,20 +272,23 @@ def test_accounted_peak_of_attention_by_arithmetic(shift, size, monkeypatch):
     rows, columns, side, channels = 8, 10, 49, 4 * C
     stock = block(shift=shift, channels=channels)
     ours = frozen(stock, chunk=1)
+    # The order of the windows is kept.
+    ours.attn(torch.zeros(1, size[0] * size[1], channels), size)
     tokens = torch.randn(1, size[0] * size[1], channels)
     grid = rows * columns * side * channels * FLOAT  # padded
     scores = rows * columns * HEADS * side * side * FLOAT
     # Scores, and beside them their softmax.
     assert peak_of(stock.attn, tokens, size) >= 2 * scores
-    # The kernel: two grids, in and out or before and after rolling; weights;
-    # biases, and beside them what they are added from; one row of windows
-    # with q, k, v and two more.
-    row = grid // rows
+    # The kernel: two grids, windows and tokens; weights; the bias; a window
+    # with q, k, v, two more, and its mask with the bias; and what is kept,
+    # two indices and the masks.
     weights = sum(p.nbytes for p in ours.attn.parameters())
-    biases = 4 * HEADS * side * side * FLOAT
-    most = 2 * grid + weights + 2 * biases + 6 * row
-    # Where attention is no single kernel, the scores of that row.
-    with_scores = most + 3 * scores // rows
+    one = (6 * side * channels + HEADS * side * 56) * FLOAT
+    most = 2 * grid + weights + HEADS * side * 56 * FLOAT + one
+    edge = shift * (rows + columns - 1)
+    most += 2 * FLOAT * rows * columns * side + edge * side * 56 * FLOAT
+    # Where attention is no single kernel, the scores of that window.
+    with_scores = most + 3 * scores // (rows * columns)
     assert peak_of(ours.attn, tokens, size) <= with_scores < 2 * scores
     monkeypatch.setattr(
         F, 'scaled_dot_product_attention', lambda q, k, v, **_: v.clone()

@@ -8,6 +8,7 @@ from e3va_mm.backbones import (
 )
 from e3va_mm.multi_task import MultiTaskModel
 from e3va_mm.necks import SimpleFeaturePyramid
+from e3va_mm.trunks.timm_vit import DINOv3ViT, TimmViT
 from e3va_mm.tuners import (
     E3VA,
     Adapter,
@@ -28,6 +29,7 @@ __all__ = [
     'AdaptFormer',
     'Adapter',
     'BitFit',
+    'DINOv3ViT',
     'E3VA',
     'E3VABackbone',
     'E3VAMix',
@@ -43,5 +45,6 @@ __all__ = [
     'NormTuning',
     'Partial',
     'SimpleFeaturePyramid',
+    'TimmViT',
     'TunedBackbone',
 ]

@@ -30,6 +30,9 @@ PRETRAIN_TWINS = dict(
 )
 SWIN_ARCH = dict(embed_dims=32, depths=[2, 1, 3], num_heads=[1, 2, 4])
 V2_ARCH = dict(SWIN_ARCH, extra_norm_every_n_blocks=0)
+TINY_TIMM = dict(
+    embed_dim=32, depth=4, num_heads=4, img_size=64, out_indices=(1, 3)
+)
 SAM_ARCH = dict(VIT, global_attn_indexes=[1, 3])
 
 
@@ -213,6 +216,12 @@ OTHERS = {
         out_indices=(1, 3),
     ),
     'timm eva02': timm('eva02_tiny_patch14_224', img_size=56, depth=4),
+    'dinov3': dict(
+        TINY_TIMM, type='e3va_mm.DINOv3ViT', arch='small', mlp_ratio=2
+    ),
+    'timm vit, ours': dict(
+        TINY_TIMM, type='e3va_mm.TimmViT', model_name='vit_tiny_patch16_224'
+    ),
     'timm dinov2, registers': timm(
         'vit_small_patch14_reg4_dinov2',
         img_size=56,
@@ -242,11 +251,14 @@ def image_for(name, batch=2):
     return torch.randn(batch, 3, *SIZES.get(name, (96, 64)))
 
 
+TIMM = ('TIMMBackbone', 'TimmViT', 'DINOv3ViT')
+
+
 def need(config):
     """Skip where the package of a stock class is missing."""
     package = config['type'].partition('.')[0]
     pytest.importorskip(package)
-    if config['type'].endswith('TIMMBackbone'):
+    if config['type'].partition('.')[2] in TIMM:
         pytest.importorskip('timm')
 
 

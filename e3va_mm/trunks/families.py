@@ -58,6 +58,14 @@ _PRETRAIN_TWINS = replace(
     downsampling=('norm_after_stage{stage}', 'patch_embeds.{next}'),
     cut='stages',
 )
+_OWN_TIMM_VIT = Layout(
+    blocks='model.blocks.{block}',
+    taps=dict(attn='drop_path1', ffn='drop_path2'),
+    output_norm='norm{stage}',
+    embedding=('model.patch_embed',),
+    extra_tokens='model.num_prefix_tokens',
+    cut='model.blocks',
+)
 _TIMM_VIT = Layout(
     blocks='timm_model.model.blocks.{block}',
     taps=dict(attn='drop_path1', ffn='drop_path2'),
@@ -122,6 +130,9 @@ FAMILIES: Mapping[str, Layout] = {
         embedding=('patch_embed1',),
         first_stage=1,
     ),
+    # timm's ViTs behind a class of ours.
+    'e3va_mm.DINOv3ViT': _OWN_TIMM_VIT,
+    'e3va_mm.TimmViT': _OWN_TIMM_VIT,
     # timm's, behind TIMMBackbone with `features_only=True`, by the beginning
     # of the model's name.
     'timm.convnext': Layout(

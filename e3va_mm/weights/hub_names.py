@@ -55,6 +55,15 @@ _VIT: Renames = (
     (r'^pooler\.layernorm\.', 'fc_norm.'),
 )
 _DINOV3: Renames = (*_VIT, (r'^register_tokens$', 'storage_tokens'))
+_AIMV2: Renames = (
+    (r'^embeddings\.rms_norm\.', 'patch_embed.norm.'),
+    (r'^embeddings\.patch_embed\.', 'patch_embed.proj.'),
+    (r'\.ffn\.gate_proj\.', '.mlp.fc1_g.'),
+    (r'\.ffn\.up_proj\.', '.mlp.fc1_x.'),
+    (r'\.ffn\.down_proj\.', '.mlp.fc2.'),
+    (r'(^|\.)rms_norm([12]?)\.', r'\1norm\2.'),
+    *((old, new) for old, new in _VIT if 'patch_embed' not in new),
+)
 _SAM: Renames = (
     *_VIT,
     (r'^neck\.conv1\.', 'neck.0.'),
@@ -138,6 +147,7 @@ _FAMILIES = (
         _VIT,
     ),
     _Family('CLIP or SigLIP', r'embeddings\.patch_embedding\.weight', _VIT),
+    _Family('Aimv2', r'encoder\.layers\.\d+\.rms_norm1\.weight', _AIMV2),
     _Family('SAM', r'layers\.\d+\.mlp\.lin1\.weight', _SAM),
     _Family(
         'Swin',

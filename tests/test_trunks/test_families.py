@@ -24,7 +24,8 @@ from tests.trunk_cases import (
 # Behind the last block, or around one, more happens than its branches.
 MORE_THAN_BRANCHES = ('swin v2, cut',)
 ONE_RESOLUTION = ('hivit', 'timm vit', 'timm deit', 'timm beit')
-ONE_RESOLUTION += ('timm eva02', 'timm dinov2, registers')
+ONE_RESOLUTION += ('timm eva02', 'timm dinov2, registers', 'dinov3')
+ONE_RESOLUTION += ('timm vit, ours',)
 STAGED = [name for name in OTHERS if name not in ONE_RESOLUTION]
 KINDS = ['dinov2', 'beit', 'eva02', 'sam', 'mit', 'convnext', 'mscan']
 KINDS += ['timm vit']

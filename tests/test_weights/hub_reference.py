@@ -26,6 +26,7 @@ PLAIN = dict(
     patch_size=4,
 )
 DINOV2 = dict(PLAIN, mlp_ratio=2)
+DINOV3 = dict(PLAIN, num_register_tokens=4)
 BEIT = dict(PLAIN, use_relative_position_bias=True, use_mask_token=True)
 MAE = dict(
     PLAIN,
@@ -78,15 +79,24 @@ def norm_of(value, eps):
     return F.layer_norm(value, value.shape[-1:], eps=eps)
 
 
-def plain(extra=1, norm=None, **how):
-    """The second block's end, and the last one's behind the final norm."""
+def plain(extra=1, norm=None, both=None, **how):
+    """The second block's end, and the last one's behind the final norm.
+
+    Args:
+        extra: Tokens before those of the image.
+        norm: Name of the final norm, where the model leaves it out.
+        both: Name of the final norm, for the second block too.
+        **how: Arguments of the model's forward.
+    """
 
     def outputs(model, image):
         found = model(image, output_hidden_states=True, **how)
-        last = found.last_hidden_state
+        tokens = [found.hidden_states[2], found.last_hidden_state]
         if norm is not None:
-            last = getattr(model, norm)(last)
-        return [grid(t, image, extra) for t in (found.hidden_states[2], last)]
+            tokens[1] = getattr(model, norm)(tokens[1])
+        if both is not None:
+            tokens[0] = getattr(model, both)(tokens[0])
+        return [grid(t, image, extra) for t in tokens]
 
     return outputs
 
@@ -134,6 +144,15 @@ CASES = {
     'dinov2 giant': Case(
         'Dinov2Model', dict(DINOV2, use_swiglu_ffn=True), plain()
     ),
+    'dinov2, registers': Case(
+        'Dinov2WithRegistersModel', DINOV2, plain(5, both='layernorm')
+    ),
+    'dinov3': Case('DINOv3ViTModel', DINOV3, plain(5, both='norm')),
+    'dinov3, gated': Case(
+        'DINOv3ViTModel',
+        dict(DINOV3, use_gated_mlp=True, hidden_act='silu'),
+        plain(5, both='norm'),
+    ),
     'vit': Case('ViTModel', PLAIN, RESIZED),
     'vit, classifier': Case(
         'ViTForImageClassification', PLAIN, RESIZED, runs='ViTModel'
@@ -146,6 +165,15 @@ CASES = {
     ),
     'siglip': Case(
         'SiglipVisionModel', PLAIN, plain(0, interpolate_pos_encoding=True)
+    ),
+    'siglip, normed': Case(
+        'SiglipVisionModel',
+        PLAIN,
+        plain(0, both='post_layernorm', interpolate_pos_encoding=True),
+        (SQUARE,),
+    ),
+    'aimv2': Case(
+        'Aimv2VisionModel', PLAIN, plain(0, both='rms_norm'), (SQUARE,)
     ),
     'beit': Case('BeitModel', BEIT, plain(), (SQUARE,)),
     'sam': Case('SamVisionModel', SAM, neck, (SQUARE,)),

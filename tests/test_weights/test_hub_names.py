@@ -43,6 +43,21 @@ def trunk(kind, **kwargs):
     return dict(type='e3va_mm.E3VABackbone', trunk=dict(type=kind, **kwargs))
 
 
+def timm_vit(model_name, img_size=32, **kwargs):
+    sizes = dict(embed_dim=32, depth=3, num_heads=4, mlp_ratio=2)
+    own = dict(sizes, patch_size=4, img_size=img_size, out_indices=[1, 2])
+    return trunk('e3va_mm.TimmViT', model_name=model_name, **own, **kwargs)
+
+
+def dinov3(arch):
+    own = timm_vit('')['trunk']
+    del own['model_name']
+    return dict(
+        type='e3va_mm.E3VABackbone',
+        trunk=dict(own, type='e3va_mm.DINOv3ViT', arch=arch),
+    )
+
+
 def convnext(**kwargs):
     return trunk(
         'mmpretrain.ConvNeXt',
@@ -68,6 +83,14 @@ OURS = [
             **SCALED,
         ),
     ),
+    ('dinov2, registers', timm_vit('vit_small_patch14_reg4_dinov2')),
+    ('dinov3', dinov3('base')),
+    ('dinov3, gated', dinov3('huge_plus')),
+    (
+        'siglip, normed',
+        timm_vit('vit_base_patch16_siglip_224', act_layer='gelu_tanh'),
+    ),
+    ('aimv2', timm_vit('aimv2_large_patch14_224')),
     ('vit', vit(**eps(1e-12))),
     ('vit, classifier', vit(**eps(1e-12))),
     ('mae', vit(**eps(1e-12))),

@@ -63,7 +63,7 @@ DATASETS = _Registry(
     'dataset',
     parent=mmengine.DATASETS,
     scope='e3va_mm',
-    locations=['e3va_mm.multi_task'],
+    locations=['e3va_mm.multi_task', 'e3va_mm.engine.fixed_views'],
 )
 # manage hooks
 HOOKS = _Registry(

@@ -48,6 +48,7 @@ def E3VABackbone(
     *,
     side_path: Mapping | None = None,
     method: Mapping | None = None,
+    trunk_cache: Mapping | None = None,
 ) -> TunedBackbone:
     """A stock backbone of any family with a tuner.
 
@@ -76,6 +77,9 @@ def E3VABackbone(
             trunk weight must arrive.
         side_path (Mapping, optional): An older name of ``tuner``.
         method (Mapping, optional): Another one.
+        trunk_cache (Mapping, optional): Keep on disk what the frozen trunk
+            gives, see
+            :class:`~e3va_mm.backbones.trunk_cache.TrunkCacheOptions`.
 
     Raises:
         ConfigError: If the trunk is of no known family and there is no
@@ -89,6 +93,7 @@ def E3VABackbone(
         layout,
         allow_random_trunk,
         init_cfg,
+        trunk_cache,
     )
 
 
@@ -102,6 +107,7 @@ def E3VASwinTransformer(
     *,
     side_path: Mapping | None = None,
     method: Mapping | None = None,
+    trunk_cache: Mapping | None = None,
     **stock,
 ) -> TunedBackbone:
     """A stock Swin Transformer with a tuner.
@@ -125,6 +131,7 @@ def E3VASwinTransformer(
         convert_weights (bool): Accepted; the format is recognised.
         side_path (Mapping, optional): An older name of ``tuner``.
         method (Mapping, optional): Another one.
+        trunk_cache (Mapping, optional): See :func:`E3VABackbone`.
         **stock: The arguments of the stock class.
 
     Raises:
@@ -138,6 +145,7 @@ def E3VASwinTransformer(
         None,
         allow_random_trunk,
         init_cfg_of(init_cfg, pretrained),
+        trunk_cache,
     )
 
 
@@ -151,6 +159,7 @@ def E3VAVisionTransformer(
     *,
     side_path: Mapping | None = None,
     method: Mapping | None = None,
+    trunk_cache: Mapping | None = None,
     **stock,
 ) -> TunedBackbone:
     """A stock plain ViT with a tuner.
@@ -186,6 +195,7 @@ def E3VAVisionTransformer(
         pretrained (str, optional): Deprecated form of ``init_cfg``.
         side_path (Mapping, optional): An older name of ``tuner``.
         method (Mapping, optional): Another one.
+        trunk_cache (Mapping, optional): See :func:`E3VABackbone`.
         **stock: The arguments of the stock class. ``out_type`` of mmpretrain's
             is ``'featmap'`` by default, but for mmpretrain's own tools.
 
@@ -203,6 +213,7 @@ def E3VAVisionTransformer(
         None,
         allow_random_trunk,
         init_cfg_of(init_cfg, pretrained),
+        trunk_cache,
     )
 
 
@@ -213,6 +224,7 @@ def _build(
     layout: Mapping | None,
     allow_random_trunk: bool,
     init_cfg: Mapping | None,
+    trunk_cache: Mapping | None,
 ) -> TunedBackbone:
     """A stock backbone that a tuner has joined."""
     tuner = dict(tuner)
@@ -232,6 +244,7 @@ def _build(
         tuner_class(**tuner),
         allow_random_trunk=allow_random_trunk,
         init_cfg=init_cfg,
+        trunk_cache=trunk_cache,
     )
 
 

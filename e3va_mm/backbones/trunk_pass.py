@@ -4,7 +4,8 @@ What a trunk computes does not depend on any side path, so that backbones
 tuned apart can share it (``share_trunk`` of the backbones).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -12,7 +13,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
 from e3va_mm.numerics.autocast import autocast_dtype, autocast_to
-from e3va_mm.trunks import StageEnd
+from e3va_mm.trunks import StageEnd, Trunk
 from e3va_mm.trunks.trunk import plain_attributes
 from e3va_mm.tuners.e3va.replay import OnStageTap, Replay, RunTrunk
 
@@ -64,7 +65,7 @@ def run_trunk(
     taps = dict.fromkeys(t for b in backbones for t in b.tuner.taps)
     last = len(every) - 1
     with torch.no_grad():
-        trunk.run(image, last, tuple(taps), on_tap, on_end)
+        _run_of(first, trunk)(image, last, tuple(taps), on_tap, on_end)
     return [each.finish() for each in passes]
 
 
@@ -74,7 +75,7 @@ def trunk_difference(one: nn.Module, other: nn.Module) -> str | None:
     Weights are left out. So is what outputs do not depend on: drop path
     rates, checkpointing, chunks.
     """
-    ours, theirs = _parts(one), _parts(other)
+    ours, theirs = trunk_facts(one), trunk_facts(other)
     for name in sorted(ours | theirs):
         if ours.get(name) != theirs.get(name):
             return (
@@ -84,7 +85,7 @@ def trunk_difference(one: nn.Module, other: nn.Module) -> str | None:
     return None
 
 
-def _parts(backbone: nn.Module) -> dict[str, object]:
+def trunk_facts(backbone: nn.Module) -> dict[str, object]:
     """What a trunk computes with, by names: all but the weights' values."""
     trunk = backbone.trunk
     found = {
@@ -210,6 +211,15 @@ def _runner(backbone: nn.Module, image: Tensor) -> RunTrunk:
                 on_tap(stage, value)
 
         with autocast_to(image, dtype):
-            backbone.trunk.run(image, last, backbone.tuner.taps, on_any_tap)
+            run_here = _run_of(backbone, backbone.trunk)
+            run_here(image, last, backbone.tuner.taps, on_any_tap)
 
     return run
+
+
+def _run_of(backbone: nn.Module, trunk: Trunk) -> Callable[..., None]:
+    """``trunk.run``, or what reads it from disk while training."""
+    cache = backbone.trunk_cache
+    if cache is None or not cache.folder or not backbone.training:
+        return trunk.run
+    return partial(cache.run, trunk)

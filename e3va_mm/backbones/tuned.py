@@ -8,6 +8,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
 from e3va_mm.backbones.loading import LoadsTrunk
+from e3va_mm.backbones.trunk_cache import TrunkCache, check_trunk
 from e3va_mm.backbones.trunk_pass import run_trunk, trunk_difference
 from e3va_mm.backbones.trunk_pool import share_open
 from e3va_mm.backbones.trunk_weights import TrunkWeights
@@ -39,6 +40,7 @@ class TunedBackbone(LoadsTrunk):
 
     Attributes:
         trunk (Trunk): Reads the stock family.
+        trunk_cache (TrunkCache, optional): Keeps on disk what it gives.
         tuner (Tuner): What trains.
         out_stages (tuple[int, ...]): Stages that have an output.
     """
@@ -52,6 +54,7 @@ class TunedBackbone(LoadsTrunk):
         """Let a tuner join; freeze all that it does not train."""
         self.child = tuner.CHILD
         self.has_graph = tuner.HAS_GRAPH
+        self.trunk_cache: TrunkCache | None = None
         # What to give for an image instead of a pass, see `given`.
         self._given: tuple[Tensor, tuple[Tensor, ...]] | None = None
         trained = {id(p) for p in tuner.attach(trunk)}
@@ -263,6 +266,7 @@ def tune(
     *,
     allow_random_trunk: bool = False,
     init_cfg: Mapping | None = None,
+    trunk_cache: Mapping | None = None,
 ) -> TunedBackbone:
     """Let a tuner join a stock backbone.
 
@@ -274,6 +278,8 @@ def tune(
             received weights. Defaults to False.
         init_cfg (Mapping, optional): ``dict(type='Pretrained',
             checkpoint=...)`` with a path or URL of trunk weights.
+        trunk_cache (Mapping, optional): Options of a
+            :class:`~e3va_mm.backbones.trunk_cache.TrunkCache`.
 
     Raises:
         ConfigError: If ``init_cfg`` asks for what is not there, or the tuner
@@ -283,4 +289,7 @@ def tune(
     stock.__class__ = _extended(type(stock))
     stock._begin(trunk, TrunkWeights(), allow_random_trunk, init_cfg, brought)
     stock._join(trunk, tuner)
+    if trunk_cache is not None:
+        check_trunk(None if tuner.HAS_GRAPH else trunk)
+        stock.trunk_cache = TrunkCache(**trunk_cache)
     return stock

@@ -10,6 +10,7 @@ from e3va_mm.engine.hooks.resume_check_hook import ResumeCheckHook
 from e3va_mm.engine.hooks.trainable_ema_hook import TrainableEMAHook
 from e3va_mm.engine.hooks.trainable_table_hook import TrainableTableHook
 from e3va_mm.engine.hooks.training_guard_hook import TrainingGuardHook
+from e3va_mm.engine.hooks.trunk_cache_hook import TrunkCacheHook
 
 __all__ = [
     'ActivationCheckpointHook',
@@ -22,4 +23,5 @@ __all__ = [
     'TrainableEMAHook',
     'TrainableTableHook',
     'TrainingGuardHook',
+    'TrunkCacheHook',
 ]

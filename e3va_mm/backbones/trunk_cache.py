@@ -97,6 +97,7 @@ class TrunkCache:
         self._codec = CODECS[self.options.dtype]
         self.folder: Path | None = None
         self._left = 0
+        self._warned = False
 
     def open(self, folder: Path, entries: int) -> None:
         """Read and write entries from now on.
@@ -108,6 +109,19 @@ class TrunkCache:
         """
         self.folder = folder
         self._left = entries - self.count(folder)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is open; a training in which it is not should know."""
+        if self.folder is None and not self._warned:
+            self._warned = True
+            print_log(
+                'trunk_cache is closed: the trunk runs as without it. Add '
+                "dict(type='e3va_mm.TrunkCacheHook') to custom_hooks.",
+                'current',
+                logging.WARNING,
+            )
+        return self.folder is not None
 
     @staticmethod
     def count(folder: Path) -> int:

@@ -220,6 +220,6 @@ def _runner(backbone: nn.Module, image: Tensor) -> RunTrunk:
 def _run_of(backbone: nn.Module, trunk: Trunk) -> Callable[..., None]:
     """``trunk.run``, or what reads it from disk while training."""
     cache = backbone.trunk_cache
-    if cache is None or not cache.folder or not backbone.training:
+    if cache is None or not backbone.training or not cache.is_open:
         return trunk.run
     return partial(cache.run, trunk)

@@ -2,13 +2,13 @@
 
 import random
 from collections.abc import Mapping
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from e3va_mm.engine.seeds import seed_all
 from e3va_mm.errors import ConfigError
 from e3va_mm.registry import DATASETS
 from e3va_mm.utils.values import is_whole
@@ -92,13 +92,9 @@ class FixedViews(Dataset):
             index (int): Index of the image.
             view (int): Number of the view.
         """
-        text = f'{self.seed} {index} {view}'
-        seed = int.from_bytes(sha256(text.encode()).digest()[:4], 'big')
         states = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=[]):
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
+            seed_all([self.seed, index, view])
             try:
                 return self.dataset[index]
             finally:

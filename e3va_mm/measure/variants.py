@@ -86,6 +86,7 @@ def variant_config(config: Config, variant: str) -> Config:
         return config
     scope = framework(config)
     ours = tuned_config(backbone, scope)
+    ours.pop('trunk_cache', None)  # it is closed here, and not for all
     tuner = TUNERS.get(variant) or side_path_of(variant, ours['tuner'])
     ours = dict(ours, tuner=dict(tuner), allow_random_trunk=True)
     config.model.backbone = ConfigDict(ours)

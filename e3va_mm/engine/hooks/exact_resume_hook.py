@@ -1,10 +1,7 @@
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -14,6 +11,7 @@ from e3va_mm.engine.runner_optimizers import (
     iterations_per_update,
     optimizers_of,
 )
+from e3va_mm.engine.seeds import seed_all
 from e3va_mm.errors import CheckpointError, ConfigError
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils.configs import class_name
@@ -170,19 +168,6 @@ class ExactResumeHook(ResumeCheckHook):
         # Each process has its own; only the first one saves.
         if gradients and runner.world_size == 1:
             checkpoint[GRADIENTS] = gradients
-
-
-def seed_all(numbers: Sequence[int]) -> None:
-    """Seed the generators of torch, numpy and Python.
-
-    Args:
-        numbers (Sequence[int]): What the seeds follow from, none negative.
-            Neighbours give unrelated seeds; zeros at the end are ignored.
-    """
-    seeds = np.random.SeedSequence(numbers).generate_state(3, np.uint32)
-    torch.manual_seed(int(seeds[0]))
-    np.random.seed(seeds[1])
-    random.seed(int(seeds[2]))
 
 
 class _Sample(NamedTuple):

@@ -120,11 +120,13 @@ class TrunkCacheHook(Hook):
             f'{folder}'
         )
         if needed > free:
-            fit = (free / (entry.size * mean) + there) // count
+            fit = int((free / (entry.size * mean) + there) // count)
+            ways = [f'views={fit}'] * bool(fit)
+            ways += ["dtype='int4'"] * (cache.options.dtype != 'int4')
             raise ConfigError(
                 f'{text}. Expected all of them to fit, and '
-                f'{RESERVE / GIB:g} GiB to be left. Set views={int(fit)}, '
-                "a coarser dtype such as 'int4', or `dir` on another disk."
+                f'{RESERVE / GIB:g} GiB to be left. Set '
+                f'{" or ".join([*ways, "`dir` on another disk"])}.'
             )
         saved = max(live - cached, 1e-9)
         runner.logger.info(

@@ -19,8 +19,8 @@ from e3va_mm.engine.hooks.exact_resume_hook import (
     _Batches,
     _Sample,
     _SeededDataset,
-    seed_all,
 )
+from e3va_mm.engine.seeds import seed_all
 from e3va_mm.errors import CheckpointError, ConfigError
 from tests.test_engine.test_hooks.interrupted import (
     differing,

@@ -141,7 +141,7 @@ def drop(path: Path) -> None:
 def cosine(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Of all values of two lists of tensors."""
     one, other = (
-        torch.cat([t.flatten().float() for t in tensors])
+        torch.cat([t.flatten().double() for t in tensors])
         for tensors in (ours, theirs)
     )
     return float(F.cosine_similarity(one, other, 0))

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_flop
 
 from e3va_mm.errors import ConfigError
+from e3va_mm.numerics.products import EMULATED
 from e3va_mm.numerics.temporaries import as_on_gpu
 
 DISPATCH, LAUNCH = 4e-6, 3e-6  # seconds of the host
@@ -45,6 +46,8 @@ OVERWRITES = {'copy_', 'fill_', 'zero_'}
 # What of the dispatcher is no work: torch's own marks, a value for the host.
 NO_OPERATIONS = {'_local_scalar_dense', '_record_function_enter_new'}
 NO_OPERATIONS |= {'_record_function_exit'}
+PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
+PRODUCTS |= {aten.convolution, aten.convolution_backward}
 FLOPS = {
     **flop_registry,
     # Stands for the fused attention of a GPU on a CPU.
@@ -196,7 +199,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = _computed(func, args, kwargs)
         name = func._overloadpacket.__name__
         if name in NO_OPERATIONS:
             return result
@@ -269,6 +272,23 @@ def modelled(counted: Launches, cards: Sequence[str]) -> dict[str, dict]:
             bound, seconds = kernel.bound(CARDS[card])
             figures['cards'][card][bound] += count * seconds
     return places
+
+
+def _computed(func, args, kwargs):
+    """What an operation gives; products the fastest way that a CPU has."""
+    first = next((t for t in args if isinstance(t, Tensor)), None)
+    if (
+        func._overloadpacket not in PRODUCTS
+        or first.device.type != 'cpu'
+        or first.dtype not in EMULATED
+    ):
+        return func(*args, **kwargs)
+    wide_args, wide_kwargs = tree_map_only(
+        Tensor, Tensor.float, (args, kwargs)
+    )
+    result = func(*wide_args, **wide_kwargs)
+    result = tree_map_only(Tensor, lambda t: t.to(first.dtype), result)
+    return kwargs['out'].copy_(result) if 'out' in kwargs else result
 
 
 def _moved(func, name: str, args, kwargs, result) -> list[Tensor]:

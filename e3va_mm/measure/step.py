@@ -84,6 +84,7 @@ class TrainingStep:
             set_image_size(config, size)
         batch = batch or batch_size(config)
         self.seed, self.device = seed, torch.device(device)
+        self._has_run = False
         # Some heads ask the runner for these.
         MessageHub.get_current_instance().update_info_dict(
             dict(iter=0, epoch=0)
@@ -136,6 +137,7 @@ class TrainingStep:
                 '(--batch 2).'
             ) from error
         self._synchronize()
+        self._has_run = True
         return time.perf_counter() - start
 
     def memory(self) -> dict:
@@ -205,7 +207,8 @@ class TrainingStep:
         """Inside, the optimizer has its state and changes no weight."""
         rates = [group['lr'] for group in self.optim_wrapper.param_groups]
         self._set_rates(0.0)
-        self.run()
+        if not self._has_run:
+            self.run()
         self.optim_wrapper.zero_grad()
         yield
         self._set_rates(*rates)

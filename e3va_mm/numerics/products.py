@@ -33,7 +33,7 @@ ONEDNN = torch.backends.cpu.get_cpu_capability() == 'AVX512' and hasattr(
 
 def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """``dtype``, or single precision where its products are emulated."""
-    if device.type == 'cpu' and dtype in EMULATED:
+    if dtype in EMULATED and not runs_as_on_gpu(device):
         return torch.float32
     return dtype
 

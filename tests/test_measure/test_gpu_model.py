@@ -4,7 +4,9 @@ import torch.nn.functional as F
 from mmdet.models.backbones.swin import SwinBlock
 from torch import nn
 
+from e3va_mm.measure import gpu_model
 from e3va_mm.measure.gpu_model import CARDS, Launches, count_launches
+from e3va_mm.numerics.products import linear
 
 
 class Attention(nn.Module):
@@ -127,6 +129,22 @@ def test_what_bounds_a_kernel_depends_on_the_card():
     assert bound(torch.mm, half, half) == ('arithmetic', arithmetic)
     slow = pytest.approx(flops / (0.6 * 11.3e12))  # no tensor cores
     assert bound(torch.mm, half, half, card='1080Ti') == ('arithmetic', slow)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_products_of_16_bits_stay_so_where_a_cpu_emulates_them(
+    monkeypatch, dtype
+):
+    monkeypatch.setattr(gpu_model, 'EMULATED', {dtype})
+    a, b = torch.randn(2, 64, 64).to(dtype)
+    out = torch.empty_like(a)
+    with Launches() as counted:
+        done = linear(a, b)
+        torch.mm(a, b.t(), out=out)
+    wanted = (a.float() @ b.float().t()).to(dtype)
+    assert torch.equal(done, wanted) and torch.equal(out, wanted)
+    ((kernel, count),) = counted.work.items()
+    assert (count, kernel.half, kernel.moved) == (2, True, 3 * a.nbytes)
 
 
 def test_registered_operators_are_one_kernel():

@@ -53,11 +53,17 @@ FILES = dict(
     beit_l='beit_large_patch16_224_pt22k_ft22k.pth',
 )
 OTHERS = [
+    'cascade_e3va_dinov3_l_coco',
     'cascade_e3va_mix_swin_l_coco',
+    'dino_e3va_dinov3_l_coco',
     'dino_e3va_swin_l_coco',
+    'mask2former_e3va_dinov3_l_ade20k',
+    'mask2former_e3va_dinov3_l_coco_panoptic',
     'mask2former_e3va_swin_l_ade20k',
     'mask2former_e3va_swin_l_coco_panoptic',
     'segformer_e3va_mit_b5_ade20k',
+    'upernet_e3va_dinov3_l_ade20k',
+    'upernet_e3va_dinov3_7b_ade20k',
 ]
 # One size of each family trains; shrunk, the others are the same.
 TRAINED = [
@@ -84,8 +90,11 @@ TINY_BACKBONES = {
     ),
     'mmseg.BEiT': TINY_VIT,
     'mmseg.MixVisionTransformer': dict(embed_dims=32, num_layers=[1, 2, 1, 1]),
+    'DINOv3ViT': dict(
+        embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, img_size=64
+    ),
 }
-VIT_WIDTHS = dict(base=768, large=1024)
+VIT_WIDTHS = {'base': 768, 'large': 1024, '7b': 4096}
 
 every_config = pytest.mark.parametrize('name', ALL)
 
@@ -100,6 +109,8 @@ def load(name):
     config = copy.deepcopy(parsed(name))
     if stock_name(config.model.backbone).startswith('mmpretrain.'):
         pytest.importorskip('mmpretrain')
+    if stock_name(config.model.backbone) == 'DINOv3ViT':
+        pytest.importorskip('timm')
     return config
 
 
@@ -136,8 +147,9 @@ def stock_name(backbone):
 def width_of(stock):
     """Channels of a stock backbone's first map, from its arguments."""
     arch = stock.get('arch')
-    if arch is None:
-        return stock['embed_dims']
+    for name in ('embed_dim', 'embed_dims'):
+        if name in stock:
+            return stock[name]
     return VIT_WIDTHS[arch] if isinstance(arch, str) else arch['embed_dims']
 
 
@@ -192,9 +204,11 @@ def shrunk(config):
         if 'size' in part:
             part['size'] = (side, side)
     backbone = model.pop('backbone')
+    heads = ('decode_head', 'auxiliary_head', 'panoptic_head')
+    behind = 'out_channels' in model.get('neck', {})
     readers = {
         (part, key): model[part][key]
-        for part in ('neck', 'decode_head', 'auxiliary_head', 'panoptic_head')
+        for part in ('neck', *heads[: 0 if behind else None])
         for key in ('in_channels', 'embed_dim')
         if key in model.get(part, {})
     }
@@ -208,6 +222,13 @@ def shrunk(config):
             if isinstance(width, int)
             else [int(n * scale) for n in width]
         )
+    for head in heads if behind else ():
+        width = model.get(head, {}).get('in_channels')
+        if width is not None:
+            own = model.neck.out_channels
+            model[head].in_channels = (
+                own if isinstance(width, int) else [own] * len(width)
+            )
     model.backbone = backbone
     return config
 
@@ -241,9 +262,13 @@ def test_a_step(name):
     }
     assert any('up.q' in key for key in before)
     stages = config.model.backbone.get('out_indices', range(4))
+    outputs = len(
+        stock_arguments(config.model.backbone).get('out_indices', ())
+    )
     assert {key.split('.')[0] for key in before} - {'side_path'} == {
         'E3VASwinTransformer': {f'norm{stage}' for stage in stages},
         'mmpretrain.VisionTransformer': {'ln1'},
+        'DINOv3ViT': {f'norm{i}' for i in range(outputs)},
         # BEiT has none; that of MiT is what the next stage reads.
         'mmseg.BEiT': set(),
         'mmseg.MixVisionTransformer': set(),
@@ -287,7 +312,9 @@ def undrawn():
 @functools.cache
 def counts(backbone):
     """Trainable and stock parameters of a backbone of full size."""
-    with DefaultScope.overwrite_default_scope('mmdet'):
+    # No memory of a test machine holds 7 billion.
+    device = 'meta' if 'DINOv3ViT' in backbone else 'cpu'
+    with DefaultScope.overwrite_default_scope('mmdet'), torch.device(device):
         backbone = MODELS.build(json.loads(backbone))
     total, trainable = count_parameters(backbone)
     return trainable, total - count_parameters(backbone.tuner)[0]

@@ -62,6 +62,11 @@ class TimmViT(BaseModule):
         for i in range(len(self.out_indices)) if final_norm else ():
             self.add_module(f'norm{i}', _like(norm))
 
+    def init_weights(self) -> None:
+        """Leave the weights as timm has drawn them, but for ``init_cfg``."""
+        if self.init_cfg:
+            super().init_weights()
+
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) -> a map (B, C, H / p, W / p) for each output."""
         maps = self.model.forward_intermediates(

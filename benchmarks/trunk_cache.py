@@ -7,8 +7,8 @@
 Seconds are of the processor, on one thread: of forward and backward of the
 backbone, and with --whole of a whole step of a RetinaNet. Weights are random,
 and so are side paths; the cosine of outputs and of gradients says what the
-form of the entries costs. Reading is timed on the clock, from memory and after the
-file was dropped from it; the disk speed from which the cache pays follows.
+form of the entries costs. Reading is timed on the clock, from memory and after
+the file was dropped from it; the disk speed from which the cache pays follows.
 With --losses the nano RetinaNet trains that many epochs on the same four views
 of 16 images of digits, without and with a cache, and its losses are compared.
 """

@@ -57,11 +57,16 @@ class TrunkCacheHook(Hook):
             for _, backbone in side_path_backbones(model)
             if backbone.trunk_cache is not None
         ]
-        if len(found) != 1:
+        if not found or not all(
+            each.shares_trunk_with(found[0])
+            and each.trunk_cache.options == found[0].trunk_cache.options
+            for each in found
+        ):
             raise ConfigError(
-                'TrunkCacheHook expects one backbone with '
-                "`trunk_cache=dict(dir='PATH', views=4)`, but the model has "
-                f'{len(found)}. Add it, or leave the hook out.'
+                'TrunkCacheHook expects a backbone with '
+                "`trunk_cache=dict(dir='PATH', views=4)`, or several on one "
+                f'trunk with the same, but got {len(found)}. Set it there, or '
+                'leave the hook out.'
             )
         dataset = runner.train_dataloader.dataset
         options = found[0].trunk_cache.options
@@ -88,7 +93,8 @@ class TrunkCacheHook(Hook):
         if isinstance(message[0], E3VAError):
             raise message[0]
         entries = len(dataset) * options.views
-        found[0].trunk_cache.open(message[0], entries)
+        for each in found:
+            each.trunk_cache.open(message[0], entries)
 
     def _folder(
         self, runner: Runner, backbone: nn.Module, dataset: FixedViews

@@ -51,7 +51,6 @@ PRESETS = {
 }
 # Relative errors that rounding explains, of outputs and of gradients.
 BOUNDS = {'fp32': (1e-4, 1e-2), 'fp16': (2e-2, 0.1), 'bf16': (0.1, 0.3)}
-VARIANTS = ('full', 'frozen', 'exact', 'lean', 'lora', 'mona')
 MODELLED = ('1080Ti', 'T4', '3090', 'A100', 'H200')
 NANO = dict(BACKBONES['swin-t'], embed_dims=32, depths=(2, 2, 4, 2))
 NANO['num_heads'] = (1, 2, 4, 8)
@@ -68,16 +67,17 @@ SIZES = {
             6: ('cascade_e3va_swin_l_coco_6gb', 1, (800, 1216)),
             11: ('cascade_e3va_swin_l_coco_11gb', 1, (800, 1216)),
         },
+        variants=('full', 'frozen', 'exact', 'lean', 'lora', 'mona'),
         numerics=(BACKBONES['swin-t'], (224, 288)),
         trunk=(BACKBONES['swin-l'], (800, 1216)),
     ),
     'small': dict(
         steps=dict(
-            w1=('cascade_e3va_swin_nano_digits', 1, (64, 96)),
             w2=('retinanet_e3va_swin_nano_digits', 1, (64, 96)),
             w3=('upernet_e3va_swin_nano_digits', 2, (64, 96)),
         ),
         limits={6: ('cascade_e3va_swin_nano_digits', 1, (64, 96))},
+        variants=('full', 'lean', 'mona'),
         numerics=(NANO, (64, 96)),
         trunk=(NANO, (64, 96)),
     ),
@@ -296,7 +296,7 @@ def steps_rows(size: str, device: str) -> Rows:
             step_row, *workloads[key], variant, precision, device
         )
         for precision, key, variant in itertools.product(
-            ('AMP', 'fp32'), workloads, VARIANTS
+            ('AMP', 'fp32'), workloads, SIZES[size]['variants']
         )
     }
 

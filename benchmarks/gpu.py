@@ -264,6 +264,7 @@ def whole_compiled(model: nn.Module, image: Tensor) -> Callable:
 def graph(model: nn.Module, image: Tensor) -> Callable:
     """The launches of one pass, recorded."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             model(image)

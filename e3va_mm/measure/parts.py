@@ -38,18 +38,18 @@ class Parts(ModulePath):
         # Which part ran from which node on.
         self._firsts, self._ran = [0], [BETWEEN]
         self._backward = BETWEEN
-        self._end = None  # of the nodes of forward, once backward runs
+        self._end = 0  # of the nodes of forward
+        self._is_update = False
 
     def __call__(self) -> str:
         """A part's name."""
         part = self._part()
         if not in_backward():
-            if part == BETWEEN and self._end is not None:
-                return UPDATE
-            self._end = None
-            return part
-        if self._end is None:
+            # Not in backward, where a GPU has a thread with its own numbers.
             self._end = next_node()
+            self._is_update &= part == BETWEEN
+            return UPDATE if self._is_update else part
+        self._is_update = True
         node = running_node()
         # Some run forward again and so make further nodes, or have none.
         if part != BETWEEN:

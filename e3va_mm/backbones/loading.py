@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
@@ -108,6 +109,14 @@ class LoadsTrunk(TunedModule):
             for path in filter(None, paths):
                 yield path, self.get_submodule(path)
 
+    def norm_names(self) -> list[str]:
+        """Names of the state of :meth:`output_norms`."""
+        return [
+            f'{path}.{key}'
+            for path, norm in self.output_norms()
+            for key in norm.state_dict()
+        ]
+
     def init_weights(self) -> None:
         """Bring the trunk's weights; the rest is drawn already.
 
@@ -146,6 +155,7 @@ class LoadsTrunk(TunedModule):
         finally:
             self._modules[self.child] = tuner
             self.init_cfg = None
+        self._add_norms(self.state_dict())
         self.storage.store(self.trunk)
 
     @contextmanager
@@ -227,6 +237,8 @@ class LoadsTrunk(TunedModule):
         own = self.state_dict()
         fitted = self._fit_state(dict(found), prefix, own, record is not None)
         trunk = self.trunk_part(own)
+        if record is None:
+            self._keep_norms(found, fitted, own)
         if record is None and self._stock_part(own).keys() & found.keys():
             self.storage.source = self._reading or CHECKPOINT
             # What a resume brings is what `init_cfg` has brought before.
@@ -245,6 +257,36 @@ class LoadsTrunk(TunedModule):
             del state_dict[prefix + key]
         state_dict.update({prefix + key: v for key, v in fitted.items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _keep_norms(
+        self,
+        found: Mapping[str, Tensor],
+        fitted: Mapping[str, Tensor],
+        own: Mapping[str, Tensor],
+    ) -> None:
+        """Keep the output norms of a stock backbone, which are to train.
+
+        Beside a side path norms are trained ones; then those of before are
+        right if the trunk stays.
+
+        Args:
+            found (Mapping[str, Tensor]): What a file holds.
+            fitted (Mapping[str, Tensor]): What is to be loaded of it.
+            own (Mapping[str, Tensor]): What is there.
+        """
+        if not any(key.startswith(f'{self.child}.') for key in found):
+            self._add_norms(found)
+        elif any(
+            not torch.equal(own[key].cpu().float(), fitted[key].cpu().float())
+            for key in self.trunk_part(own)
+        ):
+            self.storage.norms = None
+
+    def _add_norms(self, state: Mapping[str, Tensor]) -> None:
+        """Keep the output norms that are in a stock state."""
+        names = self.norm_names()
+        came = {name: state[name].clone() for name in names if name in state}
+        self.storage.norms = {**(self.storage.norms or {}), **came}
 
     def _fit_state(
         self,
@@ -348,7 +390,10 @@ class LoadsTrunk(TunedModule):
                     )
                     came = fingerprint(self.trunk_part(fitted))
                     if came == record.fingerprint:
+                        norms = self.storage.norms
                         self.load_state_dict(fitted)
+                        self.storage.norms = norms
+                        self._add_norms(state)
                         self.storage.address = source
                         return
             except CheckpointError as error:

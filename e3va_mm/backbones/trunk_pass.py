@@ -12,6 +12,7 @@ import torch
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
+from e3va_mm.backbones.stock_pass import run_stock
 from e3va_mm.numerics.autocast import autocast_dtype, autocast_to
 from e3va_mm.trunks import StageEnd, Trunk
 from e3va_mm.trunks.trunk import plain_attributes
@@ -42,13 +43,15 @@ def run_trunk(
     first = backbones[0]
     for backbone in backbones:
         backbone.require_weights()
+    parts = rows or [None] * len(backbones)
+    if not all(backbone.tuner.enabled for backbone in backbones):
+        return _run_apart(backbones, image, parts)
     ends = [_ends(backbone) for backbone in backbones]
     every = sorted(set().union(*ends))
     trunk = first.trunk
     if every != ends[0]:
         # Plain trunks end a stage with each output, each backbone its own.
         trunk = trunk.with_stages(every)
-    parts = rows or [None] * len(backbones)
     passes = [
         _SidePass(backbone, image, own, every, part)
         for backbone, own, part in zip(backbones, ends, parts, strict=True)
@@ -67,6 +70,23 @@ def run_trunk(
     with torch.no_grad():
         _run_of(first, trunk)(image, last, tuple(taps), on_tap, on_end)
     return [each.finish() for each in passes]
+
+
+def _run_apart(
+    backbones: Sequence[nn.Module],
+    image: Tensor,
+    parts: Sequence[slice | None],
+) -> list[tuple[Tensor, ...]]:
+    """The same where some are switched off: each of these by itself."""
+    on = [each for each in backbones if each.tuner.enabled]
+    own = [p for each, p in zip(backbones, parts, strict=True) if each in on]
+    shared = iter(run_trunk(on, image, own) if on else [])
+    return [
+        next(shared)
+        if each.tuner.enabled
+        else run_stock(each, image if part is None else image[part])
+        for each, part in zip(backbones, parts, strict=True)
+    ]
 
 
 def trunk_difference(one: nn.Module, other: nn.Module) -> str | None:

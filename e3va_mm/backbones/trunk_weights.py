@@ -20,11 +20,14 @@ class TrunkWeights:
             are random.
         address (str, optional): Path or URL that the same weights can be read
             from again.
+        norms (dict[str, Tensor], optional): The output norms of the stock
+            backbone, by name; None if the weights came without them.
     """
 
     def __init__(self) -> None:
         self.source: str | None = None
         self.address: str | None = None
+        self.norms: dict[str, Tensor] | None = None
         self._as_loaded: SourceWeights | None = None
 
     def as_loaded(
@@ -43,7 +46,7 @@ class TrunkWeights:
             return {}
         if self._as_loaded is not None:
             return dict(self._as_loaded)
-        return {key: state[key].float() for key in _coarse(trunk)}
+        return {key: state[key].float() for key in self.coarse(trunk)}
 
     def take(self, trunk: Trunk, state: Mapping[str, Tensor]) -> None:
         """Keep what is about to be loaded, and make room for it.
@@ -53,7 +56,7 @@ class TrunkWeights:
             state (Mapping[str, Tensor]): The whole state of its backbone.
         """
         kind = trunk.options.weights
-        coarse = {key: state[key].float() for key in _coarse(trunk)}
+        coarse = {key: state[key].float() for key in self.coarse(trunk)}
         self._as_loaded = None
         # Only the main process writes checkpoints; from 8 bits a state cannot
         # be loaded again, so that each process needs its source.
@@ -72,11 +75,10 @@ class TrunkWeights:
         for _, part in trunk.stored_parts():
             store(part, trunk.options.weights)
 
-
-def _coarse(trunk: Trunk) -> list[str]:
-    """Names of the weights that are stored coarser than they come."""
-    return [
-        f'{path}.{key}'
-        for path, part in trunk.stored_parts()
-        for key in coarse_keys(part, trunk.options.weights)
-    ]
+    def coarse(self, trunk: Trunk) -> list[str]:
+        """Names of the weights that are stored coarser than they come."""
+        return [
+            f'{path}.{key}'
+            for path, part in trunk.stored_parts()
+            for key in coarse_keys(part, trunk.options.weights)
+        ]

@@ -8,6 +8,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 
 from e3va_mm.backbones.loading import LoadsTrunk
+from e3va_mm.backbones.stock_pass import run_stock
 from e3va_mm.backbones.trunk_cache import TrunkCache, check_trunk
 from e3va_mm.backbones.trunk_pass import run_trunk, trunk_difference
 from e3va_mm.backbones.trunk_pool import share_open
@@ -36,7 +37,8 @@ class TunedBackbone(LoadsTrunk):
     the highway (E3VA, Sec. 3), and the output norms train. A tuner inside
     (LoRA, Mona) leaves the stock forward as it is, hooks into its blocks and
     names what else trains. Before the first step either gives what the stock
-    backbone gives.
+    backbone gives, and so it does at any time with ``tuner.enabled = False``,
+    by no bit different.
 
     Attributes:
         trunk (Trunk): Reads the stock family.
@@ -68,6 +70,7 @@ class TunedBackbone(LoadsTrunk):
                 self._add_norm_offsets()
             trains = [child for _, child in self.trainable_children()]
         mark_trainable(self, trains)
+        self._add_norms(self.state_dict())
         self.train()
 
     def _add_norm_offsets(self) -> None:
@@ -160,6 +163,8 @@ class TunedBackbone(LoadsTrunk):
                 return self._given[1]
             return run_trunk([self], x)[0]
         self.require_weights()
+        if not self.tuner.enabled:
+            return run_stock(self, x)
         self.trunk.pixels = tuple(x.shape[-2:])
         outputs = super().forward(x)
         return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

@@ -30,6 +30,10 @@ class Tuner(nn.Module):
     Args:
         **options: Those of ``OPTIONS``, a data class.
 
+    Attributes:
+        enabled (bool): Set it to False to get what the stock backbone gives.
+            Defaults to True.
+
     Raises:
         ConfigError: If an option is unknown or out of range.
     """
@@ -43,6 +47,7 @@ class Tuner(nn.Module):
     def __init__(self, **options: object) -> None:
         super().__init__()
         self.options = self.OPTIONS.of(options)
+        self.enabled = True
 
     def attach(self, trunk: Trunk) -> Iterable[nn.Parameter]:
         """Insert what the tuner adds.

@@ -2,15 +2,18 @@
 
     python benchmarks/stock_configs.py --json work_dirs/stock_configs.json
     python benchmarks/stock_configs.py --families SwinTransformer
+    python benchmarks/stock_configs.py --language-models
 
 In every config of MMDetection and MMSegmentation whose backbone is a
 transformer or a ConvNeXt, the backbone becomes ours, and the model takes one
 training step on generated input, with the config's own optimizer: weights at
-random, nothing else changed. Left out are configs with a language model, whose
-weights and vocabulary are a download. Each config has a process of its own. If
-interrupted, rerun the command to resume; what failed is tried again. Seconds
-are those of the first and only step, of all cores together: what else a
-machine does hardly changes them.
+random, nothing else changed. Configs with a language model, whose weights and
+vocabulary are a download, have runs of their own (`--language-models`, needs
+transformers): there one of a single layer, whose words are letters, stands in
+for it. Configs that differ in their data or tests alone share a step. Each has
+a process of its own. If interrupted, rerun the command to resume; what failed
+is tried again. Seconds are those of the first and only step, of all cores
+together: what else a machine does hardly changes them.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import importlib.util
 import multiprocessing
 import platform
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import (
@@ -44,8 +48,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import e3va_mm.checkpoint  # noqa: F401 changes the frameworks
 from e3va_mm.backbones import TunedBackbone, tuned_config
 from e3va_mm.measure import TrainingStep
+from e3va_mm.measure.inputs import NAMES
 from e3va_mm.measure.results import Results
 from e3va_mm.measure.variants import framework
+from e3va_mm.utils.configs import content_key
 
 FRAMEWORKS = ('mmdet', 'mmseg')
 # Stock class -> what configs with it have in their name or text; to parse all
@@ -77,9 +83,17 @@ def root(framework: str) -> Path:
 
 
 def stock_configs(
-    framework: str, families: Collection[str] = tuple(FAMILIES)
+    framework: str,
+    families: Collection[str] = tuple(FAMILIES),
+    language_models: bool = False,
 ) -> Iterator[Path]:
-    """The configs with a backbone of some families, no language model."""
+    """The configs with a backbone of some families.
+
+    Args:
+        framework (str): Where they are from.
+        families (Collection[str]): Stock classes of backbones.
+        language_models (bool): Those with a language model, or all others.
+    """
     words = {FAMILIES[family] for family in families}
     for path in sorted(root(framework).glob('**/*.py')):
         text = f'{path.name} {path.read_text()}'.lower()
@@ -89,7 +103,10 @@ def stock_configs(
             model = parse(path).get('model', {})
         except (FileNotFoundError, ImportError):
             continue  # a parent that upstream lost, or of another package
-        if family_of(model) in families and 'language_model' not in model:
+        if (
+            family_of(model) in families
+            and ('language_model' in model) is language_models
+        ):
             yield path
 
 
@@ -113,6 +130,18 @@ def family_of(model: Mapping) -> str:
     return backbone_of(model)[1].get('type', '').split('.')[-1]
 
 
+def heading(model: Mapping) -> str:
+    """What the figures of a config are summed up under."""
+    return model.type if 'language_model' in model else family_of(model)
+
+
+def trains_by(config: Config) -> str:
+    """The same for configs that take the same step."""
+    model = {k: v for k, v in config.model.items() if k != 'test_cfg'}
+    optim = config.get('optim_wrapper')
+    return content_key(Config(dict(model=model, optim_wrapper=optim)))
+
+
 def change(model: MutableMapping, framework: str) -> None:
     """Make a stock config one of ours.
 
@@ -122,6 +151,27 @@ def change(model: MutableMapping, framework: str) -> None:
     """
     name, stock = backbone_of(model)
     model[name] = tuned_config(stock, framework)
+
+
+def stand_in(folder: str, layers: int = 1) -> str:
+    """Write a BERT of the usual width, at random, whose words are letters.
+
+    Args:
+        folder (str): Where to write it.
+        layers (int): Its layers. Defaults to 1.
+
+    Returns:
+        str: The folder, for ``language_model.name``.
+    """
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '.', '?', *NAMES]
+    vocabulary = Path(folder, 'vocab.txt')
+    vocabulary.write_text('\n'.join(words))
+    BertTokenizerFast(str(vocabulary)).save_pretrained(folder)
+    config = BertConfig(vocab_size=len(words), num_hidden_layers=layers)
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return folder
 
 
 def one_step(path: Path, size: int, batch: int) -> dict:
@@ -146,7 +196,12 @@ def one_step(path: Path, size: int, batch: int) -> dict:
     if family_of(config.model) in OF_ONE_SIZE:
         pixels = to_2tuple(backbone_of(config.model)[1]['img_size'])
     change(config.model, framework(config))
-    step = TrainingStep(config, size=pixels, batch=batch)
+    with tempfile.TemporaryDirectory() as folder:
+        if 'language_model' in config.model:
+            config.model.language_model.name = stand_in(folder)
+            if 'lang_model_name' in config.model.bbox_head:  # GLIP's
+                config.model.bbox_head.lang_model_name = folder
+        step = TrainingStep(config, size=pixels, batch=batch)
     ours = {
         name: module
         for name, module in step.model.named_modules()
@@ -276,6 +331,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         help='stock backbones, without CONFIGS; default: all of '
         f'{", ".join(FAMILIES)}',
     )
+    parser.add_argument(
+        '--language-models',
+        action='store_true',
+        help='the configs with one, without CONFIGS',
+    )
     # The longest stride is 64.
     parser.add_argument(
         '--size',
@@ -290,14 +350,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = [path.resolve() for path in args.configs] or [
         path
         for name in FRAMEWORKS
-        for path in stock_configs(name, args.families)
+        for path in stock_configs(name, args.families, args.language_models)
     ]
+    configs = {path: parse(path) for path in paths}
     results = Results(
         {
-            label(path): dict(
-                config=str(path), family=family_of(parse(path).model)
-            )
-            for path in paths
+            label(path): dict(config=str(path), family=heading(config.model))
+            for path, config in configs.items()
         },
         dict(
             environment=dict(
@@ -313,12 +372,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     progress = track(
         paths, 'steps', console=Console(stderr=True), transient=True
     )
+    done = {}  # in this run, as what failed is tried again
     for path in progress:
-        row = results.rows[label(path)]
+        row, key = results.rows[label(path)], trains_by(configs[path])
         if 'seconds' not in row:
             row.pop('error', None)
-            figures = in_a_process(one_step, path, args.size, args.batch)
-            results.update(label(path), **figures)
+            if key not in done:
+                done[key] = in_a_process(one_step, path, args.size, args.batch)
+            results.update(label(path), **done[key])
     print(table(results.rows))
 
 

@@ -114,6 +114,8 @@ class MultiTaskInferencer:
         return_vis: bool = False,
         score_thr: float = 0.3,
         out_dir: str | None = None,
+        tuned: bool = True,
+        text: str | Sequence[str] | None = None,
     ) -> dict[str, dict[str, list]]:
         """Run all tasks.
 
@@ -126,6 +128,9 @@ class MultiTaskInferencer:
             score_thr: Boxes with a lower score are not drawn.
             out_dir: Folder for predictions and drawings, see
                 :class:`~e3va_mm.apis.result_writer.ResultWriter`.
+            tuned: False for what the models gave before they were tuned; see
+                :meth:`run`.
+            text: What models that read should find; see :meth:`run`.
 
         Returns:
             dict[str, dict[str, list]]: By the name of the task its
@@ -139,7 +144,9 @@ class MultiTaskInferencer:
         if out_dir:
             writer = ResultWriter(out_dir, self.tasks, score_thr=score_thr)
         with writer:
-            for image, results in self.run(Images(inputs), batch_size):
+            for image, results in self.run(
+                Images(inputs), batch_size, tuned, text
+            ):
                 if out_dir:
                     writer.write(image, results)
                 for name, result in results.items():
@@ -154,13 +161,23 @@ class MultiTaskInferencer:
         return found
 
     def run(
-        self, images: Iterable[Image], batch_size: int = 1
+        self,
+        images: Iterable[Image],
+        batch_size: int = 1,
+        tuned: bool = True,
+        text: str | Sequence[str] | None = None,
     ) -> Iterator[Found]:
         """Run all tasks; give what they find as soon as it is there.
 
         Args:
             images: For example :class:`~e3va_mm.apis.images.Images`.
             batch_size: How many images of one size go through at once.
+            tuned: False for what the models gave before they were tuned, such
+                as Grounding DINO on words that it was not tuned on: side path
+                off, everything else as ``load_from`` of the config has it.
+            text: What models that read (Grounding DINO) should find: names,
+                in a list or separated by full stops. Defaults to the classes
+                of their data sets.
 
         Yields:
             Found: For each image, in their order.
@@ -185,17 +202,21 @@ class MultiTaskInferencer:
             before = sizes
             sizes = [each['inputs'].shape for each in samples.values()]
             if batch and (len(batch) == batch_size or sizes != before):
-                yield from self._run_batch(tasks, batch)
+                yield from self._run_batch(tasks, batch, tuned, text)
                 batch = []
             batch.append((image, samples))
         if batch:
-            yield from self._run_batch(tasks, batch)
+            yield from self._run_batch(tasks, batch, tuned, text)
 
     def _run_batch(
-        self, tasks: Mapping[str, Task], batch: Batch
+        self,
+        tasks: Mapping[str, Task],
+        batch: Batch,
+        tuned: bool,
+        text: str | Sequence[str] | None,
     ) -> Iterator[Found]:
         batches = {
-            name: task.to_batch([samples[name] for _, samples in batch])
+            name: task.to_batch([samples[name] for _, samples in batch], text)
             for name, task in tasks.items()
         }
         # Tasks that one pass of a trunk is for.
@@ -205,7 +226,8 @@ class MultiTaskInferencer:
             for group in groups:
                 other = tasks[group[0]]
                 if (
-                    task.backbone.shares_trunk_with(other.backbone)
+                    tuned
+                    and task.backbone.shares_trunk_with(other.backbone)
                     and not (task.slides or other.slides)
                     and torch.equal(inputs, batches[group[0]]['inputs'])
                 ):
@@ -224,7 +246,7 @@ class MultiTaskInferencer:
                     )
             self.passes += len(batch)
             for name, maps in zip(group, outputs, strict=True):
-                results[name] = tasks[name].predict(batches[name], maps)
+                results[name] = tasks[name].predict(batches[name], maps, tuned)
         for index, (image, _) in enumerate(batch):
             yield Found(image, {name: results[name][index] for name in tasks})
 

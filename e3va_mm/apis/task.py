@@ -1,8 +1,8 @@
 """A model with a side path, as one of several tasks on a trunk."""
 
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
+from e3va_mm.apis.stock_values import stock_values
 from e3va_mm.errors import CheckpointError, ConfigError
 from e3va_mm.registry import install
 from e3va_mm.utils.configs import class_name
+from e3va_mm.utils.swapping import swapped
 from e3va_mm.utils.tuned import side_path_backbones
 
 INFERENCERS = dict(
@@ -45,6 +47,7 @@ class Task:
     Attributes:
         model (nn.Module): The model.
         backbone (TunedBackbone): Its backbone.
+        reads (bool): Whether it finds what a text says (Grounding DINO).
         steps (list[Callable]): Its test pipeline, from a path or a BGR
             image (H, W, 3) to a packed sample.
     """
@@ -74,6 +77,9 @@ class Task:
                 "use the framework's own inferencer."
             )
         self.backbone = backbones[0]
+        self.reads = hasattr(self.model, 'language_model')
+        self._load_from = config.get('load_from')
+        self._stock: dict[str, Tensor] | None = None
         steps = self._inferencer.pipeline.transforms
         if self.scope == 'mmpretrain':
             # Its inferencer reads images itself, in this way.
@@ -118,24 +124,68 @@ class Task:
         """Context in which names are those of the task's framework."""
         return DefaultScope.overwrite_default_scope(self.scope)
 
-    def to_batch(self, samples: Sequence[dict]) -> dict:
-        """Packed samples -> what the model predicts from, on its device."""
+    def to_batch(
+        self, samples: Sequence[dict], text: str | Sequence[str] | None = None
+    ) -> dict:
+        """Packed samples -> what the model predicts from, on its device.
+
+        Args:
+            samples: What :attr:`steps` gave for images.
+            text: What a model that reads finds: names, in a list or separated
+                by full stops. Defaults to the classes of its data set.
+        """
+        if self.reads:
+            names = text or self.model.dataset_meta['classes']
+            if isinstance(names, str):
+                names = [name.strip() for name in names.split('.')]
+                names = list(filter(None, names))
+            for sample in samples:
+                sample['data_samples'].set_metainfo(
+                    dict(text=names, custom_entities=True)
+                )
         stacks = self.scope == 'mmpretrain'
         batch = (default_collate if stacks else pseudo_collate)(samples)
         with self.in_scope():
             return self.model.data_preprocessor(batch, False)
 
+    @contextmanager
+    def untuned(self) -> Iterator[None]:
+        """The model gives what it gave before it was tuned, bit for bit.
+
+        Raises:
+            ConfigError: If the config has no ``load_from``, or that is not
+                what the model began with.
+        """
+        if self._stock is None:
+            self._stock = stock_values(
+                self.model, self.backbone, self._load_from
+            )
+        tuner = self.backbone.tuner
+        try:
+            tuner.enabled = False
+            with swapped(self.model, self._stock):
+                yield
+        finally:
+            tuner.enabled = True
+
     def predict(
-        self, batch: dict, outputs: tuple[Tensor, ...] | None = None
+        self,
+        batch: dict,
+        outputs: tuple[Tensor, ...] | None = None,
+        tuned: bool = True,
     ) -> list[BaseDataElement]:
         """What the model gives for a batch of :meth:`to_batch`.
 
-        ``outputs`` are what the backbone gives for it, if that is known.
+        Args:
+            batch: The batch.
+            outputs: What the backbone gives for it, if that is known.
+            tuned: False for what it gave before it was tuned.
         """
+        as_it_is = nullcontext() if tuned else self.untuned()
         given = nullcontext()
         if outputs is not None:
             given = self.backbone.given(batch['inputs'], outputs)
-        with torch.no_grad(), self.in_scope(), given:
+        with torch.no_grad(), self.in_scope(), given, as_it_is:
             return self.model(**batch, mode='predict')
 
     def prediction(self, result: BaseDataElement) -> dict | np.ndarray:

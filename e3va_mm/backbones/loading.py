@@ -155,7 +155,7 @@ class LoadsTrunk(TunedModule):
         finally:
             self._modules[self.child] = tuner
             self.init_cfg = None
-        self._add_norms(self.state_dict())
+        self.keep_norms(self.state_dict())
         self.storage.store(self.trunk)
 
     @contextmanager
@@ -238,7 +238,7 @@ class LoadsTrunk(TunedModule):
         fitted = self._fit_state(dict(found), prefix, own, record is not None)
         trunk = self.trunk_part(own)
         if record is None:
-            self._keep_norms(found, fitted, own)
+            self._note_norms(found, fitted, own)
         if record is None and self._stock_part(own).keys() & found.keys():
             self.storage.source = self._reading or CHECKPOINT
             # What a resume brings is what `init_cfg` has brought before.
@@ -258,7 +258,7 @@ class LoadsTrunk(TunedModule):
         state_dict.update({prefix + key: v for key, v in fitted.items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _keep_norms(
+    def _note_norms(
         self,
         found: Mapping[str, Tensor],
         fitted: Mapping[str, Tensor],
@@ -275,15 +275,19 @@ class LoadsTrunk(TunedModule):
             own (Mapping[str, Tensor]): What is there.
         """
         if not any(key.startswith(f'{self.child}.') for key in found):
-            self._add_norms(found)
+            self.keep_norms(found)
         elif any(
             not torch.equal(own[key].cpu().float(), fitted[key].cpu().float())
             for key in self.trunk_part(own)
         ):
             self.storage.norms = None
 
-    def _add_norms(self, state: Mapping[str, Tensor]) -> None:
-        """Keep the output norms that are in a stock state."""
+    def keep_norms(self, state: Mapping[str, Tensor]) -> None:
+        """Keep the output norms of a stock state, see ``tuner.enabled``.
+
+        Args:
+            state (Mapping[str, Tensor]): With the names of the stock backbone.
+        """
         names = self.norm_names()
         came = {name: state[name].clone() for name in names if name in state}
         self.storage.norms = {**(self.storage.norms or {}), **came}
@@ -393,7 +397,7 @@ class LoadsTrunk(TunedModule):
                         norms = self.storage.norms
                         self.load_state_dict(fitted)
                         self.storage.norms = norms
-                        self._add_norms(state)
+                        self.keep_norms(state)
                         self.storage.address = source
                         return
             except CheckpointError as error:

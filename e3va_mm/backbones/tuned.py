@@ -70,7 +70,7 @@ class TunedBackbone(LoadsTrunk):
                 self._add_norm_offsets()
             trains = [child for _, child in self.trainable_children()]
         mark_trainable(self, trains)
-        self._add_norms(self.state_dict())
+        self.keep_norms(self.state_dict())
         self.train()
 
     def _add_norm_offsets(self) -> None:

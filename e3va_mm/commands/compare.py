@@ -46,6 +46,7 @@ from e3va_mm.comparison import (
     method_config,
 )
 from e3va_mm.comparison.jobs import COCO
+from e3va_mm.comparison.records import AUTO
 from e3va_mm.comparison.report import COSTS, heading
 from e3va_mm.errors import ConfigError, E3VAError
 from e3va_mm.registry import install
@@ -55,8 +56,12 @@ from e3va_mm.weights import without_trunks
 
 # Time left is estimated from all trainings of a day, in seconds.
 DAY = 86400
-# An evaluator and the metric that it is known by.
-METRICS = {'CocoMetric': 'coco/bbox_mAP', 'IoUMetric': 'mIoU'}
+# Evaluators and the metric that each is known by.
+METRICS = {
+    'CocoMetric': 'coco/bbox_mAP',
+    'VOCMetric': 'pascal_voc/mAP',
+    'IoUMetric': 'mIoU',
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--lrs', type=float, nargs='+', default=lrs, help=rates)
     trim = 'two seeds for these methods, which are far off the others'
     add('--trim', default='', metavar='A,B', help=trim)
-    metric = 'what chooses; default: coco/bbox_mAP or mIoU, by the evaluator'
+    metric = 'what chooses, the greater the better; default: the first or '
+    metric += 'best known of the evaluator, such as coco/bbox_mAP or mIoU'
     add('--metric', help=metric)
     add('--jobs', type=int, default=1, help='trainings beside each other')
     folder = 'default: work_dirs/compare/ and the name of the config'
@@ -119,7 +125,7 @@ def compare(args: argparse.Namespace) -> None:
         print(write_table(records, args))
         split = 'validation' if args.val_only else 'test'
         for cost in COSTS:
-            figure = draw(records, records.settings['metric'], split, cost)
+            figure = draw(records, records.metric, split, cost)
             figure.savefig(args.work_dir / f'comparison_{cost}.png', dpi=150)
 
 
@@ -173,17 +179,19 @@ def _records(args: argparse.Namespace, config: Config) -> Records:
 
 
 def metric_of(config: Config) -> str:
-    """The metric that the config's evaluator is known by."""
+    """The metric that the config's evaluator is known by, else its first."""
     found = config.get('val_evaluator') or []
     evaluators = found if isinstance(found, Sequence) else [found]
     names = [class_name(evaluator) for evaluator in evaluators]
     for name, metric in METRICS.items():
         if name in names:
             return metric
-    raise ConfigError(
-        f'--metric should name a metric of {", ".join(names) or "the config"},'
-        ' as the log of an evaluation has it.'
-    )
+    if not names:
+        raise ConfigError(
+            'Expected `val_evaluator` in the config, whose metric chooses the '
+            'learning rate. Set it.'
+        )
+    return AUTO
 
 
 def _measure(
@@ -260,7 +268,7 @@ def _run(
 
 def write_table(records: Records, args: argparse.Namespace) -> str:
     """Write the table of what is known; its text."""
-    metric = records.settings['metric']
+    metric = records.metric
     split = 'validation' if args.val_only else 'test'
     metrics = COCO if metric in COCO else [metric]
     note = [

@@ -43,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add('--batch-size', type=int, default=1, help='images of one size at once')
     thr = 'boxes with a lower score are not drawn (default: 0.3)'
     add('--score-thr', type=float, default=0.3, help=thr)
+    untuned = 'give what the models gave before they were tuned'
+    add('--untuned', action='store_true', help=untuned)
+    text = 'names to find, such as "cat. dog.", for models that read'
+    add('--text', help=text)
     add('--no-draw', action='store_true', help='write predictions alone')
     add('--device', help='such as cpu or cuda:0')
     return exit_code(_infer, parser.parse_args(argv))
@@ -64,7 +68,7 @@ def _infer(args: argparse.Namespace) -> None:
     images = Images(args.inputs)
     infer = MultiTaskInferencer(tasks, args.device)
     out = ResultWriter(args.out, infer.tasks, not args.no_draw, args.score_thr)
-    found = infer.run(images, args.batch_size)
+    found = infer.run(images, args.batch_size, not args.untuned, args.text)
     console, count = Console(stderr=True), 0
     with out:
         for image, results in track(

@@ -15,7 +15,7 @@ from typing import IO
 from mmengine.config import Config
 
 from e3va_mm.comparison.methods import method_config, run_config
-from e3va_mm.comparison.records import Records, Run
+from e3va_mm.comparison.records import AUTO, Records, Run
 from e3va_mm.errors import ConfigError, E3VAError
 from e3va_mm.utils.configs import content_key
 
@@ -56,7 +56,6 @@ class Jobs:
         self.config, self.records = config, records
         self.work_dir, self.count = work_dir.resolve(), count
         self.lock, self.on_end = lock, on_end
-        self.metric = records.settings['metric']
         self.processes: set[subprocess.Popen] = set()
         self.failure: BaseException | None = None
         self.spent_before = records.cpu_seconds - _cpu_seconds()
@@ -139,10 +138,11 @@ class Jobs:
                 break
             # A kill between checkpoint and validation: once more, whole.
             shutil.rmtree(folder)
-        if self.metric not in (found or {}):
+        metric = self.records.metric
+        if not found or metric not in (*found, AUTO):
             names = ', '.join(found or ['nothing'])
             raise ConfigError(
-                f'Expected {self.metric} in the validation of {run.name}, '
+                f'Expected {metric} in the validation of {run.name}, '
                 f'but found {names}. Name one with --metric, or add '
                 '`LocalVisBackend` to `visualizer` of the config.'
             )
@@ -222,8 +222,9 @@ class Jobs:
             for key, value in record.items()
             if isinstance(value, (int, float)) and key not in TIMES
         }
-        if not found and self.metric.startswith('coco/'):
-            return dict.fromkeys({self.metric, *COCO}, 0.0)
+        metric = self.records.metric
+        if not found and metric.startswith('coco/'):
+            return dict.fromkeys({metric, *COCO}, 0.0)
         return found
 
 

@@ -9,6 +9,9 @@ from typing import NamedTuple
 from e3va_mm.measure.results import read_figures
 from e3va_mm.utils.files import write_whole
 
+# A metric that is not named: the first that a validation gives.
+AUTO = 'auto'
+
 
 class Run(NamedTuple):
     """One training."""
@@ -33,7 +36,7 @@ class Records:
     Args:
         folder (Path): Where ``comparison.json`` is, or will be.
         settings (Mapping): What figures depend on. ``metric`` names the one
-            that chooses.
+            that chooses, or is ``'auto'``: the first that a validation gives.
         methods (Sequence[str]): What to compare.
         lrs (Sequence[float]): The learning rates.
         seeds (Mapping[str, int]): How many seeds a method has.
@@ -70,6 +73,14 @@ class Records:
         self.measured = found.get('measured', {})
         self.cpu_seconds = found.get('cpu_seconds', 0.0)
 
+    @property
+    def metric(self) -> str:
+        """The metric that chooses; ``'auto'`` before any validation."""
+        if self.settings['metric'] != AUTO:
+            return self.settings['metric']
+        found = (row.get('validation', {}) for row in self.runs.values())
+        return next((name for figures in found for name in figures), AUTO)
+
     def write(self) -> None:
         """Write the file; it is whole at every moment."""
         content = dict(
@@ -91,7 +102,7 @@ class Records:
         row = self.runs.get(run.name, {})
         if row.get('diverged'):
             return math.nan
-        return row.get('validation', {}).get(self.settings['metric'])
+        return row.get('validation', {}).get(self.metric)
 
     def diverged(self, run: Run) -> bool:
         """Whether a run was trained to no figure."""

@@ -13,6 +13,7 @@ from e3va_mm.utils.sizes import MIB
 HEADINGS = {
     'coco/bbox_mAP': ('box AP', 100),
     'coco/segm_mAP': ('mask AP', 100),
+    'pascal_voc/mAP': ('mAP', 100),
     'mIoU': ('mIoU', 1),
 }
 COSTS = ('memory', 'time')

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from string import ascii_lowercase
 
 import torch
 from mmengine.config import Config
@@ -13,6 +14,8 @@ from e3va_mm.errors import ConfigError
 from e3va_mm.utils.configs import class_name
 
 Size = tuple[int, int]  # height, width
+# Classes for a model that reads their names.
+NAMES = tuple(ascii_lowercase)
 
 
 def image_size(config: Config) -> Size:
@@ -87,7 +90,8 @@ def generate_batch(
 
     Images are noise. Boxes and labels are random, and so are masks, semantic
     maps and edge maps, where the pipeline loads them. Classes are those that
-    all heads know. A tracker gets as many frames as its head takes.
+    all heads know; a model that reads their names gets letters. A tracker gets
+    as many frames as its head takes.
 
     Args:
         config (Config): Its pipeline names the annotations.
@@ -105,7 +109,9 @@ def generate_batch(
     origins = {cls.__module__.split('.')[0] for cls in type(model).__mro__}
     frames = getattr(getattr(model, 'track_head', None), 'num_frames', 0)
     shape = (3, *size)
-    common = (size, _num_classes(model), _annotations(config))
+    reads = hasattr(model, 'language_model')
+    classes = len(NAMES) if reads else _num_classes(model)
+    common = (size, classes, _annotations(config))
     if frames:
         shape = (frames, *shape)
         sample = partial(_video_sample, *common, objects, frames)
@@ -123,6 +129,9 @@ def generate_batch(
             f'{type(model).__module__}.{type(model).__name__}.'
         )
     samples = [sample() for _ in range(batch)]
+    if reads:
+        for each in samples:
+            each.set_metainfo(dict(text=NAMES, custom_entities=True))
     images = [
         torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(batch)
     ]

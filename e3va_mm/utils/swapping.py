@@ -28,5 +28,6 @@ def swapped(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        for held, name, value in before:
+        # A module may be there by several names.
+        for held, name, value in reversed(before):
             held[name] = value

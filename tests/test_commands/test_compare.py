@@ -347,16 +347,27 @@ def test_runs_of_other_settings_are_not_resumed(main, played, tmp_path, work):
         ([dict(type='mmdet.CocoMetric'), dict(type='A')], 'coco/bbox_mAP'),
         (dict(type='IoUMetric'), 'mIoU'),
         (dict(type=IoUMetric), 'mIoU'),
+        (dict(type='VOCMetric', metric='mAP'), 'pascal_voc/mAP'),
+        (dict(type='mine.Score'), 'auto'),
     ],
 )
 def test_the_metric_of_an_evaluator(evaluator, metric):
     assert command.metric_of(Config(dict(val_evaluator=evaluator))) == metric
 
 
-def test_an_unknown_evaluator_needs_a_metric():
-    config = Config(dict(val_evaluator=dict(type='VOCMetric')))
-    with pytest.raises(ConfigError, match='should name a metric of VOCMetric'):
-        command.metric_of(config)
+def test_a_config_without_an_evaluator():
+    with pytest.raises(ConfigError, match='Expected `val_evaluator`'):
+        command.metric_of(Config())
+
+
+def test_the_first_figure_of_an_unknown_evaluator_chooses(main, played, work):
+    played.metric = 'mine/score'
+    main(*ALL, '--metric', 'auto')
+    chosen = json.loads((work / 'comparison.json').read_text())
+    main(*ALL, '--metric', 'mine/score', '--work-dir', str(work / 'named'))
+    named = json.loads((work / 'named' / 'comparison.json').read_text())
+    assert chosen['runs'].keys() == named['runs'].keys()
+    assert 'mine/score' in (work / 'comparison.md').read_text()
 
 
 @pytest.mark.parametrize(

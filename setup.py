@@ -63,6 +63,10 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.10',
+    classifiers=[
+        f'Programming Language :: Python :: 3.{minor}'
+        for minor in range(10, 14)
+    ],
     packages=find_packages(include=['e3va_mm', 'e3va_mm.*']),
     package_data={'e3va_mm': ['assets/*']},
     entry_points={'console_scripts': ['e3va = e3va_mm.cli:main']},
@@ -73,6 +77,7 @@ setup(
         'onedl': requirements('mminstall'),
         'digits': requirements('digits'),
         'export': requirements('export'),
+        'grounding': requirements('grounding'),
         'mmpretrain': requirements('mmpretrain'),
         'tests': requirements('digits') + requirements('tests'),
     },

@@ -1,6 +1,6 @@
 # The environment of tools/quickstart.sh and tools/run_tests.sh; to be sourced.
 # Finished steps are remembered, so that a rerun resumes. It reads
-#   PYTHON      the interpreter to start from (3.10 to 3.12)
+#   PYTHON      the interpreter to start from (3.10 to 3.13)
 #   E3VA_VENV   the folder of the environment; default .venv
 #   E3VA_TORCH  the version of torch; default 2.13.0
 #   E3VA_CACHE  the folder of compiled operators; default ~/.cache/e3va_mm
@@ -61,7 +61,7 @@ lock() {
 
 supported() {
     "$1" -c 'import ensurepip, sys, venv
-sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
+sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
 make_venv() {
@@ -70,11 +70,11 @@ make_venv() {
     [ ! -e "$venv" ] || [ -d "$stamps" ] || fail \
         "$venv exists and was not made here." \
         'Move it away, or set E3VA_VENV to another folder.'
-    for base in ${PYTHON:-python3.11 python3.12 python3.10 python3}; do
+    for base in ${PYTHON:-python3.11 python3.12 python3.13 python3.10 python3}; do
         ! supported "$base" || break
     done
     supported "$base" || fail \
-        "No Python 3.10 to 3.12 with venv and ensurepip: ${PYTHON:-on the PATH}." \
+        "No Python 3.10 to 3.13 with venv and ensurepip: ${PYTHON:-on the PATH}." \
         'Debian and Ubuntu: apt-get install python3 python3-venv python3-dev' \
         'Or name one: PYTHON=/path/to/python3.11 before the command.'
     rm -rf -- "$venv"

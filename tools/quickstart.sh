@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a bare machine (Python 3.10 to 3.12, a C++ compiler) to a detector that
+# From a bare machine (Python 3.10 to 3.13, a C++ compiler) to a detector that
 # is trained, evaluated, measured and drawn. If interrupted, rerun the command
 # to resume. tools/environment.sh lists the variables that it reads.
 set -euo pipefail

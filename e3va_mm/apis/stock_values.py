@@ -67,11 +67,13 @@ def stock_values(
             '`load_from` to the checkpoint of the training.'
         )
     backbone.keep_norms(part_of(state, prefix))
+    # A copy: in the file's memory tensors lie at any address, and products
+    # of such are summed in another order.
     trains = dict(model.named_parameters(remove_duplicate=False))
     return {
         name: nn.Parameter(came) if name in trains else came
         for name, value in rest.items()
-        if not _equal(came := state[name].to(value.device), value)
+        if not _equal(came := state[name].to(value.device).clone(), value)
     }
 
 

@@ -5,11 +5,14 @@
     e3va adapter merge CONFIG FILE OUT
     e3va adapter strip FILE OUT
     e3va adapter task FILE NAME CONFIG OUT
+    e3va adapter push FILE ORG/NAME [--metrics JSON] [--private]
+    e3va adapter pull ORG/NAME OUT
 
 OUT of merge is a .pth file, else a .safetensors file. merge writes a full
 checkpoint under the stock names, with the side path's keys beside. A stock
 model loads it too, and has then the trained norms, neck and heads, but no side
-path: what it gives is not what was trained.
+path: what it gives is not what was trained. push and pull share a file on the
+hub of Hugging Face, with its config and a model card.
 """
 
 import argparse
@@ -26,6 +29,7 @@ from mmengine.runner import load_checkpoint
 from rich.console import Console
 from rich.table import Table
 
+from e3va_mm.apis.sharing import push
 from e3va_mm.commands import launching
 from e3va_mm.errors import CheckpointError, ConfigError
 from e3va_mm.utils.files import MIB, write_whole
@@ -35,6 +39,7 @@ from e3va_mm.weights import (
     read_adapter,
     trunk_records,
 )
+from e3va_mm.weights.hub import ADAPTER, fetch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add(_strip, "drop neck and heads, keep the backbone's part", 'file', 'out')
     text = 'the part of one of several tasks that trained together'
     task = add(_task, text, 'file', 'name', 'config', 'out')
+    text = 'upload to the hub of Hugging Face, with a model card'
+    push = add(_push, text, 'file')
+    push.add_argument('repository', metavar='ORG/NAME')
+    text = 'figures for the card: a JSON file by metric, as e3va test writes'
+    push.add_argument('--metrics', type=Path, help=text)
+    text = 'make a new repository private'
+    push.add_argument('--private', action='store_true', help=text)
+    pull = add(_pull, 'download from the hub of Hugging Face')
+    pull.add_argument('repository', metavar='ORG/NAME[@REVISION]')
+    pull.add_argument('out', type=Path)
     for command in (extract, merge, task):
         command.add_argument('--cfg-options', nargs='+', action=DictAction)
     return launching.exit_code(_run, parser.parse_args(argv))
@@ -134,6 +149,27 @@ def _task(args: argparse.Namespace) -> None:
     adapter = read_adapter(args.file).of_task(name, args.config.pretty_text)
     size = adapter.write(args.out)
     print(f'{args.out}: {size / MIB:,.1f} MiB, the task {name!r}')
+
+
+def _push(args: argparse.Namespace) -> None:
+    metrics = {}
+    if args.metrics:
+        try:
+            metrics = json.loads(args.metrics.read_text())
+            metrics = {key: float(value) for key, value in metrics.items()}
+        except (AttributeError, OSError, TypeError, ValueError) as error:
+            raise ConfigError(
+                '--metrics should be a JSON file of numbers by metric, as '
+                f'`e3va test` writes, but {args.metrics} is not: {error}.'
+            ) from error
+    print(push(args.file, args.repository, metrics, args.private))
+
+
+def _pull(args: argparse.Namespace) -> None:
+    path = fetch(f'hf://{args.repository}/{ADAPTER}')
+    read_adapter(path)  # whole, and of a version that is known
+    write_whole(args.out, path.read_bytes())
+    print(f'{args.out}: {args.out.stat().st_size / MIB:,.1f} MiB')
 
 
 def _inspect(args: argparse.Namespace) -> None:

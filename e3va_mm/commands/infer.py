@@ -5,13 +5,15 @@ r"""Run one or many tasks on images and videos, on one pass of their trunk.
         --task parts=configs/upernet.py:parts.safetensors
 
 Each task is a detector, a segmentor or a classifier with a side path, given by
-its config and an adapter file or checkpoint. For each image OUT/TASK/preds
+its config and an adapter file or checkpoint, or by an adapter file alone, also
+one that is shared (`--adapter hf://ORG/NAME`). For each image OUT/TASK/preds
 gets a file (JSON; of a segmentor a PNG of classes), OUT/TASK/vis a drawing.
 """
 
 import argparse
 import re
 from collections.abc import Sequence
+from pathlib import Path, PurePath
 
 from mmengine.logging import MMLogger
 from rich.console import Console
@@ -20,8 +22,10 @@ from rich.progress import track
 from e3va_mm.apis import MultiTaskInferencer
 from e3va_mm.apis.images import Images
 from e3va_mm.apis.result_writer import ResultWriter
+from e3va_mm.apis.sharing import config_of
 from e3va_mm.commands.launching import exit_code
 from e3va_mm.errors import ConfigError
+from e3va_mm.weights.hub import fetch
 
 # A file may be a URL, with a colon of its own.
 TASK = re.compile(r'([^=]+)=(.+?\.py):(.+)')
@@ -38,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     inputs = 'an image, a URL of one, a folder or a video'
     add('inputs', nargs='+', metavar='INPUT', help=inputs)
     task = dict(metavar='NAME=CONFIG:FILE', help='once for each task')
-    add('--task', action='append', required=True, **task)
+    add('--task', action='append', default=[], **task)
+    text = 'the same by an adapter file alone, whose config is in it'
+    adapter = dict(metavar='[NAME=]FILE', help=text)
+    add('--adapter', action='append', default=[], **adapter)
     add('--out', required=True, help='a folder')
     add('--batch-size', type=int, default=1, help='images of one size at once')
     thr = 'boxes with a lower score are not drawn (default: 0.3)'
@@ -50,6 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add('--no-draw', action='store_true', help='write predictions alone')
     add('--device', help='such as cpu or cuda:0')
     return exit_code(_infer, parser.parse_args(argv))
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Name and file of ``[NAME=]FILE``; its own name by default."""
+    name, equals, file = text.partition('=')
+    return (name, file) if equals else (PurePath(text).stem, text)
 
 
 def _infer(args: argparse.Namespace) -> None:
@@ -65,6 +78,17 @@ def _infer(args: argparse.Namespace) -> None:
                 f'{text}.'
             )
         tasks[parts[1]] = parts[2], parts[3]
+    for text in args.adapter:
+        name, file = _named(text)
+        path = fetch(file) if file.startswith('hf://') else Path(file)
+        if name in tasks:
+            raise ConfigError(
+                f'Two tasks are named {name!r}. Name them: --adapter '
+                f'NAME={file}'
+            )
+        tasks[name] = config_of(path), str(path)
+    if not tasks:
+        raise ConfigError('Expected at least one --task or --adapter.')
     images = Images(args.inputs)
     infer = MultiTaskInferencer(tasks, args.device)
     out = ResultWriter(args.out, infer.tasks, not args.no_draw, args.score_thr)

@@ -8,8 +8,10 @@ from typing import Any
 from e3va_mm.errors import CheckpointError
 from e3va_mm.weights.file_formats import read_file
 
-# What a model's weights are called there, in the order of preference.
-_NAMES = ('model.safetensors', 'pytorch_model.bin')
+# What an adapter file of ours, and a model's weights, are called there, in
+# the order of preference.
+ADAPTER = 'adapter.safetensors'
+_NAMES = (ADAPTER, 'model.safetensors', 'pytorch_model.bin')
 _INDEX = '.index.json'
 _ADDRESS = re.compile(r'hf://([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?')
 
@@ -35,8 +37,8 @@ def read_folder(folder: Path, map_location: Any) -> dict:
                 state |= content.get('state_dict', content)
             return dict(state_dict=state)
     raise CheckpointError(
-        f'{folder} is a folder without weights: expected {_NAMES[0]}, '
-        f'{_NAMES[1]} or the index of one in it. Give the path of the file '
+        f'{folder} is a folder without weights: expected {_NAMES[1]}, '
+        f'{_NAMES[2]} or the index of one in it. Give the path of the file '
         'itself.'
     )
 

@@ -116,9 +116,9 @@ touch {tmp_path}/begun; sleep 5; touch {tmp_path}/never
 
 @pytest.mark.parametrize(
     'version, status',
-    [((3, 9), 1), ((3, 10), 0), ((3, 12), 0), ((3, 13), 1), ((4, 0), 1)],
+    [((3, 9), 1), ((3, 10), 0), ((3, 13), 0), ((3, 14), 1), ((4, 0), 1)],
 )
-def test_pythons_3_10_to_3_12_are_supported(tmp_path, version, status):
+def test_pythons_3_10_to_3_13_are_supported(tmp_path, version, status):
     pretend = f'import sys; sys.version_info = {version}\n'
     python = executable(
         tmp_path / 'python', f'exec {sys.executable} -c "{pretend}$2"'
@@ -134,7 +134,7 @@ def test_the_first_python_that_is_supported_is_taken(tmp_path):
     executable(tmp_path / 'bin' / 'python3.12', 'exit 1')
     status, _, error = bash(tmp_path, code, PATH=path, PYTHON='')
     assert status == 1
-    assert 'No Python 3.10 to 3.12' in error
+    assert 'No Python 3.10 to 3.13' in error
     assert 'apt-get install python3 python3-venv' in error
     executable(tmp_path / 'bin' / 'python3.12', '')
     status, out, _ = bash(tmp_path, code, PATH=path, PYTHON='')

@@ -30,6 +30,7 @@ from e3va_mm.measure import TrainingStep
 from e3va_mm.weights import read_checkpoint
 from tests.test_configs import shrunk
 from tests.test_engine.test_hooks.tiny import make_coco
+from tests.tiny_bert import tiny_bert
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
@@ -204,6 +205,8 @@ def test_a_config_trains_a_step(text, folder, monkeypatch):
     config = Config.fromfile(path)
     if 'nano' not in text:
         config = shrunk(config)
+    if 'language_model' in config.model:
+        config.model.language_model.name = tiny_bert(folder)
     step = TrainingStep(config, 'as-is', size=(64, 64), batch=2, objects=3)
     assert isinstance(step.model.backbone, TunedBackbone)
     step.run()

@@ -25,7 +25,7 @@ from e3va_mm.apis.result_writer import ResultWriter
 from e3va_mm.apis.sharing import config_of
 from e3va_mm.commands.launching import exit_code
 from e3va_mm.errors import ConfigError
-from e3va_mm.weights.hub import fetch
+from e3va_mm.weights.hub import ADAPTER, fetch
 
 # A file may be a URL, with a colon of its own.
 TASK = re.compile(r'([^=]+)=(.+?\.py):(.+)')
@@ -80,7 +80,10 @@ def _infer(args: argparse.Namespace) -> None:
         tasks[parts[1]] = parts[2], parts[3]
     for text in args.adapter:
         name, file = _named(text)
-        path = fetch(file) if file.startswith('hf://') else Path(file)
+        path = Path(file)
+        if file.startswith('hf://'):
+            whole = file.count('/') == 3  # hf://ORG/NAME
+            path = fetch(f'{file}/{ADAPTER}' if whole else file)
         if name in tasks:
             raise ConfigError(
                 f'Two tasks are named {name!r}. Name them: --adapter '

@@ -64,6 +64,24 @@ def test_all_stock_configs_without_a_language_model(
         assert benchmark.label(path).startswith(f'{framework}::')
 
 
+def test_those_with_a_language_model(benchmark, tmp_path):
+    found = Counter()
+    steps = set()
+    for path in benchmark.stock_configs('mmdet', ['SwinTransformer'], True):
+        config = benchmark.parse(path)
+        found[benchmark.heading(config.model)] += 1
+        steps.add(benchmark.trains_by(config))
+    assert found == dict(GroundingDINO=54, GLIP=21)
+    assert len(steps) < 36  # the others differ in data and tests alone
+    pytest.importorskip('transformers')
+    from transformers import AutoTokenizer, BertConfig
+
+    folder = benchmark.stand_in(str(tmp_path))
+    assert BertConfig.from_pretrained(folder).hidden_size == 768
+    tokens = AutoTokenizer.from_pretrained(folder).tokenize('a. b. z.')
+    assert tokens == ['a', '.', 'b', '.', 'z', '.']
+
+
 @pytest.mark.parametrize(
     'framework, counts',
     [

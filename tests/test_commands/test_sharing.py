@@ -12,7 +12,7 @@ from mmengine.config import Config
 from e3va_mm.commands import adapter, infer
 from e3va_mm.errors import ConfigError
 from e3va_mm.utils.configs import literal_config
-from e3va_mm.weights import read_adapter
+from e3va_mm.weights import read_adapter, read_checkpoint
 
 hub = pytest.importorskip('huggingface_hub')
 constants = pytest.importorskip('huggingface_hub.constants')
@@ -43,7 +43,7 @@ class Hub(BaseHTTPRequestHandler):
                 if row['key'] == 'file':
                     content = base64.b64decode(row['value']['content'])
                     self.server.files[row['value']['path']] = content
-            url = f'{self.server.url}/commit/{COMMIT}'
+            url = f'{self.server.url}/org/name/commit/{COMMIT}'
             return self.reply(dict(commitUrl=url, commitOid=COMMIT))
         return self.reply(dict(errors=[], warnings=[]))  # of the card
 
@@ -56,6 +56,13 @@ class Hub(BaseHTTPRequestHandler):
             etag = hashlib.sha1(found).hexdigest()
             return self.reply(
                 found, 200, {'ETag': f'"{etag}"', 'X-Repo-Commit': COMMIT}
+            )
+        if '/tree/' in self.path:
+            return self.reply(
+                [
+                    dict(type='file', path=name, size=len(each), oid=COMMIT)
+                    for name, each in self.server.files.items()
+                ]
             )
         siblings = [dict(rfilename=name) for name in self.server.files]
         return self.reply(dict(id='org/name', sha=COMMIT, siblings=siblings))
@@ -129,6 +136,10 @@ def test_push_pull_and_infer(detector, server, tmp_path, capsys):
     assert adapter.main(['pull', 'org/name', str(out)]) == 0
     with open(detector.adapter, 'rb') as file:
         assert out.read_bytes() == file.read()
+
+    # Wherever a checkpoint is.
+    shared = read_checkpoint('hf://org/name')['state_dict']
+    assert set(local.tensors) < set(shared)
 
     found = tmp_path / 'found'
     arguments = [detector.image, '--out', str(found), '--no-draw']

@@ -3,7 +3,8 @@
 Paper: https://arxiv.org/abs/2306.09729 (without rows of this detector).
 Run: python tools/train.py configs/mm_grounding_dino_e3va_swin_l_odvg.py
 Test: python tools/test.py configs/mm_grounding_dino_e3va_swin_l_odvg.py CHECKPOINT
-Differs from mm_grounding_dino_e3va_swin_t_odvg.py in the size.
+Differs from mm_grounding_dino_e3va_swin_t_odvg.py in the size; images go
+through the trunk without autocast, unlike in the stock config.
 Trains 1,792,512 parameters in the backbone (0.92 %), plus everything behind
 it, at a learning rate of 2e-4. The rest of the backbone is frozen, and so is
 the text encoder. Needs the extra `grounding`.
@@ -15,7 +16,6 @@ _base_ = [
     './_base_/mm_grounding_dino_l.py',
 ]
 model = dict(
-    use_autocast=True,
     num_feature_levels=_base_.levels,
     backbone=dict(_delete_=True, **_base_.trunk),
     neck=dict(in_channels=_base_.widths, num_outs=_base_.levels),

@@ -179,6 +179,8 @@ def test_off_it_finds_what_the_stock_model_finds(tuned, folder, stock):
             assert torch.equal(other[key], theirs[key])
             assert torch.equal(one[key], two[key])
         assert not torch.equal(one.scores, other.scores)
+    if config.stem == 'odvg':  # phrases are no classes
+        return
     # Without words it looks for the classes that it was tuned on.
     names = {
         name for each in find() for name in each.pred_instances.label_names

@@ -144,7 +144,7 @@ def test_push_pull_and_infer(detector, server, tmp_path, capsys):
     found = tmp_path / 'found'
     arguments = [detector.image, '--out', str(found), '--no-draw']
     assert infer.main([*arguments, '--adapter', 'hf://org/name']) == 0
-    (written,) = (found / 'adapter' / 'preds').iterdir()
+    (written,) = (found / 'name' / 'preds').iterdir()
     assert json.loads(written.read_text())['scores']
 
 

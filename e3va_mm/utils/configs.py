@@ -60,9 +60,11 @@ def literal_config(text: str, name: str) -> Config:
 def _value(node: ast.expr) -> object:
     """The value of an expression of literals and ``dict(name=...)``."""
     if isinstance(node, ast.Call):
-        if ast.unparse(node.func) != 'dict' or node.args:
+        literal = all(isinstance(each, ast.Dict) for each in node.args)
+        if ast.unparse(node.func) != 'dict' or not literal:
             raise ValueError(f'line {node.lineno}: {ast.unparse(node)[:60]}')
-        return {each.arg: _value(each.value) for each in node.keywords}
+        named = {each.arg: _value(each.value) for each in node.keywords}
+        return dict(*map(_value, node.args), **named)
     if isinstance(node, ast.Dict):
         pairs = zip(node.keys, node.values, strict=True)
         return {ast.literal_eval(key): _value(each) for key, each in pairs}

@@ -55,7 +55,9 @@ class CheckedSamples:
             raise
         except Exception as error:
             files = self._files(index)
-            for path in files.values():
+            for key, path in files.items():
+                if key == 'xml_path':
+                    continue
                 # Of one pixel a side transforms make a list.
                 fault = decoding_fault(path, least=2)
                 if fault:

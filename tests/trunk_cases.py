@@ -198,6 +198,7 @@ OTHERS = {
         norm_cfg=dict(type='BN'),
     ),
     'timm convnext': timm('convnext_atto', out_indices=(0, 1, 2, 3)),
+    'timm poolformer': timm('poolformer_s12'),
     'timm swin': timm(
         'swin_tiny_patch4_window7_224',
         img_size=64,

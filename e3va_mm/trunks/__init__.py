@@ -8,15 +8,18 @@ from e3va_mm.trunks.stages import (
     StageEnd,
     StageSpec,
 )
+from e3va_mm.trunks.timm_vit import DINOv3ViT, TimmViT
 from e3va_mm.trunks.trunk import Trunk
 
 __all__ = [
     'Band',
+    'DINOv3ViT',
     'Downsampling',
     'Layout',
     'Size',
     'StageEnd',
     'StageSpec',
+    'TimmViT',
     'Trunk',
     'TrunkOptions',
     'build_trunk',

@@ -143,6 +143,12 @@ FAMILIES: Mapping[str, Layout] = {
         downsampling=('timm_model.stages_{next}.downsample',),
         embedding=('timm_model.stem_0', 'timm_model.stem_1'),
     ),
+    'timm.poolformer': Layout(
+        blocks='timm_model.stages_{stage}.blocks.{block}',
+        taps=dict(mixer='layer_scale1', ffn='layer_scale2'),
+        downsampling=('timm_model.stages_{next}.downsample',),
+        embedding=('timm_model.stem',),
+    ),
     'timm.swin': Layout(
         blocks='timm_model.layers_{stage}.blocks.{block}',
         taps=dict(attn='drop_path1', ffn='drop_path2'),

@@ -75,6 +75,21 @@ def grid(tokens, image, extra):
     return tokens[:, extra:].transpose(1, 2).unflatten(2, size)
 
 
+def naflex(model, image):
+    """SigLIP 2 for images of any size takes patches, not images."""
+    rows, columns = (side // 4 for side in image.shape[-2:])
+    patches = image.unflatten(3, (columns, 4)).unflatten(2, (rows, 4))
+    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    found = model(
+        pixel_values=patches,
+        pixel_attention_mask=torch.ones(patches.shape[:2]),
+        spatial_shapes=torch.tensor([[rows, columns]] * len(image)),
+        output_hidden_states=True,
+    )
+    tokens = [found.hidden_states[2], found.last_hidden_state]
+    return [grid(each, image, 0) for each in tokens]
+
+
 def norm_of(value, eps):
     return F.layer_norm(value, value.shape[-1:], eps=eps)
 
@@ -165,6 +180,9 @@ CASES = {
     ),
     'siglip': Case(
         'SiglipVisionModel', PLAIN, plain(0, interpolate_pos_encoding=True)
+    ),
+    'siglip 2, any size': Case(
+        'Siglip2VisionModel', dict(PLAIN, num_patches=64), naflex, (SQUARE,)
     ),
     'siglip, normed': Case(
         'SiglipVisionModel',

@@ -109,6 +109,13 @@ OURS = [
             layer_cfgs=dict(act_cfg=dict(type='GELU', approximate='tanh')),
         ),
     ),
+    (
+        'siglip 2, any size',
+        vit(
+            with_cls_token=False,
+            layer_cfgs=dict(act_cfg=dict(type='GELU', approximate='tanh')),
+        ),
+    ),
     ('beit', vit('mmpretrain.BEiTViT', final_norm=False, **eps(1e-12))),
     ('beit', vit('mmseg.BEiT', final_norm=False, **eps(1e-12))),
     (

@@ -109,8 +109,9 @@ def generate_batch(
     origins = {cls.__module__.split('.')[0] for cls in type(model).__mro__}
     frames = getattr(getattr(model, 'track_head', None), 'num_frames', 0)
     shape = (3, *size)
-    reads = hasattr(model, 'language_model')
-    classes = len(NAMES) if reads else _num_classes(model)
+    reads, classes = hasattr(model, 'language_model'), _num_classes(model)
+    if reads:
+        classes = min(classes, len(NAMES))
     common = (size, classes, _annotations(config))
     if frames:
         shape = (frames, *shape)
@@ -131,7 +132,7 @@ def generate_batch(
     samples = [sample() for _ in range(batch)]
     if reads:
         for each in samples:
-            each.set_metainfo(dict(text=NAMES, custom_entities=True))
+            each.set_metainfo(dict(text=NAMES[:classes], custom_entities=True))
     images = [
         torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(batch)
     ]

@@ -28,10 +28,11 @@ def rotation(rope: nn.Module, size: Size) -> tuple[Tensor, Tensor]:
     native = tuple(rope.patch_resolution)
     if tuple(size) == native:
         return buffers
-    if getattr(rope, MARK, False):
-        found = official(rope.half_dim, size)
-    else:
-        found = _by_the_class(rope, size)
+    with buffers[0].device:  # where factories make tensors
+        if getattr(rope, MARK, False):
+            found = official(rope.half_dim, size)
+        else:
+            found = _by_the_class(rope, size)
     return tuple(part.to(buffers[0]) for part in found)
 
 

@@ -18,6 +18,7 @@ from e3va_mm.trunks.files import TrunkFiles
 from e3va_mm.trunks.kernels import kernel_of
 from e3va_mm.trunks.kernels.layers import FeedForward, FullPrecision, install
 from e3va_mm.trunks.kernels.window_attention import PatchMerging
+from e3va_mm.trunks.kernels.windows import windows_of_a_pass
 from e3va_mm.trunks.layout import Layout, find, length_of
 from e3va_mm.trunks.options import TrunkOptions
 from e3va_mm.trunks.stages import (
@@ -245,6 +246,7 @@ class Trunk(TrunkFiles):
             self._without_outputs(),
             self._hooked(image, last, taps, on_tap, on_end),
             autocast_to(image, inner),
+            windows_of_a_pass(image.device),
         ):
             try:
                 self.stock_class.forward(self.stock, image)

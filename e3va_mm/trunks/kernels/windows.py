@@ -1,6 +1,8 @@
 """Which tokens and masks the windows of a map have, by its size alone."""
 
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from e3va_mm.numerics.products import is_traced
+from e3va_mm.numerics.temporaries import runs_as_on_gpu
 
 
 class Windows(NamedTuple):
@@ -97,6 +100,17 @@ def _window_order(
 _kept_order = lru_cache(maxsize=64)(_window_order)
 
 
+@contextmanager
+def windows_of_a_pass(device: torch.device) -> Iterator[None]:
+    """Inside, windows are ordered once; a GPU keeps the order for later."""
+    try:
+        yield
+    finally:
+        if not runs_as_on_gpu(device):
+            _kept_order.cache_clear()
+
+
+@cache
 def shift_masks(window: int, shift: int) -> np.ndarray:
     """What a shift adds before the softmax, by kind of window.
 
@@ -117,6 +131,7 @@ def shift_masks(window: int, shift: int) -> np.ndarray:
     return _aligned(np.where(apart, np.float32(-100), np.float32(0)))
 
 
+@cache
 def relative_positions(window: int) -> np.ndarray:
     """(N, N'), the row of the table of position biases for two tokens."""
     down, across = np.divmod(np.arange(window**2, dtype=np.int32), window)

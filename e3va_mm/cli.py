@@ -11,6 +11,7 @@ COMMANDS = dict(
     train='train a detector, segmentor or classifier by its config',
     test='evaluate a checkpoint or an adapter file',
     measure='measure memory and time of a training step',
+    sweep='train many runs of one config on one pass of the trunk',
     compare='train and compare several methods on the same data',
     infer='run one or many tasks on images and videos, on one trunk',
     adapter='make, inspect and merge adapter files',

@@ -25,3 +25,7 @@ class DataError(E3VAError, ValueError):
 
 class TrainingError(E3VAError, RuntimeError):
     """A run that has gone wrong and is ended before it costs more."""
+
+
+class DivergedError(TrainingError):
+    """A run whose loss, or a weight of it, is not finite."""

@@ -28,6 +28,7 @@ FLOORS = (
     ('measure',),
     ('apis',),
     ('export',),
+    ('sweep',),
     ('comparison',),
     ('datasets',),
     ('doctor',),

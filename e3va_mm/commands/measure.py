@@ -51,11 +51,15 @@ from e3va_mm.measure.report import (
     modules_table,
 )
 from e3va_mm.measure.results import Results, Rows, groups
+from e3va_mm.sweep import SharedStep
 from e3va_mm.utils.configs import content_key
 from e3va_mm.utils.sizes import GIB
 
 # What a figure depends on, beside the config and the machine.
-SETTINGS = ('size', 'batch', 'device', 'amp', 'threads', 'warmup', 'steps')
+SETTINGS = (
+    *('size', 'batch', 'device', 'amp', 'threads', 'warmup', 'steps'),
+    'runs',
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     add('--size', type=int, nargs=2, metavar=('H', 'W'), help=size)
     batch = "images per step, or auto: the most that --fits' cards hold"
     add('--batch', type=_batch, help=f"{batch}; default: the config's")
+            memory,
+            updated_at_once(config, parameters),
+            averaged_bytes(config, memory, parameters),
+        )
+        if row['variant'] == 'as-is' and needed[label] > min(cards) * GIB:
     add('--steps', type=int, default=5, help='timed steps')
     add('--warmup', type=int, default=2, help='untimed steps')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -147,7 +156,9 @@ def _check(args: argparse.Namespace) -> None:
             f'--device should be cpu or a CUDA device of this machine, but '
             f'got {args.device}.'
         )
-    for name, least in dict(steps=1, warmup=0, batch=1, threads=1).items():
+    for name, least in dict(
+        steps=1, warmup=0, batch=1, threads=1, runs=1
+    ).items():
         value = getattr(args, name)
         if value not in (None, 'auto') and value < least:
             raise ConfigError(
@@ -159,9 +170,14 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             '--fits and --modules need memory, which --time-only leaves out.'
         )
+    if args.modules and args.runs:
+        raise ConfigError('--modules is for one run: leave out --runs.')
     _cards(args.fits)
     named_cards(args.gpu)
-    others = ('compare', 'time_only', 'modules', 'gpu', 'json', 'plot')
+    others = (
+        *('compare', 'time_only', 'modules', 'gpu', 'json', 'plot'),
+        'runs',
+    )
     given = [key for key in others if getattr(args, key)]
     if args.batch == 'auto' and (given or not args.fits):
         raise ConfigError(
@@ -222,7 +238,10 @@ def planned(configs: Sequence[str], compare: str) -> dict[str, dict]:
 
 def _step(row: dict, args: argparse.Namespace) -> tuple[TrainingStep, dict]:
     """The step of a row, and what is known of it before it runs."""
-    step = TrainingStep(
+    kind = TrainingStep
+    if args.runs:
+        kind = partial(SharedStep, runs=args.runs)
+    step = kind(
         _load(row['config'], args),
         row['variant'],
         tuple(args.size) if args.size else None,
@@ -345,6 +364,8 @@ def _report(results: Results, args: argparse.Namespace) -> None:
     rows = results.rows
     names = ', '.join(dict.fromkeys(Path(p).name for p in args.configs))
     title = f'{names}: one training step'
+    if args.runs:
+        title += f' of {args.runs} runs together'
     out = Console()
     if not out.is_terminal:  # let no column wrap in a file
         out = Console(width=200)
@@ -387,10 +408,15 @@ def _report_fits(rows: Rows, args: argparse.Namespace, out: Console) -> None:
         memory, parameters = row['memory_bytes'], row['parameters']
         needed[label] = needed_bytes(
             memory,
-            updated_at_once(config, parameters),
+            # The runs of a sweep update one after the other.
+            updated_at_once(config, parameters) // (args.runs or 1),
             averaged_bytes(config, memory, parameters),
         )
-        if row['variant'] == 'as-is' and needed[label] > min(cards) * GIB:
+        if (
+            row['variant'] == 'as-is'
+            and not args.runs
+            and needed[label] > min(cards) * GIB
+        ):
             texts.append(advice(label, changes(config, memory, parameters)))
     out.print(fits_table(needed, cards))
     print(f'needs: {margin_text(memory)}')

@@ -16,7 +16,7 @@ from e3va_mm.engine.hooks.adapter_checkpoint_hook import (
     AdapterCheckpointHook,
 )
 from e3va_mm.engine.runner_optimizers import optimizers_of
-from e3va_mm.errors import TrainingError
+from e3va_mm.errors import DivergedError, TrainingError
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils.batches import images_of
 from e3va_mm.utils.listing import listed
@@ -198,7 +198,7 @@ class TrainingGuardHook(Hook):
         listing = ', '.join(f'{k} {v:.6g}' for k, v in terms.items())
         note = Path(runner.work_dir, 'last_checkpoint')
         last = note.read_text().strip() if note.is_file() else 'none'
-        raise TrainingError(
+        raise DivergedError(
             f'{_where(runner)}: {what} is not finite.\n'
             f'  Loss terms: {listing or "finite"}\n'
             f'  Images: {", ".join(images) or "the batch names none"}\n'

@@ -1,7 +1,6 @@
 """Train many runs of one config on one pass of the frozen trunk.
 
-    e3va sweep CONFIG --set optim_wrapper.optimizer.lr=2e-4,1e-3 \\
-        model.backbone.tuner.rank=8,16 --seeds 3
+    e3va sweep CONFIG --set optim_wrapper.optimizer.lr=2e-4,1e-3 --seeds 3
 
 All combinations train together: each image is loaded and goes through the
 trunk once, and each run has its side path, neck, heads, optimizer, schedule,

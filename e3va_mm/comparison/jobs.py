@@ -7,20 +7,28 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mmengine.config import Config
 
-from e3va_mm.comparison.methods import method_config, run_config
+from e3va_mm.comparison.methods import (
+    SIDE_PATHS,
+    method_config,
+    run_config,
+)
 from e3va_mm.comparison.records import AUTO, Records, Run
 from e3va_mm.errors import ConfigError, E3VAError
+from e3va_mm.sweep import check_together, scalars
 from e3va_mm.utils.configs import content_key
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG_LINES = 15
+# Trains the runs of several folders on one pass of the trunk.
+TOGETHER = ('e3va_mm.commands.train_folders',)
 COCO = ('coco/bbox_mAP', 'coco/segm_mAP')
 # In a record beside the figures of an evaluation.
 TIMES = ('step', 'time', 'data_time')
@@ -39,6 +47,8 @@ class Jobs:
         lock (IO): A file that is open as long as a job runs.
         on_end (Callable): Called with each run that has ended and its
             figures.
+
+    Side paths of one seed train in one process, on one pass of the trunk.
 
     Raises:
         ConfigError: If a method is another one than ``records`` knows.
@@ -78,7 +88,7 @@ class Jobs:
         """Train all that is left."""
         # The rates first: the other seeds follow from their figures.
         while runs := self.records.to_train():
-            self._run_all(self._train, runs)
+            self._run_all(self._train, self._groups(runs))
         for method in self.records.methods:
             chosen = self.records.chosen(method)
             for run in self.records.searches(method):
@@ -87,30 +97,53 @@ class Jobs:
 
     def test(self) -> None:
         """Test all that is left."""
-        self._run_all(self._test, self.records.to_test())
+        self._run_all(self._test, [[run] for run in self.records.to_test()])
 
-    def _run_all(self, work: Callable[[Run], dict], runs: Iterable[Run]):
+    def _groups(self, runs: Iterable[Run]) -> list[list[Run]]:
+        """Runs that train in one process: side paths with the same data."""
+        found: dict[Any, list[Run]] = defaultdict(list)
+        for run in runs:
+            shares = run.method in SIDE_PATHS
+            found[run.seed if shares else run].append(run)
+        groups = []
+        for group in found.values():
+            try:
+                configs = {run.name: self.config_of(run) for run in group}
+                check_together(configs)
+            except ConfigError:
+                groups += [[run] for run in group]
+            else:
+                groups.append(group)
+        return groups
+
+    def _run_all(
+        self,
+        work: Callable[..., list[dict]],
+        groups: Iterable[Sequence[Run]],
+    ) -> None:
         """Do some work for all runs, and record the figures."""
 
-        def attempt(run: Run) -> dict:
+        def attempt(runs: Sequence[Run]) -> list[dict]:
             # After a failure nothing begins, and what it ends tells of it.
             if self.failure is None:
                 try:
-                    return work(run)
+                    return work(*runs)
                 except BaseException as error:
                     self.failure = self.failure or error
             raise self.failure
 
         with ThreadPoolExecutor(self.count) as pool:
-            futures = {pool.submit(attempt, run): run for run in runs}
+            futures = {pool.submit(attempt, runs): runs for runs in groups}
             try:
                 for future in as_completed(futures):
-                    run, figures = futures[future], future.result()
                     self.records.cpu_seconds = (
                         self.spent_before + _cpu_seconds()
                     )
-                    self.records.update(run, **figures)
-                    self.on_end(run, figures)
+                    for run, figures in zip(
+                        futures[future], future.result(), strict=True
+                    ):
+                        self.records.update(run, **figures)
+                        self.on_end(run, figures)
             except BaseException as error:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.failure = self.failure or error
@@ -118,26 +151,57 @@ class Jobs:
                     process.terminate()
                 raise
 
-    def _train(self, run: Run) -> dict:
-        """Train a run, or resume it; its figures on validation."""
-        folder = self.work_dir / run.name
-        config = self.config_of(run)
-        key = content_key(config)
+    def _train(self, *runs: Run) -> list[dict]:
+        """Train or resume runs, in one process; their figures."""
+        left = list(runs)
+        diverged: set[Run] = set()
+        for _ in range(2):
+            for run in left:
+                self._prepare(run)
+            diverged |= self._train_once(left)
+            left = [
+                run
+                for run in left
+                if run not in diverged and self._validation(run) is None
+            ]
+            if not left:
+                break
+            # A kill between checkpoint and validation: once more, whole.
+            for run in left:
+                shutil.rmtree(self.work_dir / run.name)
+        return [self._trained(run, run in diverged) for run in runs]
+
+    def _prepare(self, run: Run) -> None:
+        """Write the config of a run into its folder."""
+        folder, config = self.work_dir / run.name, self.config_of(run)
         path = folder / 'config.py'
         if path.exists() and path.read_text() != config.pretty_text:
             shutil.rmtree(folder)  # of other settings
-        for _ in range(2):
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(config.pretty_text)
-            arguments = (path, '--work-dir', folder, '--resume')
-            log = self._execute(run, 'train', *arguments)
-            if log is None:
-                return dict(diverged=True, config=key)
-            found = self._validation(folder)
-            if found is not None:
-                break
-            # A kill between checkpoint and validation: once more, whole.
-            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(config.pretty_text)
+
+    def _train_once(self, runs: Sequence[Run]) -> set[Run]:
+        """Train runs from where they are; those that have diverged."""
+        first, *others = runs
+        folders = [self.work_dir / run.name for run in runs]
+        if others:
+            self._execute(first, 'train', folders, TOGETHER)
+            return {
+                run
+                for run, folder in zip(runs, folders, strict=True)
+                if (folder / 'diverged').exists()
+            }
+        path, *_ = folders
+        arguments = (path / 'config.py', '--work-dir', path, '--resume')
+        log = self._execute(first, 'train', arguments)
+        return set(runs) if log is None else set()
+
+    def _trained(self, run: Run, diverged: bool) -> dict:
+        """The figures of a run that has trained."""
+        key = content_key(self.config_of(run))
+        if diverged:
+            return dict(diverged=True, config=key)
+        found = self._validation(run)
         metric = self.records.metric
         if not found or metric not in (*found, AUTO):
             names = ', '.join(found or ['nothing'])
@@ -148,27 +212,41 @@ class Jobs:
             )
         return dict(validation=found, config=key)
 
-    def _test(self, run: Run) -> dict:
+    def _test(self, run: Run) -> list[dict]:
         """Test a run, trained again if its folder is gone; its figures."""
         folder = self.work_dir / run.name
         if not (folder / 'last_checkpoint').exists():
             self._train(run)
         # The file names a path of the day, and folders are moved.
         name = Path((folder / 'last_checkpoint').read_text().strip()).name
-        arguments = (folder / 'config.py', folder / name)
         out = folder / 'test'
-        self._execute(run, 'test', *arguments, '--work-dir', out)
+        arguments = (folder / 'config.py', folder / name, '--work-dir', out)
+        self._execute(run, 'test', arguments)
         path = sorted(out.glob('*/*.json'))[-1]
         found = json.loads(path.read_text().splitlines()[-1])
         self._drop_checkpoints(run)
-        return dict(test=self._figures(found))
+        return [dict(test=self._figures(found))]
 
     def _drop_checkpoints(self, run: Run) -> None:
         for path in (self.work_dir / run.name).glob('*.pth'):
             path.unlink()
 
-    def _execute(self, run: Run, command: str, *arguments) -> Path | None:
-        """Run a command to its end; its log, or None if it has diverged."""
+    def _execute(
+        self,
+        run: Run,
+        command: str,
+        arguments: Iterable[str | Path],
+        module: Sequence[str] = (),
+    ) -> Path | None:
+        """Run a command to its end; its log, or None if it has diverged.
+
+        Args:
+            run (Run): In whose folder the log is.
+            command (str): The name of the log, and of the command of
+                ``e3va`` without a module.
+            arguments (Iterable[str | Path]): Those of the command.
+            module (Sequence[str]): What Python runs instead.
+        """
         log = self.work_dir / run.name / f'{command}.log'
         cores = len(os.sched_getaffinity(0))
         threads = str(max(1, cores // self.count))
@@ -178,10 +256,10 @@ class Jobs:
             OMP_NUM_THREADS=threads,
             PYTHONPATH=os.pathsep.join(filter(None, paths)),
         )
-        line = [sys.executable, '-m', 'e3va_mm.cli', command]
+        what = module or ('e3va_mm.cli', command)
         with log.open('wb') as out:
             process = subprocess.Popen(
-                [*line, *map(str, arguments)],
+                [sys.executable, '-m', *what, *map(str, arguments)],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 pass_fds=[self.lock.fileno()],
@@ -202,18 +280,11 @@ class Jobs:
             f'{run.name} has failed ({code}):\n{lines}\nThe whole log: {log}'
         )
 
-    def _validation(self, folder: Path) -> dict[str, float] | None:
+    def _validation(self, run: Run) -> dict[str, float] | None:
         """The last figures on validation that a run has written."""
-        found = None
-        for path in sorted(folder.glob('*/vis_data/scalars.json')):
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:  # cut off by a kill
-                    continue
-                if 'loss' not in record:
-                    found = record
-        return found and self._figures(found)
+        records = scalars(self.work_dir / run.name)
+        found = [record for record in records if 'loss' not in record]
+        return self._figures(found[-1]) if found else None
 
     def _figures(self, record: dict) -> dict[str, float]:
         """Metrics of a record; CocoMetric has none if nothing is detected."""

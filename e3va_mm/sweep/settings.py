@@ -19,6 +19,7 @@ SAME = (
 REFUSED_HOOKS = {
     'ExactResumeHook': 'takes the data loader for its own',
     'MeasureHook': 'would measure the runs beside it',
+    'TrunkCacheHook': 'keeps what one run reads of the trunk',
 }
 
 

@@ -24,7 +24,8 @@ custom_hooks = [
     dict(type='e3va_mm.AdapterCheckpointHook', by_epoch=False, interval={n}),
     dict(type='e3va_mm.DatasetCheckHook')]
 default_hooks = dict(
-    logger=dict(type='LoggerHook', interval=1),
+    logger=dict(
+        type='LoggerHook', interval=1, log_metric_by_epoch=False),
     checkpoint=dict(
         type='e3va_mm.AtomicCheckpointHook', by_epoch=False, interval={n}))
 train_cfg = dict(
@@ -73,6 +74,7 @@ def runs(path, work, **options):
     found = {}
     for name, own in options.items():
         config = Config.fromfile(path)
+        config.randomness = dict(seed=0)
         config.merge_from_dict(own)
         config.work_dir = str(work / name)
         found[name] = config

@@ -82,11 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--size', type=int, nargs=2, metavar=('H', 'W'), help=size)
     batch = "images per step, or auto: the most that --fits' cards hold"
     add('--batch', type=_batch, help=f"{batch}; default: the config's")
-            memory,
-            updated_at_once(config, parameters),
-            averaged_bytes(config, memory, parameters),
-        )
-        if row['variant'] == 'as-is' and needed[label] > min(cards) * GIB:
+    runs = 'runs of an `e3va sweep` that share the step'
+    add('--runs', type=int, metavar='N', help=runs)
     add('--steps', type=int, default=5, help='timed steps')
     add('--warmup', type=int, default=2, help='untimed steps')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'

@@ -316,6 +316,32 @@ def test_a_validation_that_is_not_written_is_refused(main, played):
     assert trained[:2] == ['fixed/lr0.001-seed0'] * 2
 
 
+def test_side_paths_of_one_seed_train_in_one_process(main, monkeypatch, work):
+    started = []
+
+    def execute(self, run, command, folders, module):
+        started.append([str(f.relative_to(work.resolve())) for f in folders])
+        for folder in folders:
+            if folder.name == 'lr0.004-seed0':
+                (folder / 'diverged').touch()
+                continue
+            data = folder / '2026' / 'vis_data'
+            data.mkdir(parents=True)
+            (data / 'scalars.json').write_text('{"mIoU": 30.0, "step": 10}')
+        return folders[0]
+
+    monkeypatch.setattr(jobs.Jobs, '_execute', execute)
+    args = ('--methods', 'e3va,e3va-mix', '--seeds', '2', '--no-measure')
+    text = main(*args, '--val-only')
+    rates = [f'lr{lr}-seed0' for lr in (0.001, 0.002, 0.004)]
+    methods = ('e3va', 'e3va-mix')
+    assert started == [
+        [f'{method}/{rate}' for method in methods for rate in rates],
+        [f'{method}/lr0.001-seed1' for method in methods],
+    ]
+    assert '| e3va | 30.00 ± 0.00 (30.0, 30.0) | 0.001 |' in text
+
+
 def test_lost_runs_are_trained_again_for_their_test(main, played, work):
     main(*ALL, '--val-only')
     shutil.rmtree(work / 'lora')

@@ -26,6 +26,7 @@ from rich.progress import (
 
 from e3va_mm.commands import launching
 from e3va_mm.commands.compare import metric_of
+from e3va_mm.comparison.records import AUTO
 from e3va_mm.errors import ConfigError, E3VAError
 from e3va_mm.frameworks.memory import keep_freed_memory
 from e3va_mm.sweep import (
@@ -111,6 +112,11 @@ def _records(
     metric = args.metric
     if metric is None and config.get('val_dataloader'):
         metric = metric_of(config)
+        if metric == AUTO:
+            raise ConfigError(
+                '--metric should name the metric that ranks, as the log of an '
+                'evaluation has it.'
+            )
     content = copy.deepcopy(config)
     content.work_dir = None  # a folder may be moved
     settings = dict(

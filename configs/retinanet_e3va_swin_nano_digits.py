@@ -38,6 +38,16 @@ model = dict(
     test_cfg=dict(max_per_img=20),
 )
 
+# Without masks, so that a copy trains on annotations of boxes alone.
+load_boxes = dict(type='LoadAnnotations', with_bbox=True)
+train_pipeline = [_base_.train_pipeline[0], load_boxes]
+train_pipeline += _base_.train_pipeline[2:]
+test_pipeline = _base_.test_pipeline[:2] + [load_boxes]
+test_pipeline += _base_.test_pipeline[3:]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+
 epochs = 12
 train_cfg = dict(
     type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=epochs

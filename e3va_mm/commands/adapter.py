@@ -23,7 +23,6 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from mmengine.runner import load_checkpoint
 from rich.console import Console
@@ -82,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     pull.add_argument('repository', metavar='ORG/NAME[@REVISION]')
     pull.add_argument('out', type=Path)
     for command in (extract, merge, task):
-        command.add_argument('--cfg-options', nargs='+', action=DictAction)
+        command.add_argument(
+            '--cfg-options', nargs='+', action=launching.Options
+        )
     return launching.exit_code(_run, parser.parse_args(argv))
 
 

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.runner import load_checkpoint
 
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add('--batch', type=int, default=1, help='images (default: 1)')
     help_ = 'largest difference over the largest value of an output (0.001)'
     add('--tolerance', type=float, default=1e-3, help=help_)
-    add('--cfg-options', nargs='+', action=DictAction)
+    add('--cfg-options', nargs='+', action=launching.Options)
     return launching.exit_code(_export, parser.parse_args(argv))
 
 

@@ -5,9 +5,10 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
@@ -21,9 +22,12 @@ from e3va_mm.errors import CheckpointError, ConfigError, E3VAError
 from e3va_mm.frameworks.cpu_processes import use_gloo
 from e3va_mm.frameworks.distributions import PACKAGES
 from e3va_mm.preflight import (
+    NAMES,
     DatasetCheckHook,
     check_batch,
+    explain_batch_norm,
     explain_data_failure,
+    require_names,
 )
 from e3va_mm.registry import install
 from e3va_mm.utils.process_group import end_process_group
@@ -31,6 +35,12 @@ from e3va_mm.weights import match_state
 
 # The disk itself, a quota, a limit of the process.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Set, it has errors in a config show where they come from.
+TRACE = 'E3VA_STACK_TRACE'
+# Where mmengine builds the parts of a config.
+BUILDERS = ('mmengine/runner/runner.py', 'registry/build_functions.py')
+# What configs of mmdet 2.x and mmseg 0.x have.
+OLD_KEYS = 'data', 'runner', 'optimizer', 'lr_config', 'total_epochs'
 
 
 def exit_code(
@@ -95,6 +105,20 @@ def _user_error(error: BaseException) -> E3VAError | None:
     return ours[-1] if ours else None
 
 
+class Options(DictAction):
+    """Options of a config as ``key=value``; others are refused in words."""
+
+    def __call__(self, parser, namespace, values, *args) -> None:
+        """Parse them."""
+        try:
+            super().__call__(parser, namespace, values, *args)
+        except Exception as e:
+            wrong = [text for text in values if '=' not in text] or values
+            raise argparse.ArgumentError(
+                self, f'expected key=value, but got {" ".join(wrong)}'
+            ) from e
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what training and testing have in common."""
     parser.add_argument('config', help='the config file')
@@ -102,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=Options,
         help='override settings of the config, as key=value; a list is '
         'written key="[a,b]" or key=a,b, without spaces',
     )
@@ -112,8 +136,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default='none',
         help='what started the processes of the job',
     )
+    add_skip(parser)
     # torchrun passes the rank by environment, its forerunners as an option.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def add_skip(parser: argparse.ArgumentParser) -> None:
+    """Add what switches checks off."""
+    parser.add_argument(
+        '--skip-check',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        help=f'checks of config and data to leave out: {", ".join(NAMES)}',
+    )
 
 
 def read_config(path: str | Path, options: dict | None = None) -> Config:
@@ -127,10 +163,27 @@ def read_config(path: str | Path, options: dict | None = None) -> Config:
         raise ConfigError(f'{path}: no such config file.')
     try:
         config = Config.fromfile(path)
-    except (FileNotFoundError, ModuleNotFoundError, SyntaxError) as e:
+    except Exception as e:
         # A missing `_base_` file or framework, or a slip of the pen.
-        raise ConfigError(f'{path} cannot be read: {e}') from e
-    config.merge_from_dict(options or {})
+        line = '' if isinstance(e, SyntaxError) else _config_line(e)
+        raise ConfigError(f'{path} cannot be read: {line}{_named(e)}') from e
+    try:
+        config.merge_from_dict(options or {})
+    except Exception as e:
+        text = ' '.join(f'{key}={value}' for key, value in options.items())
+        raise ConfigError(
+            f'--cfg-options {text} does not fit {path}: {_named(e)}'
+        ) from e
+    old = [key for key in OLD_KEYS if key in config]
+    if len(old) > 1 and 'train_dataloader' not in config:
+        raise ConfigError(
+            f'{path} is a config of the 2.x line of MMDetection (0.x of '
+            f'MMSegmentation): it sets {", ".join(old)}; expected '
+            'train_dataloader, train_cfg and optim_wrapper. Write it anew '
+            'after the config of the same name in the installed version; '
+            'https://mmdetection.readthedocs.io/en/latest/migration/ tells '
+            'how.'
+        )
     scope = config.setdefault('default_scope', 'mmengine')
     if scope is not None and find_spec(scope) is None:
         raise ConfigError(
@@ -138,6 +191,19 @@ def read_config(path: str | Path, options: dict | None = None) -> Config:
             f'Install it: pip install {PACKAGES.get(scope, scope)}'
         )
     return config
+
+
+def _named(error: BaseException) -> str:
+    """An error as the last line of its stack trace."""
+    return ''.join(traceback.format_exception_only(error)).strip()
+
+
+def _config_line(error: BaseException) -> str:
+    """File and line in a config at which an error arose."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.name == '<module>' and Path(frame.filename).is_file():
+            return f'{frame.filename}, line {frame.lineno}: '
+    return ''
 
 
 def load_config(args: argparse.Namespace, *keys: str) -> Config:
@@ -179,6 +245,12 @@ def require(config: Config, *keys: str) -> None:
             f'{config.filename} should set {", ".join(keys)}, but '
             f'{", ".join(missing)} is missing.'
         )
+    for key in keys:
+        if not isinstance(config[key], Mapping) and 'evaluator' not in key:
+            raise ConfigError(
+                f'{config.filename}: {key} should be a dict, but got '
+                f'{config[key]!r}.'
+            )
 
 
 def check_checkpoint(path: str | Path) -> None:
@@ -216,34 +288,80 @@ def check_loaded(
 
 
 def run(
-    config: Config, modes: Sequence[str], action: Callable[[Runner], None]
+    config: Config,
+    modes: Sequence[str],
+    action: Callable[[Runner], None],
+    skip: Sequence[str] = (),
 ) -> None:
-    """Build a runner and run it; explain failures of data and disk.
+    """Build a runner, check config and data, and run it.
+
+    Explains failures of data and disk. What another part of a config fails
+    with while it is built is passed on in one line.
 
     Args:
         config (Config): The config.
         modes (Sequence[str]): Whose data is read: 'train', 'val', 'test'.
         action (Callable): What to do with the runner.
+        skip (Sequence[str]): Names of checks to leave out.
     """
-    hooks = []
+    hooks, checks = [], []
+    require_names(skip)
     try:
         build = RUNNERS.build if 'runner_type' in config else Runner.from_cfg
         runner = build(config)
         hooks = runner.hooks
+        checks = [h for h in hooks if isinstance(h, DatasetCheckHook)]
+        for check in checks:
+            check.skip = (*check.skip, *skip)
+        if not checks:  # The hook would do it, too.
+            checks = [DatasetCheckHook(skip=skip)]
+            getattr(checks[0], f'before_{modes[0]}')(runner)
         action(runner)
     except Exception as e:
         if _user_error(e) is None:
             _check_disk(config.work_dir, e)
-            checks = [h for h in hooks if isinstance(h, DatasetCheckHook)]
-            if any(check.passed for check in checks):
-                check_batch(checks[0].batch, e)
-            elif hooks and not runner.message_hub.get_info('iter', 0):
-                explain_data_failure(config, modes, e)
+            explain_batch_norm(e)
+            frames = _building_frames(e)
+            if {'build_dataloader', 'build_evaluator'} & set(frames):
+                _explain(explain_data_failure, config, modes, e)
+            elif not frames and any(check.passed for check in checks):
+                _explain(check_batch, checks[0].batch, e)
+            if frames and TRACE not in os.environ:
+                raise ConfigError(
+                    f'{config.filename} cannot be built: {_named(e)}\n'
+                    f'({_place(e)}; {TRACE}=1 shows the stack trace)'
+                ) from e
         raise
     finally:
         for hook in hooks:
             if isinstance(hook, ProgressBarHook):
                 hook.stop()  # leave the terminal as it was
+
+
+def _explain(explain: Callable, *args: Any) -> None:
+    """Try an explanation; what it fails with hides no first error."""
+    try:
+        explain(*args)
+    except E3VAError:
+        raise
+    except Exception as e:
+        print(f'No explanation: {_named(e)}', file=sys.stderr)
+
+
+def _building_frames(error: BaseException) -> list[str]:
+    """Functions of mmengine that were building a part of a config."""
+    return [
+        frame.name
+        for each in _chain(error)
+        for frame in traceback.extract_tb(each.__traceback__)
+        if frame.filename.endswith(BUILDERS)
+        and frame.name.startswith(('build_', 'from_cfg', '__init__'))
+    ]
+
+
+def _place(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f'{frame.filename}, line {frame.lineno}'
 
 
 def _check_disk(folder: str, error: BaseException) -> None:

@@ -21,7 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.progress import Progress
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     resume = 'measure only what the file of --json lacks'
     add('--resume', action='store_true', help=resume)
     add('--plot', type=Path, help='draw a .png or .pdf')
-    add('--cfg-options', nargs='+', action=DictAction, default={})
+    add('--cfg-options', nargs='+', action=launching.Options, default={})
     return parser
 
 

@@ -61,7 +61,7 @@ def _test(args: argparse.Namespace) -> None:
             runner.test_evaluator.metrics.append(dump)
         runner.test()
 
-    launching.run(config, ('test',), run)
+    launching.run(config, ('test',), run, args.skip_check)
 
 
 def _set_visualization(config: Config, args: argparse.Namespace) -> None:

@@ -85,7 +85,7 @@ def _train(args: argparse.Namespace) -> None:
     if args.batch or args.gpu_memory:
         _set_batch(config, args)
     _set_resume(config, args.resume)
-    launching.run(config, ('train', 'val'), _run)
+    launching.run(config, ('train', 'val'), _run, args.skip_check)
 
 
 def _run(runner: Runner) -> None:

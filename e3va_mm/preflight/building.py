@@ -1,10 +1,12 @@
 """Why a framework cannot build a data set, in words."""
 
 import os.path as osp
+import traceback
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from json import JSONDecodeError
 from typing import Any
+from xml.etree import ElementTree
 
 from mmengine.config import Config
 from mmengine.fileio import load
@@ -14,8 +16,11 @@ from e3va_mm.preflight.classes import (
     check_categories,
     check_class_names,
     check_not_empty,
+    check_same_classes,
 )
+from e3va_mm.preflight.evaluation import check_evaluator_files
 from e3va_mm.preflight.problems import Problem, iter_datasets, raise_errors
+from e3va_mm.preflight.reading import ReadDataset
 from e3va_mm.utils import is_number
 
 
@@ -43,7 +48,7 @@ ENTRIES = {
 
 
 def explain_data_failure(
-    config: Config, modes: Sequence[str], cause: Exception
+    config: Config, modes: Sequence[str], cause: BaseException
 ) -> None:
     """Find out whether a failed start was the fault of a data set.
 
@@ -53,16 +58,23 @@ def explain_data_failure(
     Args:
         config (Config): The config of the run that failed.
         modes (Sequence[str]): Loops it has built: 'train', 'val', 'test'.
-        cause (Exception): What it failed with.
+        cause (BaseException): What it failed with.
 
     Raises:
         DataError: If a data set cannot be read, is empty, or lacks classes.
         ConfigError: If its classes are not a sequence.
     """
     datasets, problems = build_datasets(config, modes)
-    for check in (check_class_names, check_categories, check_not_empty):
-        problems.extend(check(config, datasets))
-    raise_errors(problems, cause)
+    read = {o: ReadDataset(o, d, 0.0) for o, d in datasets.items()}
+    for check in (
+        check_class_names,
+        check_categories,
+        check_same_classes,
+        check_not_empty,
+        check_evaluator_files,
+    ):
+        problems.extend(check(config, read))
+    raise_errors([p for p in problems if p.severity == 'error'], cause)
 
 
 def build_datasets(
@@ -100,12 +112,26 @@ def build_datasets(
 def _explain(option: str, config: dict, error: Exception) -> Problem | None:
     """Why a data set could not be built; None if its files are fine."""
     name = config.get('ann_file') or ''
+    if not isinstance(name, str):
+        return Problem(
+            f'{option}.ann_file',
+            f'{name!r}',
+            'the path of one file',
+            "Join several by dict(type='ConcatDataset', datasets=[...]).",
+        )
     ann_file = osp.join(config.get('data_root') or '', name)
     advice = f'Check {option}.data_root, .data_prefix and .ann_file.'
     if isinstance(error, FileNotFoundError):
         missing = f'no such file or folder: {error.filename or error}'
         return Problem(option, missing, 'one that is there', advice)
+    xml = _xml_of(error)
     option += '.ann_file'
+    mend = 'Copy the file again, or correct it and write it again.'
+    if xml:
+        fault = xml_fault(xml)
+        return fault and Problem(xml, fault[0], fault[1], mend)
+    if '://' in ann_file or config.get('backend_args'):
+        return None
     if name and not osp.exists(ann_file):
         # mmseg asserts that its list of images is there.
         return Problem(option, f'no such file: {ann_file}', 'a list', advice)
@@ -116,10 +142,45 @@ def _explain(option: str, config: dict, error: Exception) -> Problem | None:
         fault = coco_fault(load(ann_file), lacking)
     else:
         fault = None
-    advice = 'Copy the file again, or correct it and write it again.'
-    return fault and Problem(
-        option, f'{ann_file} {fault[0]}', fault[1], advice
-    )
+    return fault and Problem(option, f'{ann_file} {fault[0]}', fault[1], mend)
+
+
+def _xml_of(error: Exception) -> str | None:
+    """The file that a reader of XML was at when it failed."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        info = frame.f_locals.get('img_info')
+        if isinstance(info, Mapping) and 'xml_path' in info:
+            return info['xml_path']
+    return None
+
+
+def xml_fault(path: str) -> tuple[str, str] | None:
+    """What a file of VOC's format lacks, and what was expected."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except (OSError, ElementTree.ParseError) as error:
+        return f'is not a whole XML file: {error}', 'annotations in XML'
+    size = root.find('size')
+    wanted = [(size, 'size', ('width', 'height'))] if size is not None else []
+    for i, each in enumerate(root.iterfind('object')):
+        at = f'object {i + 1}'
+        if each.find('name') is None:
+            return f'{at} lacks <name>', 'the name of a class'
+        box = each.find('bndbox')
+        if box is None:
+            return f'{at} lacks <bndbox>', 'a box'
+        wanted.append((box, at, ('xmin', 'ymin', 'xmax', 'ymax')))
+        if each.findtext('difficult', '0') not in ('0', '1'):
+            wanted.append((each, at, ('difficult',)))
+    for node, at, tags in wanted:
+        for tag in tags:
+            text = node.findtext(tag)
+            try:
+                float(text)
+            except (TypeError, ValueError):
+                found = f'has <{tag}>{text}' if text else f'lacks <{tag}>'
+                return f'{at} {found}', 'a number'
+    return None
 
 
 def coco_fault(

@@ -1,5 +1,5 @@
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
@@ -8,14 +8,12 @@ from mmengine.model import BaseTTAModel
 from mmengine.runner import Runner
 
 from e3va_mm.errors import ConfigError, E3VAError
-from e3va_mm.preflight.classes import (
-    check_categories,
-    check_class_names,
-    check_heads,
-    check_not_empty,
+from e3va_mm.preflight.checks import (
+    SECONDS,
+    opened,
+    require_names,
+    run_checks,
 )
-from e3va_mm.preflight.files import check_files
-from e3va_mm.preflight.maps import check_map_sizes
 from e3va_mm.preflight.problems import iter_datasets, raise_errors
 from e3va_mm.preflight.samples import CheckedSamples
 from e3va_mm.registry import HOOKS
@@ -25,45 +23,46 @@ from e3va_mm.utils.unwrapping import unwrapped
 
 @HOOKS.register_module()
 class DatasetCheckHook(Hook):
-    """Looks at all data before the first step, and says what is wrong.
+    """Looks at config and data before the first step, and says what is wrong.
 
-    * Every class has its category in a COCO-like annotation file.
-    * No data set is empty.
-    * Every head's ``num_classes`` is the number of classes of the data.
-    * **All** files that the data names exist, and images are complete. Files
-      on remote storage (``backend_args``) are not looked at.
-    * Segmentation maps have the size of their images.
+    It runs all checks of ``e3va check``, on every annotation and as many
+    images and maps as there is time for; ``e3va check`` looks at all of them.
+    Files on remote storage (``backend_args``) are not looked at.
 
     Before training the data of validation is checked, too. While training, a
     file that cannot be decoded and a segmentation map of another size or with
     values without a class end the run with their names.
 
     Args:
-        check_content (bool): Whether to read the start and end of images and
-            the sizes of maps, or only to see that the files exist. Defaults
-            to True.
+        check_content (bool): Whether to look into images and maps, or only
+            whether the files exist. Defaults to True.
+        skip (Sequence[str]): Names of checks to leave out; messages end in
+            them. Defaults to none.
 
     Attributes:
-        passed (bool): Whether a check has run to its end.
+        passed (bool): Whether the checks have run to their end.
         batch (list[tuple[str, tuple]]): Images of the newest batch with their
             sizes as the model sees them.
 
     Raises:
-        ConfigError: If a head's ``num_classes`` does not fit the data; the
-            text names the options of all such heads.
+        ConfigError: If options do not fit each other or the data; the text
+            names them.
         DataError: If a class, an image or a file is missing or broken; the
             text names it and the option to look at.
     """
 
     priority = 'VERY_HIGH'
 
-    def __init__(self, check_content: bool = True) -> None:
+    def __init__(
+        self, check_content: bool = True, skip: Sequence[str] = ()
+    ) -> None:
         if not isinstance(check_content, bool):
             raise ConfigError(
                 'DatasetCheckHook: `check_content` should be True or False, '
                 f'but got {check_content!r}.'
             )
         self.check_content = check_content
+        self.skip = require_names(skip)
         self.passed = False
         self.batch: list[tuple[str, tuple[int, ...]]] = []
 
@@ -121,23 +120,15 @@ class DatasetCheckHook(Hook):
 
     def _check_here(self, runner: Runner, loaded: Mapping[str, Any]) -> None:
         start = time.monotonic()
-        config, model = runner.cfg, unwrapped(runner.model)
+        model = unwrapped(runner.model)
         if isinstance(model, BaseTTAModel):
             model = model.module
-        datasets, problems = {}, []
-        for loader, dataset in loaded.items():
-            own = dict(iter_datasets(dataset, f'{loader}.dataset'))
-            # Training and validation may differ in their classes.
-            problems.extend(check_heads(config, own, model))
-            datasets.update(own)
-        for check in (check_class_names, check_categories, check_not_empty):
-            problems.extend(check(config, datasets))
-        problems.extend(check_files(config, datasets, self.check_content))
-        if self.check_content:
-            problems.extend(check_map_sizes(config, datasets))
-        raise_errors(problems)
+        datasets = opened(loaded, SECONDS if self.check_content else 0.0)
+        raise_errors(run_checks(runner.cfg, datasets, model, self.skip))
+        looked = sum(len(each.looks) for each in datasets.values())
+        files = sum(len(each.files) for each in datasets.values())
         runner.logger.info(
             f'Checked the data of {", ".join(loaded)}, '
-            f'{sum(map(len, datasets.values())):,} samples, in '
-            f'{time.monotonic() - start:.1f} s'
+            f'{sum(map(len, datasets.values())):,} samples, {looked:,} of '
+            f'{files:,} files, in {time.monotonic() - start:.1f} s'
         )

@@ -2,129 +2,124 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from functools import partial
-from multiprocessing.pool import ThreadPool
-from typing import Any
 
 from mmengine.config import Config
-from PIL import Image
 
 from e3va_mm.preflight.problems import Problem
+from e3va_mm.preflight.reading import MISSING, ReadDataset
 
-THREADS, CHUNK = 16, 64
-JPEG_START, JPEG_END = b'\xff\xd8\xff', b'\xff\xd9'
-PNG_START, PNG_END = b'\x89PNG\r\n\x1a\n', b'IEND\xaeB`\x82'
-IMAGES = ('.jpg', '.jpeg', '.png')
-MISSING = 'no such file'
 CHECK_NAMES = (
     'Check these options, data_root beside them and the names in ann_file.'
 )
 CHECK_FILES = (
     'Copy these files again, take them out of the annotations, or, if they '
-    "are as they should be, set custom_hooks=[dict(type='e3va_mm."
-    "DatasetCheckHook', check_content=False)]."
+    "are as they should be, switch this check off: skip=['files']."
 )
 
 
 def check_files(
-    config: Config, datasets: Mapping[str, Any], content: bool = True
+    config: Config, datasets: Mapping[str, ReadDataset]
 ) -> Iterator[Problem]:
     """Look at every local file that the data sets name.
 
-    OpenCV decodes a truncated JPEG to grey without a word. Start and end of
-    each file are read, and files that look odd are decoded as a whole.
-
-    ``content=False`` only looks whether they exist.
+    Files that other backends and loaders read are left to these.
     """
-    options = {}
-    for option, dataset in datasets.items():
-        if not is_local(dataset):
-            yield Problem(
-                option,
-                f'files on the backend {dataset.backend_args["backend"]!r}',
-                'files on a local disk',
-                'These files are not checked.',
-                severity='warning',
-            )
-        for key, path, _ in local_files(dataset):
-            options[path] = _folder_option(dataset, option, key)
-    with ThreadPool(THREADS) as pool:
-        find = partial(_fault, content=content)
-        faults = pool.map(find, options, CHUNK)
-    for (path, option), fault in zip(options.items(), faults, strict=True):
-        if fault is not None:
+    for dataset in datasets.values():
+        for path in dataset.files:
+            if path in dataset.missing:
+                fault, advice = MISSING, CHECK_NAMES
+                others = _others(path)
+                if others:
+                    advice = f'There is {others} beside it. {advice}'
+            else:
+                found = dataset.looks.get(path)
+                fault, advice = found and found.fault, CHECK_FILES
+            if fault:
+                option = _folder_option(dataset, dataset.files[path])
+                yield Problem(
+                    path, fault, f'a whole file, as {option} says', advice
+                )
+
+
+def check_image_sizes(
+    config: Config, datasets: Mapping[str, ReadDataset]
+) -> Iterator[Problem]:
+    """Compare the sizes in annotations with those of the images."""
+    for dataset in datasets.values():
+        for entry in dataset.entries:
+            path = entry.paths.get('img_path')
+            found = dataset.size_read(path)
+            if None in (found, entry.size) or found == entry.size:
+                continue
+            stored = dataset.looks[path]
+            turned = ''
+            if stored.orientation >= 5 and found == entry.size[::-1]:
+                turned = (
+                    f' after its EXIF orientation {stored.orientation} has '
+                    'turned it'
+                )
+            source = entry.paths.get('xml_path') or dataset.get('ann_file')
             yield Problem(
                 path,
-                fault,
-                f'a whole file, as {option} says',
-                CHECK_NAMES if fault == MISSING else CHECK_FILES,
+                f'the image has {_text(found)} pixels{turned}',
+                f'{_text(entry.size)} as {source or dataset.option} says',
+                'Boxes would be in other places than the objects. Scale the '
+                'annotations, or take the images that they were made for'
+                + (
+                    ', or read images as they are stored: '
+                    "LoadImageFromFile(color_type='color_ignore_orientation')."
+                    if turned
+                    else '.'
+                ),
             )
 
 
-def is_local(dataset: Any) -> bool:
-    """Whether the files of a data set lie on a disk of this machine."""
-    arguments = getattr(dataset, 'backend_args', None) or {}
-    return arguments.get('backend') in (None, 'local')
+def check_map_sizes(
+    config: Config, datasets: Mapping[str, ReadDataset]
+) -> Iterator[Problem]:
+    """Compare the sizes of segmentation maps with those of their images.
+
+    A pipeline that brings both to one size hides a map of another.
+    """
+    for dataset in datasets.values():
+        for entry in dataset.entries:
+            path, image = (
+                entry.paths.get(key) for key in ('seg_map_path', 'img_path')
+            )
+            expected = dataset.size_read(image)
+            found = dataset.looks.get(path)
+            if expected is None or found is None or found.size is None:
+                continue
+            if found.size != expected:
+                turned = dataset.looks[image].orientation
+                turned = f' (EXIF orientation {turned})' * (turned >= 5)
+                yield Problem(
+                    path,
+                    f'the map has {_text(found.size)} pixels',
+                    f'{_text(expected)} as its image {image}{turned}',
+                    'Make the maps for these images again, or take both out'
+                    + ('.', ', or save the images upright.')[bool(turned)],
+                )
 
 
-def local_files(dataset: Any) -> Iterator[tuple[str, str, dict]]:
-    """Key, path and the whole entry of each local file of a data set."""
-    for i in range(len(dataset) if is_local(dataset) else 0):
-        info = dataset.get_data_info(i)
-        for key, path in paths_in(info).items():
-            yield key, path, info
+def _text(size: tuple[int, int]) -> str:
+    return f'{size[0]} x {size[1]}'
 
 
-def paths_in(info: Mapping) -> dict[str, str]:
-    """The paths in an entry of a data set, by their names there."""
-    return {
-        key: path
-        for key, path in info.items()
-        if str(key).endswith('_path') and isinstance(path, str)
-    }
-
-
-def decoding_fault(path: str, least: int = 1) -> str | None:
-    """Why an image of ``least`` pixels a side cannot be decoded, or None."""
+def _others(path: str) -> str:
+    """Files beside one that is missing, with another ending."""
+    folder, name = os.path.split(path)
+    stem = os.path.splitext(name)[0]
     try:
-        with Image.open(path) as image:
-            image.load()
-            if min(image.size) < least:
-                return f'the image has {image.width} x {image.height} pixels'
-    # A malformed file can make a decoder fail in any way.
-    except Exception as error:
-        return f'cannot be decoded, {error}'
-    return None
+        names = os.listdir(folder)
+    except OSError:
+        return ''
+    return ', '.join(n for n in names if os.path.splitext(n)[0] == stem)
 
 
-def _folder_option(dataset: Any, option: str, key: str) -> str:
+def _folder_option(dataset: ReadDataset, key: str) -> str:
     """``data_prefix.img`` for ``img_path``, ``data_root`` for others."""
     for prefix in (key, key.removesuffix('_path')):
-        if prefix in getattr(dataset, 'data_prefix', {}):
-            return f'{option}.data_prefix.{prefix}'
-    return f'{option}.data_root'
-
-
-def _fault(path: str, content: bool) -> str | None:
-    """What is wrong with a file, None for nothing."""
-    try:
-        if not content:
-            return None if os.path.isfile(path) else MISSING
-        with open(path, 'rb') as file:
-            start = file.read(8)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(-min(size, 8), os.SEEK_END)
-            end = file.read()
-    except FileNotFoundError:
-        return MISSING
-    except OSError as e:
-        return f'cannot be read, {e.strerror}'
-    if size == 0:
-        return 'the file is empty'
-    if start.startswith(JPEG_START):
-        whole = end.endswith(JPEG_END)
-    elif start == PNG_START:
-        whole = end == PNG_END
-    else:
-        whole = os.path.splitext(path)[1].lower() not in IMAGES
-    return None if whole else decoding_fault(path)
+        if prefix in dataset.get('data_prefix', {}):
+            return f'{dataset.option}.data_prefix.{prefix}'
+    return f'{dataset.option}.data_root'

@@ -1,10 +1,12 @@
 """What a check finds, and how it is reported.
 
 A check is a function ``(config, datasets) -> Iterator[Problem]``; ``datasets``
-maps config options to the data sets that read files.
+maps config options to the data sets that read files, each a
+:class:`~e3va_mm.preflight.reading.ReadDataset`.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ class Problem(NamedTuple):
         advice (str): What to do, a sentence.
         severity (str): ``'error'``, or ``'warning'`` for what may be meant.
         error (type[E3VAError]): What an error is raised as.
+        check (str): The name of the check that found it.
     """
 
     where: str
@@ -33,6 +36,7 @@ class Problem(NamedTuple):
     advice: str
     severity: str = 'error'
     error: type[E3VAError] = DataError
+    check: str = ''
 
     def __str__(self) -> str:
         return f'{self.where}: {self.found}; expected {self.expected}.'
@@ -40,26 +44,27 @@ class Problem(NamedTuple):
 
 def report(problems: Iterable[Problem]) -> str:
     """Problems as text, those with the same advice together."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
-        groups.setdefault(problem.advice, []).append(str(problem))
+        key = problem.advice, problem.check
+        groups.setdefault(key, []).append(str(problem))
     lines = []
-    for advice, group in groups.items():
+    for (advice, check), group in groups.items():
         more = len(group) - SHOWN
         lines += group[:SHOWN]
         lines += [f'... and {more:,} more'] if more > 0 else []
-        lines.append(advice)
+        lines.append(f'{advice} (check: {check})' if check else advice)
     return '\n'.join(lines)
 
 
 def raise_errors(
-    problems: Iterable[Problem], cause: Exception | None = None
+    problems: Iterable[Problem], cause: BaseException | None = None
 ) -> None:
-    """Log the warnings among problems and raise the errors.
+    """Log the warnings among problems, a line each, and raise the errors.
 
     Args:
         problems (Iterable[Problem]): What checks have found.
-        cause (Exception, optional): What failed because of it.
+        cause (BaseException, optional): What failed because of it.
 
     Raises:
         E3VAError: If one is an error; of the type of the first, with all in
@@ -67,9 +72,21 @@ def raise_errors(
     """
     problems = list(problems)
     errors = [p for p in problems if p.severity == 'error']
-    warnings = [p for p in problems if p.severity != 'error']
-    if warnings:
-        print_log(report(warnings), 'current', level=logging.WARNING)
+    counts: Counter = Counter()
+    for problem in problems:
+        if problem.severity == 'error':
+            continue
+        counts[problem.check] += 1
+        if counts[problem.check] <= SHOWN:
+            text = ' '.join([str(problem), *report([problem]).split('\n')[1:]])
+            print_log(f'warning: {text}', 'current', level=logging.WARNING)
+    for check, count in counts.items():
+        if count > SHOWN:
+            print_log(
+                f'warning: {count - SHOWN:,} more (check: {check})',
+                'current',
+                level=logging.WARNING,
+            )
     if errors:
         raise errors[0].error(report(errors)) from cause
 

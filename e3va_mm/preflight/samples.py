@@ -1,13 +1,14 @@
 """Checks of single samples while training, which name the file."""
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from e3va_mm.errors import DataError, E3VAError
-from e3va_mm.preflight.files import decoding_fault, paths_in
 from e3va_mm.preflight.problems import Problem, raise_errors
+from e3va_mm.preflight.reading import decoding_fault, paths_in
 from e3va_mm.utils.listing import listed
 
 LEAST_SIDE = 32  # the largest stride of most models
@@ -56,7 +57,8 @@ class CheckedSamples:
         except Exception as error:
             files = self._files(index)
             for key, path in files.items():
-                if key == 'xml_path':
+                # The first error knows how another was sought.
+                if key == 'xml_path' or not os.path.exists(path):
                     continue
                 # Of one pixel a side transforms make a list.
                 fault = decoding_fault(path, least=2)
@@ -142,7 +144,8 @@ def check_batch(
         if size and min(size[:2]) < LEAST_SIDE
     ]
     raise_errors(small, cause)
-    add_note(cause, f'The images of the batch: {batch}')
+    if batch:
+        add_note(cause, f'The images of the batch: {batch}')
 
 
 def add_note(error: Exception, note: str) -> None:

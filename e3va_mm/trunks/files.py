@@ -109,6 +109,16 @@ class TrunkFiles:
         self, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
     ) -> str:
         """The likely cause when a file does not fit."""
+        for key, value in expected.items():
+            shape, other = value.shape, getattr(found.get(key), 'shape', ())
+            # The first convolution.
+            if len(shape) == len(other) == 4 and shape[1] != other[1]:
+                return (
+                    f'The file is for images of {other[1]} channels, the '
+                    f'config has in_channels={shape[1]}. Set in_channels='
+                    f'{other[1]} and have the pipeline give as many channels '
+                    "(LoadImageFromFile(color_type='color') gives 3)."
+                )
         ours, theirs = self.describe(expected), self.describe(found)
         if ours != theirs:
             named = self._archs(theirs)

@@ -8,7 +8,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ConcatDataset, RepeatDataset
 from mmengine.registry import DefaultScope
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import nn
 
 from e3va_mm.errors import ConfigError
@@ -18,14 +18,14 @@ from e3va_mm.preflight.classes import (
     check_heads,
     check_not_empty,
 )
-from e3va_mm.preflight.files import check_files
-from e3va_mm.preflight.maps import check_map_sizes
+from e3va_mm.preflight.files import check_files, check_map_sizes
 from e3va_mm.preflight.problems import (
     Problem,
     iter_datasets,
     raise_errors,
     report,
 )
+from e3va_mm.preflight.reading import ReadDataset
 from tests.test_engine.test_hooks.tiny import (
     CLASSES,
     detection_config,
@@ -58,8 +58,9 @@ def encoded(form):
 JPEG, PNG = encoded('JPEG'), encoded('PNG')
 
 
-def found(check, dataset, *args, **kwargs):
-    return [*check(Config(), {OPTION: dataset}, *args, **kwargs)]
+def found(check, dataset, *model, config=None, **kwargs):
+    read = {OPTION: ReadDataset(OPTION, dataset, **kwargs)}
+    return [*check(Config(config or {}), read, *model)]
 
 
 def only(check, dataset, *args, **kwargs):
@@ -124,7 +125,7 @@ def test_content(tmp_path, content, fault):
             assert problem.where == str(path)
             assert problem.found.startswith(fault)
             assert f'{OPTION}.data_prefix.img_path' in problem.expected
-        assert found(check_files, dataset, content=False) == []
+        assert found(check_files, dataset, seconds=0) == []
 
 
 def test_only_odd_files_are_decoded(tmp_path, monkeypatch):
@@ -133,9 +134,11 @@ def test_only_odd_files_are_decoded(tmp_path, monkeypatch):
     (tmp_path / 'c.npy').write_bytes(b'no image')
     (tmp_path / 'd.jpg').write_bytes(JPEG + b'\0')
     decoded = []
-    open_image = Image.open
+    load = ImageFile.ImageFile.load
     monkeypatch.setattr(
-        Image, 'open', lambda path: decoded.append(path) or open_image(path)
+        ImageFile.ImageFile,
+        'load',
+        lambda image: decoded.append(image.filename) or load(image),
     )
     assert found(check_files, Files(*sorted(tmp_path.iterdir()))) == []
     assert decoded == [str(tmp_path / 'd.jpg')]
@@ -144,8 +147,8 @@ def test_only_odd_files_are_decoded(tmp_path, monkeypatch):
 def test_files_that_cannot_be_read(tmp_path):
     folder = only(check_files, Files(tmp_path))
     assert folder.found == 'cannot be read, Is a directory'
-    for content in (True, False):
-        problem = only(check_files, Files('none.jpg'), content=content)
+    for seconds in (None, 0):
+        problem = only(check_files, Files('none.jpg'), seconds=seconds)
         assert problem.found == 'no such file'
         assert problem.advice.startswith('Check these options, data_root')
     if os.geteuid() != 0:  # root reads every file
@@ -154,12 +157,27 @@ def test_files_that_cannot_be_read(tmp_path):
         assert problem.found == 'cannot be read, Permission denied'
 
 
-def test_files_on_remote_storage_are_left_alone():
-    dataset = Files('s3://images/1.jpg', maps=['s3://maps/1.png'])
+def test_what_is_not_local_is_left_to_its_loader(tmp_path):
+    """A backend of the data set, of the loader, a prefix; own loaders."""
+    from mmcv.transforms import LoadImageFromFile
+
+    class LoadOther:
+        def __call__(self, info):
+            return info
+
+    dataset = Files('images/1.jpg', maps=['maps/1.png'])
     dataset.backend_args = dict(backend='petrel')
-    problem = only(check_files, dataset)
-    assert problem.severity == 'warning' and "'petrel'" in problem.found
+    assert found(check_files, dataset) == []
     assert found(check_map_sizes, dataset) == []
+    assert found(check_files, Files('s3://images/1.jpg')) == []
+    for load in (
+        LoadImageFromFile(backend_args=dict(backend='zip')),
+        LoadOther(),
+    ):
+        dataset = Files('1.jpg', pipeline=[load])
+        assert found(check_files, dataset) == []
+    dataset = Files('1.jpg', pipeline=[LoadImageFromFile()])
+    assert only(check_files, dataset).found == 'no such file'
 
 
 def test_maps_of_another_size(tmp_path):
@@ -176,11 +194,12 @@ def test_maps_of_another_size(tmp_path):
     images = [tmp_path / f'{i}.jpg' for i in (0, 1)]
     maps = [tmp_path / f'{i}.png' for i in (0, 1)]
     assert found(check_map_sizes, Files(*images, maps=maps)) == []
-    problem = only(check_map_sizes, Files(*images, maps=maps[::-1]))
-    assert str(problem) == (
-        f'{maps[1]}: the map has the size (width, height) (48, 64); expected '
-        f'(64, 48) as its image {images[0]}.'
+    first, second = found(check_map_sizes, Files(*images, maps=maps[::-1]))
+    assert str(first) == (
+        f'{maps[1]}: the map has 48 x 64 pixels; expected 64 x 48 as its '
+        f'image {images[0]}.'
     )
+    assert str(second).endswith(f'its image {images[1]} (EXIF orientation 6).')
 
 
 # ---- classes
@@ -250,6 +269,10 @@ class RPNHead(Head):
     pass
 
 
+class ClassAgnostic(Head):
+    class_agnostic = True
+
+
 def heads(**children):
     model = nn.Module()
     for name, child in children.items():
@@ -268,7 +291,7 @@ def test_all_wrong_heads_in_one_error(tmp_path):
     config = Config.fromfile(detection_config(tmp_path))
     config.model.roi_head.bbox_head[0].num_classes = 80
     config.model.roi_head.bbox_head[2].num_classes = 4
-    datasets = {OPTION: coco(tmp_path)}
+    datasets = {OPTION: ReadDataset(OPTION, coco(tmp_path))}
     with DefaultScope.overwrite_default_scope('mmdet'):
         model = MODELS.build(config.model)
         with pytest.raises(ConfigError) as error:
@@ -292,10 +315,9 @@ def test_options_of_heads():
     model = heads(roi_head=heads(mask_head=nn.ModuleList([Head(9), Head(9)])))
     own = dict(roi_head=dict(mask_head=dict()))
     for config in (own, dict(type='TTA', module=own)):
-        config = Config(dict(model=config))
-        problems = check_heads(config, {OPTION: classes('a')}, model)
-        option = 'model.roi_head.mask_head.num_classes'
-        assert [problem.where for problem in problems] == [option]
+        config = dict(model=config)
+        problem = only(check_heads, classes('a'), model, config=config)
+        assert problem.where == 'model.roi_head.mask_head.num_classes'
 
 
 def test_other_counts_are_no_classes():
@@ -309,7 +331,12 @@ def test_other_counts_are_no_classes():
         (heads(bbox_head=Head(1)), classes('a', 'b', thing_classes=['a'])),
         (heads(bbox_head=Head(5)), classes('a'), classes('a', 'b')),
         (heads(bbox_head=Head(5)), Files()),
+        (heads(mask_head=ClassAgnostic(80)), classes('a', 'b')),
     ]
     for model, *datasets in cases:
-        options = {f'{i}': dataset for i, dataset in enumerate(datasets)}
-        assert [*check_heads(Config(), options, model)] == []
+        options = [f'{OPTION}.datasets.{i}' for i in range(len(datasets))]
+        read = {
+            option: ReadDataset(option, dataset)
+            for option, dataset in zip(options, datasets, strict=True)
+        }
+        assert [*check_heads(Config(), read, model)] == []

@@ -10,6 +10,7 @@ from e3va_mm.version import __version__
 COMMANDS = dict(
     train='train a detector, segmentor or classifier by its config',
     test='evaluate a checkpoint or an adapter file',
+    check='look for trouble in config and data before a training',
     measure='measure memory and time of a training step',
     sweep='train many runs of one config on one pass of the trunk',
     compare='train and compare several methods on the same data',

@@ -1,6 +1,9 @@
 """Images to run on: files, folders, videos, arrays."""
 
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -9,10 +12,11 @@ from urllib.parse import urlsplit
 import numpy as np
 from mmcv import VideoReader, imfrombytes
 from mmengine.fileio import get
+from mmengine.logging import print_log
 
 from e3va_mm.errors import DataError
 
-IMAGES = '.bmp .jpeg .jpg .pgm .png .ppm .tif .tiff .webp'.split()
+IMAGES = '.bmp .gif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp'.split()
 VIDEOS = '.avi .m4v .mkv .mov .mp4 .mpeg .mpg .webm'.split()
 Input = str | Path | np.ndarray
 
@@ -64,22 +68,26 @@ class Images:
         inputs (str | Path | np.ndarray | Sequence): A path or URL of an
             image, a folder, which is searched with its subfolders, a video, a
             BGR image (H, W, 3) of unsigned bytes, or a list of these.
+        but (Sequence[str | Path]): Folders to leave out, such as those of
+            results. Defaults to none.
 
     Raises:
         DataError: If there is no image, or a video cannot be read.
     """
 
-    def __init__(self, inputs: Input | Sequence[Input]) -> None:
+    def __init__(
+        self, inputs: Input | Sequence[Input], but: Sequence[str | Path] = ()
+    ) -> None:
         self._found: list[Image | Video] = []
         for each in inputs if isinstance(inputs, (list, tuple)) else [inputs]:
-            self._add(each)
+            self._add(each, {os.path.realpath(path) for path in but})
         if not self._found:
             raise DataError(
                 f'Expected images or videos in {inputs}, but no file there '
                 f'ends in one of {", ".join([*IMAGES, *VIDEOS])}.'
             )
 
-    def _add(self, each: Input) -> None:
+    def _add(self, each: Input, but: Collection[str]) -> None:
         if isinstance(each, np.ndarray):
             if each.ndim != 3 or each.shape[2] != 3 or each.dtype != np.uint8:
                 raise DataError(
@@ -93,10 +101,20 @@ class Images:
                 raise DataError(f'{each}: download it; videos are local files')
             self._found.append(Image(path.stem, str(each)))
         elif (folder := Path(each)).is_dir():
-            for file in sorted(folder.rglob('*')):
-                known = file.suffix.lower() in (*IMAGES, *VIDEOS)
-                if known and file.is_file():
+            skipped = Counter()
+            for file in _files_below(folder, but):
+                if file.suffix.lower() in (*IMAGES, *VIDEOS):
                     self._add_file(file, file.relative_to(folder))
+                else:
+                    skipped[file.suffix.lower() or 'no ending'] += 1
+            if skipped:
+                found = ', '.join(f'{n} {e}' for e, n in skipped.items())
+                print_log(
+                    f'warning: files in {folder} that are no images or '
+                    f'videos of a known kind are left out: {found}.',
+                    'current',
+                    level=logging.WARNING,
+                )
         else:
             self._add_file(Path(each), Path(Path(each).name))
 
@@ -123,3 +141,16 @@ class Images:
     def __iter__(self) -> Iterator[Image]:
         for each in self._found:
             yield from [each] if isinstance(each, Image) else each
+
+
+def _files_below(folder: Path, but: Collection[str]) -> list[Path]:
+    """Files in a folder and its subfolders, linked ones too, once each."""
+    found, seen = [], set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen or real in but:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [Path(path, name) for name in names]
+    return sorted(found)

@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,12 +141,13 @@ class MultiTaskInferencer:
         found = {
             name: dict(predictions=[], visualization=[]) for name in self.tasks
         }
+        folders = [Path(out_dir, name) for name in self.tasks if out_dir]
         writer = nullcontext()
         if out_dir:
             writer = ResultWriter(out_dir, self.tasks, score_thr=score_thr)
         with writer:
             for image, results in self.run(
-                Images(inputs), batch_size, tuned, text
+                Images(inputs, folders), batch_size, tuned, text
             ):
                 if out_dir:
                     writer.write(image, results)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from e3va_mm.apis.stock_values import stock_values
 from e3va_mm.errors import CheckpointError, ConfigError
+from e3va_mm.frameworks.loaders import whole_checkpoint
 from e3va_mm.registry import install
 from e3va_mm.utils.configs import class_name
 from e3va_mm.utils.swapping import swapped
@@ -63,7 +64,7 @@ class Task:
             )
         install()  # before a checkpoint is read
         apis = import_module(f'{self.scope}.apis')
-        with self.in_scope():
+        with self.in_scope(), whole_checkpoint(checkpoint):
             self._inferencer = getattr(apis, INFERENCERS[self.scope])(
                 config, checkpoint, device=device
             )

@@ -27,6 +27,7 @@ from e3va_mm.export import (
     export_network,
     preprocessed,
 )
+from e3va_mm.frameworks.loaders import whole_checkpoint
 from e3va_mm.measure.inputs import image_size, set_image_size
 from e3va_mm.utils.tuned import side_path_backbones
 
@@ -63,15 +64,14 @@ def _export(args: argparse.Namespace) -> int:
     size = tuple(args.size) if args.size else image_size(config)
     set_image_size(config, size)
     model = revert_sync_batchnorm(launching.build_model(config))
-    checkpoint = load_checkpoint(model, str(args.checkpoint), 'cpu')
+    with whole_checkpoint(str(args.checkpoint)):
+        load_checkpoint(model, str(args.checkpoint), 'cpu')
     backbones = dict(side_path_backbones(model))
     if any(each.trunk_source is None for each in backbones.values()):
         raise CheckpointError(
             f'{args.checkpoint} brings no weights for the trunk, which is '
             'random. Take a checkpoint of the whole model.'
         )
-    # Whatever else is theirs, the backbones have checked by themselves.
-    launching.check_loaded(model, checkpoint, args.checkpoint, backbones)
     network = Network(model)
     torch.manual_seed(0)
     inputs, others = (preprocessed(model, args.batch, size) for _ in range(2))

@@ -92,7 +92,8 @@ def _infer(args: argparse.Namespace) -> None:
         tasks[name] = config_of(path), str(path)
     if not tasks:
         raise ConfigError('Expected at least one --task or --adapter.')
-    images = Images(args.inputs)
+    folders = [Path(args.out, name) for name in tasks]
+    images = Images(args.inputs, folders)
     infer = MultiTaskInferencer(tasks, args.device)
     out = ResultWriter(args.out, infer.tasks, not args.no_draw, args.score_thr)
     found = infer.run(images, args.batch_size, not args.untuned, args.text)

@@ -5,7 +5,8 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from e3va_mm.preflight import (
 )
 from e3va_mm.registry import install
 from e3va_mm.utils.process_group import end_process_group
-from e3va_mm.weights import match_state
 
 # The disk itself, a quota, a limit of the process.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -246,7 +246,9 @@ def require(config: Config, *keys: str) -> None:
             f'{", ".join(missing)} is missing.'
         )
     for key in keys:
-        if not isinstance(config[key], Mapping) and 'evaluator' not in key:
+        if key.endswith(('_dataloader', '_cfg', '_wrapper')) and not (
+            isinstance(config[key], Mapping)
+        ):
             raise ConfigError(
                 f'{config.filename}: {key} should be a dict, but got '
                 f'{config[key]!r}.'
@@ -265,26 +267,10 @@ def build_model(config: Config) -> nn.Module:
     return MODELS.build(config.model)
 
 
-def check_loaded(
-    model: nn.Module, checkpoint: dict, path: Path, but: Iterable[str] = ()
-) -> None:
-    """Refuse a checkpoint that left a part random; mmengine only warns.
-
-    Args:
-        model (nn.Module): The model that has loaded it.
-        checkpoint (dict): What was loaded.
-        path (Path): Where it comes from.
-        but (Iterable[str]): Prefixes of parts that are left out.
-    """
-    state, but = checkpoint.get('state_dict', checkpoint), tuple(but)
-    match_state(
-        {k: v for k, v in model.state_dict().items() if not k.startswith(but)},
-        {k: v for k, v in state.items() if not k.startswith(but)},
-        expected_leftovers=['.*'],
-        what='model of the config',
-        source=str(path),
-        hint='Take the config that the checkpoint was trained with.',
-    )
+def build_runner(config: Config) -> Runner:
+    """The runner of a config."""
+    build = RUNNERS.build if 'runner_type' in config else Runner.from_cfg
+    return build(config)
 
 
 def run(
@@ -295,47 +281,65 @@ def run(
 ) -> None:
     """Build a runner, check config and data, and run it.
 
-    Explains failures of data and disk. What another part of a config fails
-    with while it is built is passed on in one line.
-
     Args:
         config (Config): The config.
         modes (Sequence[str]): Whose data is read: 'train', 'val', 'test'.
         action (Callable): What to do with the runner.
         skip (Sequence[str]): Names of checks to leave out.
     """
-    hooks, checks = [], []
     require_names(skip)
+    hooks, checks = [], []
     try:
-        build = RUNNERS.build if 'runner_type' in config else Runner.from_cfg
-        runner = build(config)
-        hooks = runner.hooks
-        checks = [h for h in hooks if isinstance(h, DatasetCheckHook)]
-        for check in checks:
-            check.skip = (*check.skip, *skip)
-        if not checks:  # The hook would do it, too.
-            checks = [DatasetCheckHook(skip=skip)]
-            getattr(checks[0], f'before_{modes[0]}')(runner)
-        action(runner)
-    except Exception as e:
-        if _user_error(e) is None:
-            _check_disk(config.work_dir, e)
-            explain_batch_norm(e)
-            frames = _building_frames(e)
-            if {'build_dataloader', 'build_evaluator'} & set(frames):
-                _explain(explain_data_failure, config, modes, e)
-            elif not frames and any(check.passed for check in checks):
-                _explain(check_batch, checks[0].batch, e)
-            if frames and TRACE not in os.environ:
-                raise ConfigError(
-                    f'{config.filename} cannot be built: {_named(e)}\n'
-                    f'({_place(e)}; {TRACE}=1 shows the stack trace)'
-                ) from e
-        raise
+        with explained(config, modes, checks):
+            runner = build_runner(config)
+            hooks = runner.hooks
+            checks += [h for h in hooks if isinstance(h, DatasetCheckHook)]
+            for check in checks:
+                check.skip = (*check.skip, *skip)
+            if not checks:  # The hook would do it, too.
+                checks.append(DatasetCheckHook(skip=skip))
+                getattr(checks[0], f'before_{modes[0]}')(runner)
+            action(runner)
     finally:
         for hook in hooks:
             if isinstance(hook, ProgressBarHook):
                 hook.stop()  # leave the terminal as it was
+
+
+@contextmanager
+def explained(
+    config: Config,
+    modes: Sequence[str],
+    checks: Sequence[DatasetCheckHook] = (),
+) -> Iterator[None]:
+    """Inside, failures of data and disk are explained.
+
+    What another part of a config fails with while it is built is passed on in
+    one line.
+
+    Args:
+        config (Config): The config.
+        modes (Sequence[str]): Whose data is read: 'train', 'val', 'test'.
+        checks (Sequence[DatasetCheckHook]): What has looked at the data.
+    """
+    try:
+        yield
+    except Exception as e:
+        if _user_error(e) is not None:
+            raise
+        _check_disk(config.work_dir, e)
+        explain_batch_norm(e)
+        frames = _building_frames(e)
+        if {'build_dataloader', 'build_evaluator'} & set(frames):
+            _explain(explain_data_failure, config, modes, e)
+        elif not frames and any(check.passed for check in checks):
+            _explain(check_batch, checks[0].batch, e)
+        if not frames or TRACE in os.environ:
+            raise
+        raise ConfigError(
+            f'{config.filename} cannot be built: {_named(e)}\n'
+            f'({_place(e)}; {TRACE}=1 shows the stack trace)'
+        ) from e
 
 
 def _explain(explain: Callable, *args: Any) -> None:

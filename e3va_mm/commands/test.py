@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 
 from e3va_mm.commands import launching
 from e3va_mm.errors import ConfigError
+from e3va_mm.frameworks.loaders import whole_checkpoint
 from e3va_mm.frameworks.memory import keep_freed_memory
 
 # As in the frameworks' own tools, where a config has none.
@@ -21,6 +22,8 @@ TTA_MODELS = dict(
     ),
     mmpretrain=dict(type='AverageClsScoreTTA'),
 )
+# Where models of mmdet predict masks.
+MASK_HEADS = 'mask_head', 'panoptic_head', 'panoptic_fusion_head'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +62,8 @@ def _test(args: argparse.Namespace) -> None:
             kind = 'DumpDetResults' if detects else 'DumpResults'
             dump = METRICS.build(dict(type=kind, out_file_path=args.out))
             runner.test_evaluator.metrics.append(dump)
-        runner.test()
+        with whole_checkpoint(args.checkpoint):
+            runner.test()
 
     launching.run(config, ('test',), run, args.skip_check)
 
@@ -88,6 +92,13 @@ def _set_tta(config: Config) -> None:
     dataset = config.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
+    masks = [key for key in MASK_HEADS if _has(config.model, key)]
+    if masks and 'tta_model' not in config and config.default_scope == 'mmdet':
+        raise ConfigError(
+            f'--tta merges boxes alone, but the model predicts masks '
+            f'({masks[0]}). Test it without --tta, or set `tta_model` '
+            'and `tta_pipeline` to a class of yours that merges masks.'
+        )
     if config.default_scope in TTA_MODELS:
         *steps, pack = copy.deepcopy(dataset.pipeline)
         if config.default_scope == 'mmdet':
@@ -99,6 +110,13 @@ def _set_tta(config: Config) -> None:
     launching.require(config, 'tta_model', 'tta_pipeline')
     config.model = ConfigDict(**config.tta_model, module=config.model)
     dataset.pipeline = config.tta_pipeline
+
+
+def _has(node: object, key: str) -> bool:
+    """Whether a config sets a key, itself or in what it holds."""
+    return isinstance(node, Mapping) and (
+        bool(node.get(key)) or any(_has(each, key) for each in node.values())
+    )
 
 
 def _set_out(config: Config, out: str) -> None:

@@ -10,6 +10,7 @@ from mmengine.device import get_device
 from mmengine.runner import Runner
 
 from e3va_mm.commands import launching
+from e3va_mm.engine.hooks import ResumeCheckHook
 from e3va_mm.errors import ConfigError
 from e3va_mm.frameworks.memory import keep_freed_memory
 from e3va_mm.measure.batches import BatchSearch, set_batch
@@ -95,6 +96,9 @@ def _run(runner: Runner) -> None:
         runner.logger.info(
             f'Not in this config: {", ".join(missing)} (docs/hooks.md)'
         )
+    if runner.cfg.get('resume') and 'ResumeCheckHook' not in present:
+        # It changes nothing in the run.
+        runner.register_hook(ResumeCheckHook())
     runner.train()
 
 

@@ -1,15 +1,28 @@
 """mmengine's loading of checkpoints: its schemes, its look at state dicts."""
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+from mmengine.model import BaseTTAModel
 from mmengine.runner import checkpoint as mm_checkpoint
 from torch import nn
 
 from e3va_mm.errors import CheckpointError
+from e3va_mm.utils.listing import listed
+from e3va_mm.utils.tuned import tuned_backbones
 
+# What mmengine's loader says.
+MISSING = 'missing keys in source state_dict: '
+MISSHAPEN = re.compile(
+    r'\s*size mismatch for (\S+): .*?Size\((.*?)\) from .*?Size\((.*?)\)'
+)
+
+# The file whose state dict comes next and should fill its model.
+_whole: list[str] = []
 # Regular expressions, as mmengine understands them; the empty one is last.
 SCHEMES = (
     'e3va_mm://',
@@ -51,16 +64,78 @@ def replace_loaders(read: Callable, check: Callable) -> None:
 
     @wraps(stock_load)
     def load_state_dict(
-        module: nn.Module, state_dict: dict, *args: Any, **kwargs: Any
+        module: nn.Module, state_dict: dict, strict: bool = False, *args: Any
     ) -> None:
+        source = _whole.pop() if _whole else None
         check(module, state_dict)
-        stock_load(module, state_dict, *args, **kwargs)
+        try:
+            stock_load(module, state_dict, strict or bool(source), *args)
+        except RuntimeError as error:
+            if strict or not source:
+                raise
+            _refuse_missing(module, source, error)
 
     mm_checkpoint.CheckpointLoader.register_scheme(
         SCHEMES, load_from_e3va_mm, force=True
     )
     # All loaders of mmengine end here, by its name in their module.
     mm_checkpoint.load_state_dict = load_state_dict
+
+
+@contextmanager
+def whole_checkpoint(source: str) -> Iterator[None]:
+    """Inside, the next state dict has to bring all that its model needs.
+
+    mmengine only logs what is missing or has another shape, and random heads
+    give figures.
+
+    Args:
+        source (str): The file, for messages.
+
+    Raises:
+        CheckpointError: If a part of the model stays as it is.
+    """
+    expect_whole(source)
+    try:
+        yield
+    finally:
+        _whole.clear()
+
+
+def expect_whole(source: str) -> None:
+    """As :func:`whole_checkpoint`, for a file that is loaded right away."""
+    _whole[:] = [source]
+
+
+def _refuse_missing(
+    module: nn.Module, source: str, error: RuntimeError
+) -> None:
+    """Raise CheckpointError for what a strict loading missed.
+
+    Backbones of ours look at their part themselves; auxiliary heads predict
+    nothing, and what is left over in a file does no harm.
+    """
+    inner = module.module if isinstance(module, BaseTTAModel) else module
+    ours = tuple(prefix for prefix, _ in tuned_backbones(inner))
+    faults = []
+    for line in str(error).splitlines():
+        if line.startswith(MISSING):
+            keys = line.removeprefix(MISSING).split(', ')
+            faults += [f'{key} is missing' for key in keys]
+        elif found := MISSHAPEN.match(line):
+            name, have, want = found.groups()
+            faults.append(f'{name} ({have} in the file, {want} expected)')
+    faults = [
+        fault
+        for fault in faults
+        if not fault.startswith((*ours, 'auxiliary_head'))
+    ]
+    if faults:
+        raise CheckpointError(
+            f'{source} does not fit the model of the config, parts of which '
+            f'would be random: {listed(faults, 5)}. Take the config that it '
+            'was trained with.'
+        ) from error
 
 
 def resolve(address: str) -> str:

@@ -1,16 +1,23 @@
+import logging
+from collections.abc import Iterator
 from functools import partial
 
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from e3va_mm.engine.runner_optimizers import optimizers_of
 from e3va_mm.errors import CheckpointError
+from e3va_mm.frameworks.loaders import expect_whole
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils.listing import listed
 from e3va_mm.utils.unwrapping import unwrapped
 
 # In the `meta` of a checkpoint: names of what the optimizer held, in order.
 OPTIMIZED = 'e3va_mm_optimized'
+# What a resumed optimizer keeps; what a schedule counts itself.
+OPTIMIZER = ('weight_decay', 'momentum', 'betas', 'eps')
+PROGRESS = {'base_values', 'last_step', '_global_step', '_last_value'}
 _listed = partial(listed, shown=5)
 
 
@@ -25,7 +32,8 @@ class ResumeCheckHook(Hook):
     Refused are, too, files without the state of the optimizer, of schedules
     or of the run, such as the framework's ``best_*.pth`` and published ones:
     mmengine goes on from some of them in silence, with an optimizer that has
-    forgotten.
+    forgotten. Options of the config that have no effect on a resume are named
+    in one line, as is a run that has nothing left to train.
 
     Raises:
         CheckpointError: On a resume from a checkpoint that does not fit.
@@ -67,6 +75,13 @@ class ResumeCheckHook(Hook):
         now = optimized_names(runner)
         before = meta.get(OPTIMIZED, now)
         if before == now:
+            for text in (
+                *_finished(runner, meta),
+                *_without_effect(runner, checkpoint),
+            ):
+                text = f'warning: {text}'
+                print_log(text, 'current', level=logging.WARNING)
+            expect_whole(str(source))
             return
         gone = [name for name in before if name not in set(now)]
         come = [name for name in now if name not in set(before)]
@@ -80,6 +95,46 @@ class ResumeCheckHook(Hook):
             f'{source} was written by a run of {len(before)} trainable '
             f'parameters, this one has {len(now)}: {changes}. Resume with the '
             f'config of that run, which is in the work folder, {anew}'
+        )
+
+
+def _finished(runner: Runner, meta: dict) -> Iterator[str]:
+    for unit, most in (('epoch', 'max_epochs'), ('iter', 'max_iters')):
+        limit = (runner.cfg.get('train_cfg') or {}).get(most)
+        if limit and meta[unit] >= limit:
+            yield (
+                f'the checkpoint has {unit} {meta[unit]} of train_cfg.{most}='
+                f'{limit}: nothing is left to train.'
+            )
+
+
+def _without_effect(runner: Runner, checkpoint: dict) -> Iterator[str]:
+    """Options of the config that the state of a checkpoint overrides."""
+    state, changes = checkpoint['optimizer'], {}
+    states = [state] if 'param_groups' in state else [*state.values()]
+    for optimizer, saved in zip(optimizers_of(runner), states, strict=False):
+        groups = optimizer.param_groups, saved['param_groups']
+        for now, before in zip(*groups, strict=False):
+            for key in ('lr', *OPTIMIZER):
+                name = 'initial_lr' if key == 'lr' else key
+                one, other = now.get(name), before.get(name)
+                if None not in (one, other) and one != other:
+                    option = f'optim_wrapper.optimizer.{key}'
+                    changes.setdefault(option, (one, other))
+    schedulers = runner.param_schedulers, checkpoint.get('param_schedulers')
+    if all(isinstance(each, list) for each in schedulers):
+        for i, (one, before) in enumerate(zip(*schedulers, strict=False)):
+            now = one.state_dict()
+            for key in sorted({*now} & {*before} - PROGRESS):
+                if now[key] != before[key]:
+                    option = f'param_scheduler.{i}.{key}'
+                    changes[option] = now[key], before[key]
+    if changes:
+        texts = [f'{k}={a} ({b} goes on)' for k, (a, b) in changes.items()]
+        yield (
+            'a resume goes on with the optimizer and the schedules of its '
+            f'checkpoint; without effect: {_listed(texts)}. To change them, '
+            'start anew from its weights: `resume=False`, `load_from=...`.'
         )
 
 

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
@@ -40,8 +41,9 @@ PAGES = [
     ROOT / 'CONTRIBUTING.md',
 ]
 BLOCK = re.compile(r'^```(\w+)\n(.*?)^```', re.M | re.S)
-# The config that a page says to save its first block as.
-MY_DATA = 'my_data'
+# The configs that a page says to save its blocks as.
+SAVED = re.compile(r'```python\n([^`]+)```\s+Save it as `(configs/\w+\.py)`')
+MY_CONFIGS = [f'configs/my_{name}.py' for name in ('data', 'cells', 'maps')]
 # What several pages work with.
 TRAINED = 'python tools/train.py configs/cascade_e3va_swin_nano_digits.py'
 # Pages whose commands install or run for minutes; other tests run them.
@@ -56,7 +58,11 @@ SHOWN = dict(
         r'torch\.Size\(\[\d+, 4\]\)',
     ],
     # The trunk sees noise, in which there is nothing to find.
-    own_data=[r'Epoch\(test\)'],
+    own_data=[
+        'fine: 0 errors and 0 warnings',
+        r'Epoch\(test\)',
+        r'work_dirs/found: \d+ images, 1 tasks',
+    ],
     memory=['6 GB'],
     distributed=[r'Epoch\(test\)'],
 )
@@ -113,13 +119,48 @@ def folder(tmp_path_factory):
         weights.get('state_dict', weights),
         folder / 'path' / 'to' / 'swin_nano.safetensors',
     )
-    page = DOCS / 'own_data.md'
-    assert f'configs/{MY_DATA}.py' in page.read_text()
-    text = next(t for kind, t in blocks(page) if is_config(kind, t))
-    (configs / f'{MY_DATA}.py').write_text(text)
+    make_voc(folder / 'path' / 'to' / 'BCCD', ('RBC', 'WBC', 'Platelets'))
+    make_camvid(folder / 'path' / 'to' / 'camvid')
+    saved = SAVED.findall((DOCS / 'own_data.md').read_text())
+    assert [name for _, name in saved] == MY_CONFIGS
+    for text, name in saved:
+        assert len(text.strip().splitlines()) <= 10
+        (folder / name).write_text(text)
     image = next((folder / 'data' / 'digits').rglob('*.jpg'))
     cv2.imwrite(str(folder / 'demo.jpg'), cv2.imread(str(image)))
     return folder
+
+
+def make_voc(folder, classes):
+    """Images of 64x48 with a box of each class, in VOC's layout."""
+    make_coco(folder, 'JPEGImages', len(classes))
+    objects = ''.join(
+        f'<object><name>{name}</name><bndbox><xmin>8</xmin><ymin>8</ymin>'
+        '<xmax>32</xmax><ymax>28</ymax></bndbox></object>'
+        for name in classes
+    )
+    size = '<size><width>64</width><height>48</height></size>'
+    (folder / 'Annotations').mkdir()
+    (folder / 'ImageSets' / 'Main').mkdir(parents=True)
+    names = [path.stem for path in (folder / 'JPEGImages').iterdir()]
+    for name in names:
+        text = f'<annotation>{size}{objects}</annotation>'
+        (folder / 'Annotations' / f'{name}.xml').write_text(text)
+    for split in ('train', 'val'):
+        text = '\n'.join(names)
+        (folder / 'ImageSets' / 'Main' / f'{split}.txt').write_text(text)
+
+
+def make_camvid(folder):
+    """Images of 96x72 and maps of the classes 0 to 11."""
+    for split in ('train', 'val'):
+        make_coco(folder, split, 2)
+        (folder / f'{split}annot').mkdir()
+        for path in (folder / split).iterdir():
+            cv2.imwrite(
+                str(folder / f'{split}annot' / f'{path.stem}.png'),
+                np.arange(48 * 64, dtype=np.uint8).reshape(48, 64) % 12,
+            )
 
 
 @pytest.fixture(scope='module')
@@ -238,4 +279,4 @@ def test_what_is_named_exists(page):
     for name in re.findall(
         r'(?<![\w/])(?:tools|configs|benchmarks|docs|tests)/[\w/]+\.\w+', text
     ):
-        assert (ROOT / name).exists() or name == f'configs/{MY_DATA}.py', name
+        assert (ROOT / name).exists() or name in MY_CONFIGS, name

@@ -6,7 +6,7 @@ from pathlib import Path
 # Runs from a plain clone too; in a wheel it lies in e3va_mm/.mim/tools.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from e3va_mm.commands.train import main
+from e3va_mm.cli import main
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(main(['train', *sys.argv[1:]]))

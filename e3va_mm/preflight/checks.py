@@ -17,6 +17,7 @@ CHECKS = dict(
     class_names=classes.check_class_names,
     categories=classes.check_categories,
     same_classes=classes.check_same_classes,
+    class_weights=classes.check_class_weights,
     not_empty=classes.check_not_empty,
     metric_names=evaluation.check_metric_names,
     evaluator_files=evaluation.check_evaluator_files,

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.fileio import load
@@ -203,6 +204,35 @@ def _check_heads(
             f'classes are not yours, set {data}.metainfo=dict(classes=(...)).',
             error=ConfigError,
         )
+
+
+def check_class_weights(
+    config: Config, datasets: Mapping[str, ReadDataset]
+) -> Iterator[Problem]:
+    """Compare the weights of segmentors' losses with the classes of heads."""
+    model = config.get('model') or {}
+    for key in ('decode_head', 'auxiliary_head'):
+        for head in _listed(model.get(key)):
+            for loss in _listed(head.get('loss_decode')):
+                count, weights = (
+                    head.get('num_classes'),
+                    loss.get('class_weight'),
+                )
+                if isinstance(weights, Sequence) and not (
+                    isinstance(weights, str) or len(weights) == count
+                ):
+                    yield Problem(
+                        f'model.{key}.loss_decode.class_weight',
+                        f'{len(weights)} weights',
+                        f'{count}, as num_classes',
+                        'Give one weight for each class, or None.',
+                        error=ConfigError,
+                    )
+
+
+def _listed(found: Any) -> list[Mapping]:
+    found = found if isinstance(found, (list, tuple)) else [found]
+    return [each for each in found if isinstance(each, Mapping)]
 
 
 def _endings(folder: str) -> Counter:

@@ -72,13 +72,11 @@ def check_map_values(
     config: Config, datasets: Mapping[str, ReadDataset]
 ) -> Iterator[Problem]:
     """Find values in segmentation maps that no class has."""
-    ignored = set(_values(config.get('model'), 'ignore_index'))
     for each in datasets.values():
         if not each.classes or not each.is_stock:
             continue
-        known = {*range(len(each.classes)), each.get('ignore_index'), *ignored}
-        evaluator = config.get(each.loader.replace('dataloader', 'evaluator'))
-        known |= set(_values(evaluator, 'ignore_index'))
+        count, ignored = len(each.classes), _ignored(config, each)
+        known = {*range(count), *ignored}
         for path, counts in each.map_values.items():
             values = [str(v) for v in sorted(counts) if v not in known]
             if values:
@@ -86,11 +84,11 @@ def check_map_values(
                     f'{each.option}: {path}',
                     'the map has values that no class has: '
                     f'{listed(values, 5)}',
-                    f'0 to {len(each.classes) - 1} for the '
-                    f'{len(each.classes)} classes and '
-                    f'{each.get("ignore_index")} for none',
-                    f'Correct the maps or {each.option}.metainfo, '
-                    '.reduce_zero_label or .ignore_index.',
+                    f'0 to {count - 1} for the {count} classes and '
+                    f'{sorted(ignored)} for none',
+                    f'Correct the maps, or {each.option}.metainfo or '
+                    '.reduce_zero_label, or `ignore_index` of all heads and '
+                    'of the evaluator.',
                 )
 
 
@@ -170,6 +168,27 @@ def _is_scored(config: Config, loader: str) -> bool:
         each.get('format_only') or class_name(each).startswith('Dump')
         for each in evaluators
     )
+
+
+def _ignored(config: Config, dataset: ReadDataset) -> set[int]:
+    """Values of maps that losses, or a validation's metrics, leave out."""
+    if not dataset.loader.startswith('train'):
+        option = dataset.loader.replace('dataloader', 'evaluator')
+        readers = config.get(option) or []
+        readers = [readers] if isinstance(readers, Mapping) else readers
+        known = all(class_name(each) == 'IoUMetric' for each in readers)
+    else:
+        model = config.get('model') or {}
+        readers = []
+        for key in ('decode_head', 'auxiliary_head'):
+            heads = model.get(key) or []
+            readers += [heads] if isinstance(heads, Mapping) else heads
+        known = bool(readers)
+    if not known:
+        own = dataset.get('ignore_index', 255)
+        return {own, *_values(config.get('model'), 'ignore_index')}
+    values = [{each.get('ignore_index', 255)} for each in readers]
+    return set.intersection(*values) if values else {255}
 
 
 def _values(node: Any, name: str) -> Iterator[int]:

@@ -1,0 +1,238 @@
+"""Labels, masks, maps and sizes: what is wrong is named, the rest passes."""
+
+import json
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from PIL import Image
+
+from e3va_mm.preflight.checks import opened, run_checks
+from tests.test_engine.test_hooks.tiny import (
+    CLASSES,
+    detection_config,
+    make_coco,
+    make_segmentation,
+    segmentation_config,
+)
+
+TRAIN = 'train_dataloader.dataset'
+
+
+def problems_of(config, *modes):
+    """What the checks find in a config whose data sets are built."""
+    from mmengine.registry import DATASETS
+
+    config = config if isinstance(config, Config) else Config.fromfile(config)
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        loaded = {
+            f'{mode}_dataloader': DATASETS.build(
+                config[f'{mode}_dataloader'].dataset
+            )
+            for mode in modes or ('train',)
+        }
+    return run_checks(config, opened(loaded))
+
+
+def only(config, check, *modes):
+    (problem,) = problems_of(config, *modes)
+    assert problem.check == check
+    return problem
+
+
+@pytest.fixture
+def detection(tmp_path):
+    make_coco(tmp_path, 'train', masks=True)
+    make_coco(tmp_path, 'val', masks=True)
+    return Config.fromfile(detection_config(tmp_path))
+
+
+@pytest.fixture
+def segmentation(tmp_path):
+    make_segmentation(tmp_path)
+    return Config.fromfile(segmentation_config(tmp_path))
+
+
+def rewrite(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_what_is_right_passes(detection, segmentation):
+    assert problems_of(detection, 'train', 'val') == []
+    assert problems_of(segmentation, 'train', 'val') == []
+
+
+# ---- masks
+
+RLE = dict(counts='a', size=[48, 64])
+MASKS = {
+    'missing': (None, 'is missing or empty', 'error'),
+    'empty': ([], 'is missing or empty', 'error'),
+    'flat': ([1, 2, 3, 2, 3, 4], 'is a flat list', 'error'),
+    'text': ('abc', 'is of type str', 'error'),
+    'size': (dict(RLE, size=[64, 48]), 'is an RLE of the size', 'error'),
+    'points': ([[1, 2, 3, 4]], 'has no polygon of three', 'warning'),
+    'keys': (dict(size=[48, 64]), "has the keys ['size']", 'warning'),
+}
+
+
+@pytest.mark.parametrize('name', MASKS)
+def test_masks_that_cannot_be_loaded(detection, tmp_path, name):
+    mask, text, severity = MASKS[name]
+    rewrite(
+        tmp_path / 'train.json',
+        lambda content: content['annotations'][1].update(segmentation=mask),
+    )
+    dataset = detection.train_dataloader.dataset
+    assert problems_of(detection) == []  # for boxes that is no matter
+    dataset.pipeline[1].with_mask = True
+    problem = only(detection, 'masks')
+    assert problem.where == f'{tmp_path}/train.json'
+    assert f'annotation 1 (image 1) {text}' in problem.found
+    assert problem.severity == severity
+    assert 'with_mask=False' in problem.advice
+
+
+def test_masks_of_every_form_pass(detection, tmp_path):
+    def change(content):
+        content['annotations'][0]['segmentation'] = RLE
+        content['annotations'][1]['segmentation'] = dict(
+            RLE, counts=[0, 48 * 64]
+        )
+
+    rewrite(tmp_path / 'train.json', change)
+    detection.train_dataloader.dataset.pipeline[1].with_mask = True
+    assert problems_of(detection) == []
+
+
+# ---- sizes
+
+
+def test_sizes_that_annotations_do_not_have(detection, tmp_path):
+    turned = Image.Exif()
+    turned[274] = 6
+    path = tmp_path / 'train' / '001.jpg'
+    image = Image.open(path)
+    image.resize((32, 24)).save(tmp_path / 'train' / '000.jpg')
+    image.save(path, exif=turned)
+    small, upright = problems_of(detection)
+    assert small.check == upright.check == 'image_sizes'
+    assert str(small) == (
+        f'{tmp_path}/train/000.jpg: the image has 32 x 24 pixels; expected '
+        f'64 x 48 as {tmp_path}/train.json says.'
+    )
+    assert '48 x 64 pixels after its EXIF orientation 6' in upright.found
+    # Read as it is stored, it fits.
+    load = detection.train_dataloader.dataset.pipeline[0]
+    load.color_type = 'color_ignore_orientation'
+    assert problems_of(detection) == [small]
+
+
+# ---- labels
+
+
+def test_classes_without_a_sample(detection, tmp_path):
+    rewrite(
+        tmp_path / 'train.json',
+        lambda content: content['annotations'].pop(2),
+    )
+    problem = only(detection, 'labels')
+    assert problem.severity == 'warning'
+    assert problem.found == "no sample has the class 'bird'"
+    # Another data set that is joined with it has some.
+    inner = detection.train_dataloader.dataset
+    other = dict(inner, ann_file='val.json', data_prefix=dict(img='val/'))
+    joined = dict(type='ConcatDataset', datasets=[inner, other])
+    detection.train_dataloader.dataset = joined
+    assert problems_of(detection) == []
+
+
+def test_no_label_at_all(detection, tmp_path):
+    rewrite(tmp_path / 'train.json', lambda c: c.update(annotations=[]))
+    detection.train_dataloader.dataset.filter_cfg = None
+    problem = only(detection, 'labels')
+    assert problem.severity == 'error'
+    detection.test_dataloader.dataset = detection.train_dataloader.dataset
+    detection.test_evaluator = dict(type='CocoMetric', format_only=True)
+    found = problems_of(detection, 'test')
+    assert [each.severity for each in found] == ['warning']
+
+
+@pytest.mark.parametrize(
+    'values, options, text',
+    [
+        ((0, 255), {}, 'The maps hold 0, 255 after reduce_zero_label=False'),
+        ((0, 1, 2), dict(reduce_zero_label=True), 'The maps hold 0, 1, 255'),
+    ],
+)
+def test_maps_without_a_class(segmentation, tmp_path, values, options, text):
+    pixels = np.resize(np.array(values, np.uint8), (48, 64))
+    for path in (tmp_path / 'maps').iterdir():
+        Image.fromarray(pixels).save(path)
+    segmentation.train_dataloader.dataset.update(options)
+    problem = only(segmentation, 'labels')
+    assert "'bird'" in problem.found and text in problem.advice
+
+
+# ---- values of maps
+
+
+def test_values_without_a_class_are_those_of_all_readers(
+    segmentation, tmp_path
+):
+    pixels = np.resize(np.array([0, 1, 2, 7], np.uint8), (48, 64))
+    Image.fromarray(pixels).save(tmp_path / 'maps' / '001.png')
+    for mode in ('train', 'val'):
+        problem = only(segmentation, 'map_values', mode)
+        assert problem.where.endswith('maps/001.png')
+        assert problem.found.endswith('that no class has: 7')
+    segmentation.model.decode_head.ignore_index = 7
+    assert problems_of(segmentation) == []
+    # The metric would still count them.
+    assert only(segmentation, 'map_values', 'val')
+    segmentation.val_evaluator.ignore_index = 7
+    assert problems_of(segmentation, 'val') == []
+    segmentation.model.auxiliary_head = dict(type='FCNHead')
+    assert only(segmentation, 'map_values')
+
+
+# ---- names of classes
+
+
+def test_labels_follow_the_order_of_the_file(detection, tmp_path):
+    rewrite(tmp_path / 'train.json', lambda c: c['categories'].reverse())
+    problem = only(detection, 'categories')
+    assert problem.severity == 'error'
+    assert "labels as 'bird', 'dog', 'cat'" in problem.found
+    assert problem.expected.endswith("'cat', 'dog', 'bird'")
+
+
+def test_other_names_for_the_same_label(segmentation):
+    other = ('dog', 'cat', 'bird')
+    segmentation.val_dataloader.dataset.metainfo = dict(classes=other)
+    problem = only(segmentation, 'same_classes', 'train', 'val')
+    assert problem.severity == 'error'
+    assert problem.where == 'val_dataloader.dataset.metainfo'
+    named = ('Cat', 'Dog', 'Bird')
+    segmentation.val_dataloader.dataset.metainfo = dict(classes=named)
+    problem = only(segmentation, 'same_classes', 'train', 'val')
+    assert problem.severity == 'warning'
+
+
+def test_weights_of_another_number_of_classes(segmentation):
+    head = segmentation.model.decode_head
+    head.loss_decode = [dict(type='CrossEntropyLoss', class_weight=[1.0] * 2)]
+    problem = only(segmentation, 'class_weights')
+    assert problem.found == '2 weights'
+    head.loss_decode[0].class_weight = [1.0] * len(CLASSES)
+    assert problems_of(segmentation) == []
+
+
+def test_an_ending_that_no_file_has(segmentation, tmp_path):
+    segmentation.train_dataloader.dataset.img_suffix = '.png'
+    problems = problems_of(segmentation)
+    found = f'no file in {tmp_path}/images ends in .png; there are 4 .jpg'
+    assert found in [each.found for each in problems]

@@ -43,7 +43,9 @@ PAGES = [
 BLOCK = re.compile(r'^```(\w+)\n(.*?)^```', re.M | re.S)
 # The configs that a page says to save its blocks as.
 SAVED = re.compile(r'```python\n([^`]+)```\s+Save it as `(configs/\w+\.py)`')
-MY_CONFIGS = [f'configs/my_{name}.py' for name in ('data', 'cells', 'maps')]
+MY_CONFIGS = [
+    f'configs/my_{name}.py' for name in ('data', 'cells', 'maps', 'camvid')
+]
 # What several pages work with.
 TRAINED = 'python tools/train.py configs/cascade_e3va_swin_nano_digits.py'
 # Pages whose commands install or run for minutes; other tests run them.

@@ -127,9 +127,11 @@ def check_metric_names(
         elif kind == 'CocoMetric':
             prefix = prefix or 'coco'
             found = [
-                rf'{prefix}/{metric}_(mAP.*|AR@.*|.*_precision)'
+                rf'{prefix}/{metric}_(mAP.*|AR@.*)'
                 for metric in metrics or ['bbox']
             ]
+            if evaluator.get('classwise'):
+                found.append(rf'{prefix}/.*_precision')
             if any(m.startswith('proposal') for m in metrics):
                 found.append(rf'{prefix}/AR@.*')
         elif kind == 'VOCMetric':

@@ -184,11 +184,7 @@ class ReadDataset:
     @cached_property
     def missing(self) -> set[str]:
         """Local files that are not there."""
-        with ThreadPool(THREADS) as pool:
-            there = pool.map(os.path.exists, self.files, CHUNK)
-        return {
-            p for p, found in zip(self.files, there, strict=True) if not found
-        }
+        return {path for path in self.files if not os.path.exists(path)}
 
     @cached_property
     def looks(self) -> dict[str, Look]:
@@ -256,7 +252,8 @@ class ReadDataset:
         found, start = {}, time.monotonic()
         if self.seconds == 0:
             return found
-        with ThreadPool(THREADS) as pool:
+        # Starting threads takes longer than a few files.
+        with ThreadPool(min(THREADS, 1 + len(items) // CHUNK)) as pool:
             results = pool.imap(function, items, CHUNK)
             results = self._tracked(results, len(items), what)
             for item, result in zip(items, results, strict=True):

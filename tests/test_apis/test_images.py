@@ -39,6 +39,27 @@ def test_a_folder_with_its_subfolders(folder):
     assert red[0, 0].argmax() == 2  # BGR
 
 
+def test_linked_folders_and_gifs_but_no_results(folder, monkeypatch):
+    other = folder.parent / f'{folder.name}_linked'
+    other.mkdir()
+    PILImage.new('RGB', (8, 6)).save(other / 'c.gif')
+    (folder / 'link').symlink_to(other)
+    (other / 'circle').symlink_to(folder)
+    (folder / 'out' / 'boxes').mkdir(parents=True)
+    PILImage.new('RGB', (8, 6)).save(folder / 'out' / 'boxes' / 'd.png')
+    lines = []
+    monkeypatch.setattr(
+        'e3va_mm.apis.images.print_log',
+        lambda text, *args, **kwargs: lines.append(text),
+    )
+    images = Images(folder, but=[folder / 'out' / 'boxes'])
+    names = [each.name for each in images]
+    assert names == ['a', 'b', 'inner/a', 'link/c']
+    assert [each.read().shape for each in images][3] == (6, 8, 3)
+    (line,) = lines
+    assert line.startswith('warning: ') and line.endswith('left out: 1 .txt.')
+
+
 def test_a_list_of_several_kinds(folder):
     make_video(folder / 'clip.mp4')
     array = np.zeros((4, 5, 3), np.uint8)

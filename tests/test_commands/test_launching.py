@@ -73,6 +73,83 @@ def test_config_that_cannot_be_read(tmp_path, error):
         assert expected in error(train, path)
 
 
+def test_slips_in_a_config(tmp_path, error):
+    """File and line where there is one, and the original error."""
+    path = tmp_path / 'config.py'
+    base = segmentation_config(tmp_path)
+    for text, expected in (
+        (f'_base_ = {base!r}\nx = epochs_', 'line 2: NameError: name'),
+        (f'_base_ = {base!r}\nx = _base_.modl', 'line 2: AttributeError: '),
+        (
+            f'_base_ = {base!r}\noptim_wrapper = dict(optimizer=[1])\n'
+            'train_dataloader = dict(dataset=dict(pipeline=dict(a=1)))',
+            'TypeError: pipeline',
+        ),
+        (f'_base_ = [{base!r}, {base!r}]', 'KeyError: '),
+    ):
+        path.write_text(text)
+        found = error(train, path)
+        assert found.startswith(f'error: {path} cannot be read: ')
+        assert expected in found
+    path.write_text('data = dict()\noptimizer = dict()\nrunner = dict()')
+    assert 'a config of the 2.x line' in error(train, path)
+    path.write_text(f'_base_ = {base!r}\ntrain_cfg = [1]')
+    assert 'train_cfg should be a dict, but got [1]' in error(train, path)
+
+
+def test_slips_on_the_command_line(tmp_path, error, capsys):
+    config = segmentation_config(tmp_path, custom_hooks=[])
+    option = 'custom_hooks.9.x=1'
+    assert f'--cfg-options {option} does not fit {config}: ' in error(
+        train, config, '--cfg-options', option
+    )
+    with pytest.raises(SystemExit):
+        train.main([config, '--cfg-options', 'model'])
+    assert 'expected key=value, but got model' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'option, expected',
+    [
+        ('model.decode_head.type=NoHead', "KeyError: 'NoHead is not in the"),
+        ('model.decode_head.classes=3', 'TypeError: '),
+        ('visualizer.type=NoVisualizer', "KeyError: 'NoVisualizer is not"),
+        ('default_hooks.timer.type=NoHook', "KeyError: 'NoHook is not"),
+        ('train_dataloader.sampler.type=No', "KeyError: 'No is not in"),
+        ('optim_wrapper.optimizer.type=No', "KeyError: 'No is not in"),
+    ],
+)
+def test_a_part_that_cannot_be_built(
+    segmentation, error, monkeypatch, option, expected
+):
+    """The original error, whatever part it is."""
+    arguments = train, segmentation, '--cfg-options', option
+    text = error(*arguments)
+    assert text.startswith(f'error: {segmentation} cannot be built: ')
+    assert expected in text
+    monkeypatch.setenv(launching.TRACE, '1')
+    with pytest.raises(Exception, match=expected.partition(': ')[2][:7]):
+        train.main([segmentation, '--cfg-options', option])
+
+
+def test_an_explanation_hides_no_error(segmentation, error, monkeypatch):
+    monkeypatch.setattr(
+        launching, 'explain_data_failure', raising(KeyError('another'))
+    )
+    option = 'train_dataloader.dataset.type=NoDataset'
+    text = error(train, segmentation, '--cfg-options', option)
+    assert 'NoDataset is not in the' in text
+
+
+def test_threads_that_wait_do_not_spin(monkeypatch):
+    monkeypatch.delenv('OMP_WAIT_POLICY', raising=False)
+    for policy in ('passive', 'active'):
+        with pytest.raises(SystemExit):
+            cli.main(['doctor', '--help'])
+        assert os.environ['OMP_WAIT_POLICY'] == policy
+        monkeypatch.setenv('OMP_WAIT_POLICY', 'active')
+
+
 def test_framework_that_is_not_installed(tmp_path, error, monkeypatch):
     monkeypatch.setattr(launching, 'find_spec', lambda name: None)
     text = error(test, segmentation_config(tmp_path), 'x.pth')
@@ -96,7 +173,7 @@ def test_launcher_without_its_environment(tmp_path, error, monkeypatch):
 
 
 def raising(error):
-    def command(args):
+    def command(*args):
         raise error
 
     return command

@@ -170,6 +170,15 @@ def test_time_augmentation_of_segmentors_is_theirs(
     )
 
 
+def test_time_augmentation_merges_no_masks(tmp_path, checkpoint, error):
+    roi_head = dict(mask_head=dict(type='FCNMaskHead'))
+    config = detection_config(tmp_path)
+    with open(config, 'a') as file:
+        file.write(f'\nmodel.update(roi_head={roi_head})\n')
+    text = error(test, config, checkpoint, '--tta')
+    assert 'merges boxes alone, but the model predicts masks' in text
+
+
 # ---- runs
 
 
@@ -201,7 +210,7 @@ def test_a_detector_from_start_to_predictions(tmp_path, detection, capfd):
     )
 
 
-def test_a_segmentor_from_start_to_predictions(segmentation, tmp_path):
+def test_a_segmentor_from_start_to_predictions(segmentation, tmp_path, error):
     assert train.main([segmentation, '--work-dir', f'{tmp_path}/here']) == 0
     out = tmp_path / 'maps_out'
     checkpoint = str(tmp_path / 'here' / 'iter_2.pth')
@@ -211,6 +220,15 @@ def test_a_segmentor_from_start_to_predictions(segmentation, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == [
         f'{i:03}.png' for i in range(4)
     ]
+    # Another head is refused, by a test and by a resume.
+    option = 'model.decode_head.channels=4'
+    for command, *argv in (
+        (test, checkpoint),
+        (train, '--resume', checkpoint),
+    ):
+        text = error(command, segmentation, *argv, '--cfg-options', option)
+        assert f'{checkpoint} does not fit the model of the config' in text
+        assert 'decode_head.conv_seg.weight ([3, 8, 1, 1] in the file' in text
 
 
 def test_wrong_class_count(detection, error, tmp_path):

@@ -94,7 +94,7 @@ def test_images_of_several_sizes_in_a_batch(
     pipeline = segmentation.val_dataloader.dataset.pipeline
     pipeline.insert(1, dict(resize, keep_ratio=True))
     assert only(segmentation, 'batch_sizes', 'val')
-    pipeline[1].keep_ratio = False
+    pipeline[1]['keep_ratio'] = False
     assert problems_of(segmentation, 'val') == []
 
 
@@ -226,7 +226,7 @@ def test_batch_norms_of_one_value(model, samples, loader, option):
     name = 'train_dataloader.dataset'
     read = {name: ReadDataset(name, Files(), samples=samples)}
     config = dict(train_dataloader=loader)
-    was = model.training
+    was = model.train().training
     problems = found(check_batch_norm, config, read, model)
     assert [each.where for each in problems] == ([option] if option else [])
     assert model.training == was

@@ -145,3 +145,20 @@ def test_weights_alone_are_refused(config, tmp_path):
     torch.save(run(config, tmp_path / 'run').model.state_dict(), path)
     text = refusal(config, tmp_path / 'run', load_from=str(path))
     assert 'no epoch and iteration, no message_hub, no optimizer' in text
+
+
+def test_options_without_effect_are_named(config, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(
+        'e3va_mm.engine.hooks.resume_check_hook.print_log',
+        lambda text, *args, **kwargs: lines.append(text),
+    )
+    run(config, tmp_path, stop=1)
+    optimizer = dict(config['optim_wrapper']['optimizer'], lr=0.5)
+    wrapper = dict(config['optim_wrapper'], optimizer=optimizer)
+    run(config, tmp_path, resume=True, optim_wrapper=wrapper)
+    (line,) = lines
+    assert line.startswith('warning: a resume goes on with the optimizer')
+    assert 'optim_wrapper.optimizer.lr=0.5 (' in line
+    run(config, tmp_path, resume=True)
+    assert 'nothing is left to train' in lines[1]

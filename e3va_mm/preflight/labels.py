@@ -75,6 +75,17 @@ def check_map_values(
     for each in datasets.values():
         if not each.classes or not each.is_stock:
             continue
+        if (
+            hasattr(each.dataset, 'reduce_zero_label')
+            and each.transform('LoadAnnotations')
+            and any('seg_map_path' not in e.paths for e in each.entries)
+        ):
+            yield Problem(
+                f'{each.option}.data_prefix.seg_map_path',
+                'not set, but LoadAnnotations of its pipeline reads maps',
+                'the folder of the maps',
+                'Set it, or take LoadAnnotations out of a test without maps.',
+            )
         count, ignored = len(each.classes), _ignored(config, each)
         known = {*range(count), *ignored}
         for path, counts in each.map_values.items():

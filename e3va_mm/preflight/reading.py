@@ -17,6 +17,7 @@ from rich.progress import track
 from e3va_mm.utils.listing import listed
 
 THREADS, CHUNK = 16, 16
+LEAST = 100  # images or maps that are looked at, however long it takes
 JPEG_START, JPEG_END = b'\xff\xd8\xff', b'\xff\xd9'
 PNG_START, PNG_END = b'\x89PNG\r\n\x1a\n', b'IEND\xaeB`\x82'
 IMAGES = ('.jpg', '.jpeg', '.png')
@@ -64,7 +65,8 @@ class ReadDataset:
             ``train_dataloader.dataset.datasets.0``.
         dataset (object): The data set.
         seconds (float, optional): How long to look at images, and again at
-            maps; as many as it takes by default, 0 for none.
+            maps, after the first hundred; by default until the end, 0 for
+            none.
         samples (int, optional): Those of the whole loader, if that wraps it.
         shows (bool): Whether to show the progress.
     """
@@ -258,7 +260,8 @@ class ReadDataset:
             results = self._tracked(results, len(items), what)
             for item, result in zip(items, results, strict=True):
                 found[item] = result
-                if self.seconds and time.monotonic() - start > self.seconds:
+                late = self.seconds and time.monotonic() - start > self.seconds
+                if late and len(found) >= LEAST:
                     break
         return found
 

@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 
 from mmengine.config import Config
 from rich import box
@@ -57,6 +58,8 @@ def _check(args: argparse.Namespace) -> int:
         tempfile.TemporaryDirectory() as config.work_dir,
         redirect_stdout(sys.stderr),  # Readers of annotations say much.
     ):
+        # Another run of this process may have the name of the config.
+        config.experiment_name = Path(config.work_dir).name
         problems, samples = _problems(config, args.skip_check, args.json)
     errors = sum(each.severity == 'error' for each in problems)
     if args.json:

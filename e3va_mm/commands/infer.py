@@ -23,7 +23,7 @@ from e3va_mm.apis import MultiTaskInferencer
 from e3va_mm.apis.images import Images
 from e3va_mm.apis.result_writer import ResultWriter
 from e3va_mm.apis.sharing import config_of
-from e3va_mm.commands.launching import exit_code
+from e3va_mm.commands.launching import exit_code, read_config
 from e3va_mm.errors import ConfigError
 from e3va_mm.weights.hub import ADAPTER, fetch
 
@@ -77,7 +77,10 @@ def _infer(args: argparse.Namespace) -> None:
                 'such as boxes=configs/cascade.py:boxes.safetensors, but got '
                 f'{text}.'
             )
-        tasks[parts[1]] = parts[2], parts[3]
+        name, config, file = parts.groups()
+        if Path(config).is_file():
+            config = read_config(config)
+        tasks[name] = config, file
     for text in args.adapter:
         name, file = _named(text)
         path = Path(file)

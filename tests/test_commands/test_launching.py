@@ -116,7 +116,7 @@ def test_slips_on_the_command_line(tmp_path, error, capsys):
         ('visualizer.type=NoVisualizer', "KeyError: 'NoVisualizer is not"),
         ('default_hooks.timer.type=NoHook', "KeyError: 'NoHook is not"),
         ('train_dataloader.sampler.type=No', "KeyError: 'No is not in"),
-        ('optim_wrapper.optimizer.type=No', "KeyError: 'No is not in"),
+        ('optim_wrapper.optimizer.momenta=1', 'TypeError: '),
     ],
 )
 def test_a_part_that_cannot_be_built(

@@ -60,6 +60,8 @@ def _check(args: argparse.Namespace) -> int:
     ):
         # Another run of this process may have the name of the config.
         config.experiment_name = Path(config.work_dir).name
+        if config.get('visualizer'):
+            config.visualizer.name = config.experiment_name
         problems, samples = _problems(config, args.skip_check, args.json)
     errors = sum(each.severity == 'error' for each in problems)
     if args.json:

@@ -17,7 +17,12 @@ from e3va_mm.errors import ConfigError
 from e3va_mm.trunks import StageEnd, Trunk
 from e3va_mm.tuners.base import Tuner
 from e3va_mm.tuners.e3va.norm_offset import NormOffset
-from e3va_mm.tuners.e3va.stage_sum import KeptSum, TokenNorm, normalise
+from e3va_mm.tuners.e3va.stage_sum import (
+    Invertible,
+    KeptSum,
+    TokenNorm,
+    normalise,
+)
 from e3va_mm.utils.freezing import mark_trainable
 
 STATISTICS = nn.modules.batchnorm._BatchNorm
@@ -119,6 +124,8 @@ class TunedBackbone(LoadsTrunk):
         follow.
         """
         nn.Module.train(self, mode)
+        # By stage: asked again now and then, and after what was loaded.
+        self._invertible: dict[int, Invertible] = {}
         whole = self._trains_whole()
         nothing = not any(p.requires_grad for p in self.parameters())
         for _, child in self.trunk_children():
@@ -202,7 +209,8 @@ class TunedBackbone(LoadsTrunk):
         else:
             norm = TokenNorm.of(norm)
         if self.trunk.gives_maps:
-            return normalise(norm, total, end.size)
+            known = self._invertible.setdefault(stage, Invertible())
+            return normalise(norm, total, end.size, known)
         return self.trunk.output(total, end, norm), None
 
     def _output_norm(self, stage: int) -> nn.Module | None:

@@ -65,10 +65,41 @@ class TokenNorm(NamedTuple):
         return F.layer_norm(tokens, self.weight.shape, *self)
 
 
+class Invertible:
+    """Whether the input of a norm comes back from its output.
+
+    Weights change slowly, and the answer makes the host wait for the device.
+    So another than a CPU is asked once in ``EVERY`` steps; before the inverse
+    fails it is merely less precise.
+    """
+
+    EVERY = 64
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._answer = False
+
+    def __call__(self, norm: TokenNorm, dtype: torch.dtype) -> bool:
+        """For an output in ``dtype``."""
+        if dtype not in INVERTIBLE:
+            return False
+        if norm.weight.is_meta:
+            return True
+        if norm.weight.device.type == 'cpu' or self._asked % self.EVERY == 0:
+            ratio, least = INVERTIBLE[dtype]
+            weight, bias = norm.weight.detach().abs(), norm.bias.detach().abs()
+            self._answer = bool(
+                ((weight > least) & (bias <= ratio * weight)).all()
+            )
+        self._asked += 1
+        return self._answer
+
+
 def normalise(
     norm: TokenNorm | Callable[[Tensor], Tensor] | None,
     total: Tensor,
     size: tuple[int, int],
+    invertible: 'Invertible | None' = None,
 ) -> tuple[Tensor, KeptSum]:
     """The output of a stage.
 
@@ -77,6 +108,8 @@ def normalise(
         total (Tensor): (B, extra + L, C), trunk and highway.
         size (tuple[int, int]): (H, W), H * W = L. Tokens before the last L
             are no part of the map.
+        invertible (Invertible, optional): Whose question about this norm was
+            answered before. Defaults to a new one.
 
     Returns:
         tuple[Tensor, KeptSum]: The map (B, C, H, W), in autocast's type where
@@ -85,13 +118,15 @@ def normalise(
     dtype = autocast_dtype(total) or total.dtype
     length = size[0] * size[1]
     if total.shape[1] > length:
-        return normalise(norm, total[:, -length:], size)[0], keep(total)
+        output, _ = normalise(norm, total[:, -length:], size, invertible)
+        return output, keep(total)
     if norm is None:
         return _to_map(total, size, dtype), keep(total)
     # Traces, as of tools that count operations, know no function of ours.
     plainly = not torch.is_grad_enabled() or torch.jit.is_tracing()
     known = isinstance(norm, TokenNorm)
-    if plainly or not (known and _invertible(norm, dtype)):
+    invertible = invertible or Invertible()
+    if plainly or not (known and invertible(norm, dtype)):
         with autocast_off(total):
             return _to_map(norm(total), size, dtype), keep(total)
     with autocast_off(total):
@@ -244,15 +279,6 @@ def _before_product(grad: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None:
         return grad
     return linear(grad.to(weight.dtype), weight.t()).to(grad.dtype)
-
-
-def _invertible(norm: TokenNorm, dtype: torch.dtype) -> bool:
-    """Whether the input of a norm comes back from an output in ``dtype``."""
-    if dtype not in INVERTIBLE:
-        return False
-    ratio, least = INVERTIBLE[dtype]
-    weight, bias = norm.weight.detach().abs(), norm.bias.detach().abs()
-    return bool(((weight > least) & (bias <= ratio * weight)).all())
 
 
 def _normed(

@@ -4,7 +4,7 @@ They are for accuracy alone: plain autograd keeps all that they compute. What
 has earned its cost is part of the package, in its own form.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,29 +13,31 @@ from torch.nn import functional as F
 
 from e3va_mm.registry import MODELS
 from e3va_mm.tuners import E3VA, E3VAMix, E3VAMixOptions, E3VAOptions
-from e3va_mm.tuners.e3va.adapter import LowRankAdapter
+from e3va_mm.tuners.e3va.adapter import AdapterBank
 from e3va_mm.tuners.e3va.highway import Highway
 from e3va_mm.tuners.e3va.mixer import StageMixer
 from e3va_mm.tuners.token_grid import on_grid
 from e3va_mm.utils.options import flag, option
 
 
-class CandidateAdapter(LowRankAdapter):
-    """An adapter with what the paper's does not have.
+class CandidateAdapters(AdapterBank):
+    """Adapters with what the paper's do not have.
 
     Args:
-        channels (int): Channels of the tap.
+        names (Sequence[str]): See :class:`AdapterBank`.
+        channels (int): Channels of the taps.
         rank (int): Inner rank.
         bottleneck_ratio (float): Bottleneck relative to the channels.
         kernel_size (int, optional): Width of a depth-wise convolution of the
             projections ``x P1`` over the token grid, which adds to them.
-        scale (bool): Whether a scale of the whole, at first 1, is learned.
+        scale (bool): Whether scales of the whole, at first 1, are learned.
         norm (bool): Whether tokens are standardised over their channels.
         std (float, optional): Deviation of all factors but the last at first.
     """
 
     def __init__(
         self,
+        names: Sequence[str],
         channels: int,
         rank: int,
         bottleneck_ratio: float,
@@ -44,28 +46,31 @@ class CandidateAdapter(LowRankAdapter):
         norm: bool,
         std: float | None,
     ) -> None:
-        super().__init__(channels, rank, bottleneck_ratio)
+        super().__init__(names, channels, rank, bottleneck_ratio)
         self.norm = norm
         self.filters = self.scale = None
         if kernel_size:
-            self.filters = nn.Conv2d(
-                rank, rank, kernel_size, padding='same', groups=rank
+            self.filters = nn.ModuleList(
+                nn.Conv2d(rank, rank, kernel_size, padding='same', groups=rank)
+                for _ in names
             )
         if scale:
-            self.scale = nn.Parameter(torch.ones(1))
+            self.scale = nn.Parameter(torch.ones(len(names)))
         if std is not None:
             for factor in (self.down.p, self.down.q, self.up.p):
                 nn.init.normal_(factor, std=std)
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, L, C) of a grid (H, W) -> (B, L, C)."""
+    def one(self, index: int, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """An adapter: (B, L, C) of a grid (H, W) -> (B, L, C)."""
         if self.norm:
             x = F.layer_norm(x, x.shape[-1:])
-        z = x @ self.down.p
+        down, up = self.down, self.up
+        z = x @ down.p[index]
         if self.filters is not None:
-            z = z + on_grid(z, size, self.filters)
-        added = self.up(F.gelu(z @ self.down.q + self.down.bias))
-        return added if self.scale is None else added * self.scale
+            z = z + on_grid(z, size, self.filters[index])
+        inner = F.gelu(z @ down.q[index] + down.bias[index])
+        added = inner @ up.p[index] @ up.q[index] + up.bias[index]
+        return added if self.scale is None else added * self.scale[index]
 
 
 class HoldsTaps:
@@ -96,7 +101,7 @@ class CandidateOptions(E3VAOptions):
     """Options of :class:`CandidateE3VA`, beside those of E3VA.
 
     Attributes:
-        kernel_size (int, optional): See :class:`CandidateAdapter`.
+        kernel_size (int, optional): See :class:`CandidateAdapters`.
         tap_scale (bool): Its ``scale``.
         norm_taps (bool): Its ``norm``.
         std (float, optional): Its ``std``.
@@ -128,18 +133,19 @@ class CandidateE3VA(HoldsTaps, E3VA):
         """See :class:`E3VA`."""
         super().build(stages)
         own = self.options
-        for spec, stage in zip(stages, self.stages, strict=True):
-            for block in stage:
-                for tap in self.taps:
-                    block[tap] = CandidateAdapter(
-                        spec.channels,
-                        own.rank,
-                        own.bottleneck_ratio,
-                        own.kernel_size,
-                        own.tap_scale,
-                        own.norm_taps,
-                        own.std,
-                    )
+        self.stages = nn.ModuleList(
+            CandidateAdapters(
+                bank.names,
+                spec.channels,
+                own.rank,
+                own.bottleneck_ratio,
+                own.kernel_size,
+                own.tap_scale,
+                own.norm_taps,
+                own.std,
+            )
+            for spec, bank in zip(stages, self.stages, strict=True)
+        )
         return self
 
     def output(self, highway, trunk, size) -> Tensor:
@@ -149,7 +155,8 @@ class CandidateE3VA(HoldsTaps, E3VA):
             state = highway.sum()
             if self.options.state and state is not None:
                 read = read + state
-            highway.add_to_sum(self.stages[stage][block][tap](read, size))
+            index = self.stages[stage].names.index(f'{block}.{tap}')
+            highway.add_to_sum(self.stages[stage].one(index, read, size))
         return super().output(highway, trunk, size)
 
 
@@ -200,13 +207,21 @@ class CandidateMix(HoldsTaps, E3VAMix):
             for spec in stages
         )
         if not self.options.adapters:
-            self.stages = None
+            del self.stages
         return self
+
+    def start(self, stage, *args) -> Highway:
+        """See :class:`E3VA`."""
+        if self.options.adapters:
+            return super().start(stage, *args)
+        highway = Highway(None, args[0], self.codecs[stage], stage=stage)
+        highway.taps = []
+        return highway
 
     def output(self, highway, trunk, size) -> Tensor:
         """See :class:`E3VA`."""
         for *place, value, stream in self.held(highway, trunk):
-            if self.stages is not None:
+            if self.options.adapters:
                 read = stream if self.options.after_residual else value
                 E3VAMix.add_tap(self, highway, *place, read)
         return super().output(highway, trunk, size)

@@ -88,8 +88,9 @@ def backbone(
     with torch.no_grad():
         for name, factor in model.side_path.named_parameters():
             if not name.endswith('bias'):
+                # (K, in, out) of a bank
                 factor.normal_(
-                    std=1 / math.sqrt(len(factor)), generator=generator
+                    std=1 / math.sqrt(factor.shape[-2]), generator=generator
                 )
         if outliers:
             for last in branch_ends(model):
@@ -144,7 +145,7 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 def channel_errors(got: Gradients, wanted: Gradients) -> dict[str, Tensor]:
     """Relative errors of the first factors, channel by channel.
 
-    A row of a first factor (C, rank) belongs to a channel of its tap.
+    A row of a first factor (K, C, rank) belongs to a channel of its tap.
 
     Returns:
         dict[str, Tensor]: For ``outliers``, the channels ``OUTLIERS`` of all
@@ -153,10 +154,11 @@ def channel_errors(got: Gradients, wanted: Gradients) -> dict[str, Tensor]:
     errors = {'rest': [], 'outliers': []}
     for name, target in wanted.items():
         if name.endswith('down.p'):
-            rows = (got[name] - target).norm(dim=1) / target.norm(dim=1)
-            for channel, error in enumerate(rows):
-                part = 'outliers' if channel in OUTLIERS else 'rest'
-                errors[part].append(error)
+            rows = (got[name] - target).norm(dim=-1) / target.norm(dim=-1)
+            for adapter in rows:
+                for channel, error in enumerate(adapter):
+                    part = 'outliers' if channel in OUTLIERS else 'rest'
+                    errors[part].append(error)
     return {part: torch.stack(found) for part, found in errors.items()}
 
 

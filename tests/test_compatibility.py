@@ -23,6 +23,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 
 from e3va_mm.registry import MODELS
+from e3va_mm.tuners.e3va import AdapterBank
 from tests.trunk_cases import CASES as TRUNKS
 from tests.trunk_cases import flat, need
 
@@ -158,6 +159,31 @@ def filled(state):
     return found
 
 
+def older(model, named):
+    """What is named by parameters, by names of before adapters were stacked.
+
+    A tensor of a bank of adapters becomes one for each adapter.
+    """
+    banks = {
+        f'{name}.': module
+        for name, module in model.named_modules()
+        if isinstance(module, AdapterBank)
+    }
+    found = {}
+    for key, value in named.items():
+        prefix = next((p for p in banks if key.startswith(p)), None)
+        if prefix is None:
+            found[key] = value
+        elif key == f'{prefix}down.p':
+            for index, name in enumerate(banks[prefix].names):
+                for own in banks[prefix].state_dict():
+                    value = named[prefix + own]
+                    if isinstance(value, torch.Tensor):
+                        value = value[index]
+                    found[f'{prefix}{name}.{own}'] = value
+    return found
+
+
 def digest(lines):
     return sha256('\n'.join(lines).encode()).hexdigest()[:16]
 
@@ -170,14 +196,11 @@ def numbers(tensor):
 def facts(name):
     """What a case is, as JSON."""
     backbone = build(name)
-    state = backbone.state_dict()
+    state = older(backbone, backbone.state_dict())
     backbone.load_state_dict(filled(state), strict=True)
     backbone.train()
-    trained = {
-        key: value
-        for key, value in backbone.named_parameters()
-        if value.requires_grad
-    }
+    parameters = dict(backbone.named_parameters())
+    trained = {k: v for k, v in parameters.items() if v.requires_grad}
     torch.manual_seed(1)
     size = (64, 64)
     config = CASES[name]
@@ -187,18 +210,20 @@ def facts(name):
     found = dict(
         keys=digest(f'{k} {tuple(v.shape)}' for k, v in state.items()),
         tensors=len(state),
-        parameters=digest(k for k, _ in backbone.named_parameters()),
-        trained=digest(trained),
+        parameters=digest(older(backbone, parameters)),
+        trained=digest(older(backbone, trained)),
         values=sum(value.numel() for value in trained.values()),
         outputs=[[*each.shape] for each in outputs],
         figures=[numbers(each) for each in outputs],
     )
     if trained:
         sum(each.square().mean() for each in outputs).backward()
+        grads = {key: value.grad for key, value in trained.items()}
+        grads = [*older(backbone, grads).values()]
         found['gradients'] = [
-            numbers(value.grad)
-            for value in list(trained.values())[:: len(trained) // 8 + 1]
-            if value.grad is not None
+            numbers(grad)
+            for grad in grads[:: len(grads) // 8 + 1]
+            if grad is not None
         ]
     return found
 
@@ -210,13 +235,16 @@ def groups(name):
         model = MODELS.build(config.model)
         wrapper = build_optim_wrapper(model, config.optim_wrapper)
     names = {p: n for n, p in model.named_parameters()}
-    lines = [
-        f'{group["lr"]} {group["weight_decay"]} {names[parameter]}'
+    held = {
+        names[parameter]: f'{group["lr"]} {group["weight_decay"]}'
         for group in wrapper.optimizer.param_groups
         for parameter in group['params']
-    ]
+    }
+    lines = [f'{how} {name}' for name, how in older(model, held).items()]
     return dict(
-        keys=digest(model.state_dict()), held=digest(lines), count=len(lines)
+        keys=digest(older(model, model.state_dict())),
+        held=digest(lines),
+        count=len(lines),
     )
 
 

@@ -117,7 +117,7 @@ import e3va_mm
 print(json.dumps(sorted({'torch', 'mmengine', 'numpy'} & set(sys.modules))))
 """
 IMPORT_ALL = """
-import importlib, json, pkgutil, sys
+import importlib.util, json, pkgutil, sys
 import mmengine.optim
 import mmengine.runner.checkpoint as checkpoint
 import torch
@@ -144,9 +144,11 @@ def state():
     }
 
 before = state()
+left = ['__main__', '.checkpoint']  # which configs name for what it changes
+if not importlib.util.find_spec('triton'):
+    left.append('.tap_kernels')
 for module in pkgutil.walk_packages(e3va_mm.__path__, 'e3va_mm.'):
-    # Configs name `checkpoint` for what it changes.
-    if not module.name.endswith(('__main__', '.checkpoint')):
+    if not module.name.endswith(tuple(left)):
         importlib.import_module(module.name)
 after = state()
 print(json.dumps([key for key in before if before[key] != after[key]]))

@@ -327,7 +327,7 @@ def stock_outputs(name, stock, image):
 def awake(ours, std=0.1):
     """Adapters that add something; at the start they add nothing."""
     with torch.no_grad():
-        for parameter in ours.tuner.parameters():
-            if parameter.ndim == 2:
+        for name, parameter in ours.tuner.named_parameters():
+            if parameter.ndim in (2, 3) and not name.endswith('bias'):
                 parameter.normal_(std=std)
     return ours

@@ -213,6 +213,10 @@ class LoadsTrunk(TunedModule):
             if name not in owned:
                 yield name, child
 
+    def upgrade(self, state: dict[str, Tensor], prefix: str) -> None:
+        """See :class:`TunedModule`."""
+        self._modules[self.child].upgrade(state, f'{prefix}{self.child}.')
+
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, *args, **kwargs
     ) -> None:
@@ -229,6 +233,7 @@ class LoadsTrunk(TunedModule):
         record = state_dict.pop(prefix + RECORD, None)
         if record is not None:
             self._bring_trunk(TrunkRecord.from_tensor(record))
+        self.upgrade(state_dict, prefix)
         found = {
             key[len(prefix) :]: value
             for key, value in state_dict.items()

@@ -1,5 +1,7 @@
 """Matrix products by the fastest way that a CPU has."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,14 +69,66 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a @ b``: (n, k) and (k, m) -> (n, m), as :func:`linear` does it."""
-    return linear(a, b.t())
+    if out is None:
+        return linear(a, b.t())
+    if runs_as_on_gpu(a.device):
+        return torch.mm(a, b, out=out)
+    return out.copy_(linear(a, b.t()))
 
 
-def transposed_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a.t() @ b``: (n, k) and (n, m), m the smaller -> (k, m)."""
-    return linear(b.t(), a.t()).t()
+def transposed_product(
+    a: Tensor, b: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """``a.t() @ b``: (n, k) and (n, m) -> (k, m)."""
+    if out is not None and runs_as_on_gpu(a.device):
+        return torch.mm(a.t(), b, out=out)
+    # The larger side takes the place of the tokens.
+    if a.shape[1] > b.shape[1]:
+        found = linear(b.t(), a.t()).t()
+    else:
+        found = linear(a.t(), b.t())
+    return found if out is None else out.copy_(found)
+
+
+def grouped_product(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``a_k @ b_k + bias_k``: (K, n, k), (K, k, m), (K, m) -> (K, n, m)."""
+    if runs_as_on_gpu(a.device):
+        if bias is not None:
+            return torch.baddbmm(bias[:, None], a, b)
+        return torch.bmm(a, b, out=out)
+    biases = [None] * len(a) if bias is None else bias
+    done = (
+        linear(one, other.t(), add)
+        for one, other, add in zip(a, b, biases, strict=True)
+    )
+    return _together(done, len(a), out)
+
+
+def grouped_transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a_k.t() @ b_k``: (K, n, k) and (K, n, m) -> (K, k, m)."""
+    if runs_as_on_gpu(a.device):
+        return torch.bmm(a.mT, b)
+    done = (
+        transposed_product(one, other) for one, other in zip(a, b, strict=True)
+    )
+    return _together(done, len(a), None)
+
+
+def _together(
+    parts: Iterable[Tensor], count: int, out: Tensor | None
+) -> Tensor:
+    if out is not None:
+        for target, part in zip(out, parts, strict=True):
+            target.copy_(part)
+        return out
+    return next(iter(parts))[None] if count == 1 else torch.stack([*parts])
 
 
 def is_traced() -> bool:

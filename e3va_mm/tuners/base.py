@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.trunks import Trunk
@@ -62,6 +62,14 @@ class Tuner(nn.Module):
             ConfigError: If what the tuner looks for is not there.
         """
         raise NotImplementedError
+
+    def upgrade(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Bring a state of earlier versions into the form of this one.
+
+        Args:
+            state (dict[str, Tensor]): The state; changed.
+            prefix (str): That of the tuner in it.
+        """
 
     def merge(self) -> None:
         """Fold what was learned into the stock weights.

@@ -28,6 +28,10 @@ class TunedModule:
         """What of a state with the backbone's names is the frozen trunk's."""
         raise NotImplementedError
 
+    def upgrade(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Bring a state of earlier versions, changed, into today's form."""
+        raise NotImplementedError
+
     def declared(self) -> Iterator[nn.Parameter]:
         """What the tuner adds, and must receive gradients."""
         raise NotImplementedError

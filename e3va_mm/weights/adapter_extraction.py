@@ -132,6 +132,9 @@ def check_adapter(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     record = next(iter(records.values()))
     prefixes = tuple(records) if record.part == 'backbone' else ''
     expected = without_trunks(model, model.state_dict())
+    state = dict(state)
+    for prefix, backbone in tuned_backbones(model):
+        backbone.upgrade(state, prefix)
     report = match_state(
         {k: v for k, v in expected.items() if k.startswith(prefixes)},
         {k: v for k, v in state.items() if not k.endswith(RECORD)},

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 
-def adapter(state, name, x):
-    """A(x) = GELU(x P1 Q1 + b1) P2 Q2 + b2."""
+def adapter(state, name, index, x):
+    """A(x) = GELU(x P1 Q1 + b1) P2 Q2 + b2, one of those of a stage."""
     part = {
-        k: state[f'{name}.{k}']
+        k: state[f'{name}.{k}'][index]
         for k in ('down.p', 'down.q', 'down.bias', 'up.p', 'up.q', 'up.bias')
     }
     inner = torch.einsum('blm,mr,rn->bln', x, part['down.p'], part['down.q'])
@@ -62,8 +62,9 @@ def backbone(
                         value = block.ffn.layers(block.norm2(x))
                     x = x + value
                 if tap in taps:
-                    name = f'side_path.stages.{i}.{j}.{tap}'
-                    h = h + adapter(state, name, value)
+                    name = f'side_path.stages.{i}'
+                    index = j * len(taps) + taps.index(tap)
+                    h = h + adapter(state, name, index, value)
         y = F.layer_norm(
             x + h,
             x.shape[-1:],

@@ -202,7 +202,7 @@ def test_each_stage_can_keep_its_taps_in_its_own_way():
     later = [k for k in got if not k.startswith('side_path.stages.0')]
     assert_same({k: got[k] for k in later}, {k: expected[k] for k in later})
     assert_same(got, expected, LOSSY['int8'][0])
-    name = 'side_path.stages.0.0.attn.down.p'
+    name = 'side_path.stages.0.down.p'
     assert relative_error(got[name], expected[name]) > 1e-5
 
 
@@ -293,7 +293,7 @@ def test_a_norm_or_an_image_changed_in_place_is_noticed(mode):
 def test_a_gradient_of_the_gradient_is_refused(mode, used):
     ours, _ = build(mode, SHALLOW)
     loss = ours(images(torch.float32))[used].square().sum()
-    first = trained(ours)['side_path.stages.0.0.attn.down.p']
+    first = trained(ours)['side_path.stages.0.down.p']
     (gradient,) = torch.autograd.grad(loss, first, create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'):
         gradient.sum().backward()

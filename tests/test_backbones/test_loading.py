@@ -236,8 +236,8 @@ def test_own_checkpoints_round_trip_and_must_be_whole(tmp_path):
     assert_same_state(twin.backbone.state_dict(), ours.state_dict())
     with pytest.raises(
         CheckpointError,
-        match=r'side_path.stages.0.0.attn.down.p: \(32, 16\) in the file, '
-        r'\(32, 8\) expected(.|\n)*other options of the tuner',
+        match=r'side_path.stages.0.down.p: \(4, 32, 16\) in the file, '
+        r'\(4, 32, 8\) expected(.|\n)*other options of the tuner',
     ):
         load_checkpoint(Detector(build_e3va(tuner=dict(rank=8))), path)
     state = torch.load(path)

@@ -79,13 +79,13 @@ def test_images_are_normalised_scenes(benchmark):
 
 def test_figures_by_hand(benchmark):
     wanted = {
-        'a.down.p': torch.eye(20, 20, dtype=torch.float64),
+        'a.down.p': torch.eye(20, 20, dtype=torch.float64)[None],
         'a.up.bias': torch.zeros(3, dtype=torch.float64),
     }
     got = {name: value.clone() for name, value in wanted.items()}
-    got['a.down.p'][0, 0] += 0.5  # of the rest
-    got['a.down.p'][1, 1] += 0.25
-    got['a.down.p'][17, 17] += 0.125  # an outlier
+    got['a.down.p'][0, 0, 0] += 0.5  # of the rest
+    got['a.down.p'][0, 1, 1] += 0.25
+    got['a.down.p'][0, 17, 17] += 0.125  # an outlier
     found = benchmark.compare(got, wanted)
     total = math.sqrt(0.5**2 + 0.25**2 + 0.125**2)
     assert found['error'] == pytest.approx(total / math.sqrt(20))

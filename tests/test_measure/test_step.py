@@ -157,11 +157,11 @@ def test_each_step_updates_and_learns_unless_told_not_to(learn):
     step.model.backbone.register_forward_hook(
         lambda module, args, output: sizes.append(args[0].shape)
     )
-    side = step.model.backbone.side_path.stages[0][0]['attn'].up
+    side = step.model.backbone.side_path.stages[0].up
     assert not side.q.any()
     assert step.run() > 0
     assert side.q.any() == learn
-    assert len(step.optim_wrapper.optimizer.state) > 100, 'updated anyway'
+    assert len(step.optim_wrapper.optimizer.state) > 50, 'updated anyway'
     assert sizes == [(2, 3, 64, 96)], 'the config pads to 224 x 224'
 
 

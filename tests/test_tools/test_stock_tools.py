@@ -73,5 +73,5 @@ work_dir = {str(tmp_path / 'work')!r}
             assert torch.equal(state[f'backbone.{name}'], value), name
             compared += 1
     assert compared == 97
-    up = 'backbone.side_path.stages.3.0.ffn.up.q'
+    up = 'backbone.side_path.stages.3.up.q'
     assert state[up].any(), 'the side path has not learned'

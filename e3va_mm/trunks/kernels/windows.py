@@ -49,6 +49,7 @@ def window_order(*key) -> WindowOrder:
     return (_window_order if is_traced() else _kept_order)(*key)
 
 
+@torch.compiler.disable  # which would take numpy for torch
 def _window_order(
     batch: int,
     size: tuple[int, int],

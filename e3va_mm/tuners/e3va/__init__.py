@@ -1,4 +1,4 @@
-from e3va_mm.tuners.e3va.adapter import LowRankAdapter, LowRankLinear
+from e3va_mm.tuners.e3va.adapter import AdapterBank
 from e3va_mm.tuners.e3va.e3va_mix import E3VAMix, E3VAMixOptions
 from e3va_mm.tuners.e3va.no_side_path import NoSidePath
 from e3va_mm.tuners.e3va.side_path import (
@@ -9,12 +9,11 @@ from e3va_mm.tuners.e3va.side_path import (
 )
 
 __all__ = [
+    'AdapterBank',
     'E3VA',
     'E3VAMix',
     'E3VAMixOptions',
     'E3VAOptions',
-    'LowRankAdapter',
-    'LowRankLinear',
     'NoSidePath',
     'SidePath',
     'SidePathOptions',

@@ -1,14 +1,18 @@
-"""The highway of one stage: all its adapters in one autograd function.
+"""The highway of one stage: its bank of adapters in one autograd function.
 
 The adapters of a stage are parallel, so its highway is one product of their
-inner vectors with their stacked last factors,
+inner vectors with their last factors below each other,
 
     h = h_0 + [u_1 ... u_K] [Q2_1; ...; Q2_K] + sum_k b2_k,
-    u_k = GELU(x_k P1_k Q1_k + b1_k) P2_k,
+    u_k = GELU(z_k Q1_k + b1_k) P2_k,  z_k = x_k P1_k,
 
-and all of them share the one gradient that reaches ``h``. Kept for backward
-are the taps ``x_k`` alone, or not even they; bottlenecks are computed again,
-some tokens at a time.
+and all of them share the one gradient that reaches ``h``. A tap is projected
+as soon as it is there; the rest is done for many taps at once. Kept for
+backward are the taps ``x_k`` alone, or not even they; bottlenecks are computed
+again, as many at a time as the device has room for.
+
+``z`` and ``u`` are (N, K * r) in memory, so that the last product is one, and
+are worked on as (K, N, r).
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,21 +25,24 @@ from torch.nn import functional as F
 from e3va_mm.numerics.autocast import autocast_dtype, autocast_off
 from e3va_mm.numerics.products import (
     fast_dtype,
+    grouped_product,
+    grouped_transposed_product,
     linear,
     product,
     transposed_product,
     wide_dtype,
 )
-from e3va_mm.tuners.e3va.adapter import LowRankAdapter
-from e3va_mm.tuners.e3va.kept_taps import CHUNK, ExactTaps, TapCodec
+from e3va_mm.numerics.temporaries import temporary_bytes
+from e3va_mm.tuners.e3va.adapter import AdapterBank
+from e3va_mm.tuners.e3va.kept_taps import ExactTaps, TapCodec
 from e3va_mm.tuners.e3va.replay import Replay
 
-PARAMETERS = 6  # of an adapter: P1, Q1, b1, P2, Q2, b2
+PARAMETERS = 6  # of a bank, see `bank_parameters`
 
 
-def adapter_parameters(adapter: LowRankAdapter) -> tuple[Tensor, ...]:
-    """P1 (C, r), Q1 (r, n), b1 (n,), P2 (n, r), Q2 (r, C), b2 (C,)."""
-    down, up = adapter.down, adapter.up
+def bank_parameters(bank: AdapterBank) -> tuple[Tensor, ...]:
+    """P1 (K, C, r), Q1 (K, r, n), b1 (K, n), P2 (K, n, r), Q2, b2 (K, C)."""
+    down, up = bank.down, bank.up
     return down.p, down.q, down.bias, up.p, up.q, up.bias
 
 
@@ -43,6 +50,7 @@ class Highway:
     """Collects the taps of one stage, then gives their sum.
 
     Args:
+        bank (AdapterBank): The adapters of the stage.
         base (Tensor, optional): (B, L, C), the highway inherited from the
             stage before, or None for zero.
         codec (TapCodec, optional): How taps are kept for backward; None to
@@ -55,78 +63,91 @@ class Highway:
 
     def __init__(
         self,
+        bank: AdapterBank,
         base: Tensor | None,
         codec: TapCodec | None,
         replay: Replay | None = None,
         stage: int = 0,
         compute: torch.dtype | None = None,
     ) -> None:
+        self.bank = bank
         self.base = base
         self.codec = codec
         self.replay = replay
         self.stage = stage
         self.compute = compute
-        self._adapters: list[LowRankAdapter] = []
-        self._inner: list[Tensor] = []  # u_k, (N, r)
-        self._kept: list[Tensor] = []
+        self._first: Tensor | None = None  # P1 in the type of the products
+        self._projected: Tensor | None = None  # (N, K, r)
+        self._kept: dict[int, tuple[Tensor, ...]] = {}
         self._shape: torch.Size | None = None
         self._sum: Tensor | None = None
 
-    def add(self, adapter: LowRankAdapter, tap: Tensor) -> None:
-        """Take in a tap (B, L, C); it is kept only if gradients are on."""
-        parameters = adapter_parameters(adapter)
-        dtype = self.compute or autocast_dtype(tap) or parameters[0].dtype
-        dtype = fast_dtype(dtype, tap.device)
+    def add(self, index: int, tap: Tensor) -> None:
+        """Take in a tap (B, L, C); it is kept only if gradients are on.
+
+        Args:
+            index (int): Of its adapter in the bank.
+            tap (Tensor): The tap.
+        """
         flat = tap.detach().flatten(0, -2)
-        with torch.no_grad(), autocast_off(tap):
-            p1, q1, b1, p2, *_ = (p.to(dtype) for p in parameters)
-            projected, inner = (
-                flat.new_empty(len(flat), p1.shape[1], dtype=dtype)
-                for _ in range(2)
-            )
-            for rows in _chunks(len(flat)):
-                projected[rows] = product(flat[rows].to(dtype), p1)
-                bottleneck = F.gelu(linear(projected[rows], q1.t(), b1))
-                inner[rows] = product(bottleneck, p2)
-        self._inner.append(inner)
-        if torch.is_grad_enabled() and self.codec is not None:
-            self._kept.extend(self.codec.encode(flat))
-            if self.codec.lossy:
-                if projected.element_size() > 2:
-                    projected = projected.to(torch.bfloat16)
-                self._kept.append(projected)
-        self._adapters.append(adapter)
         self._shape = tap.shape
+        if _plainly():
+            self._kept[index] = (flat,)
+            return
+        with torch.no_grad(), autocast_off(tap):
+            if self._projected is None:
+                self._begin(tap)
+            product(
+                flat.to(self._first.dtype),
+                self._first[index],
+                out=self._projected[:, index],
+            )
+        keeps = torch.is_grad_enabled() and self.codec is not None
+        self._kept[index] = self.codec.encode(flat) if keeps else ()
+
+    def _begin(self, tap: Tensor) -> None:
+        first = self.bank.down.p
+        dtype = self.compute or autocast_dtype(tap) or first.dtype
+        self._first = first.to(fast_dtype(dtype, tap.device))
+        count, _, rank = first.shape
+        self._projected = self._first.new_empty(
+            tap.shape[:-1].numel(), count, rank
+        )
 
     def sum(self) -> Tensor | None:
         """(B, L, C), or None if there is neither a base nor a tap."""
-        if self._sum is None and self._adapters:
-            inner = torch.cat(self._inner, -1)
+        if self._sum is None and self._kept:
+            if len(self._kept) != len(self.bank):
+                raise RuntimeError(
+                    f'Expected {len(self.bank)} taps in stage {self.stage}, '
+                    f'but the trunk gave {len(self._kept)}. Name those that '
+                    'it gives in `tuner.taps`.'
+                )
             base = self.base
             if base is not None:
                 base = base.flatten(0, -2)
-            if torch.is_grad_enabled() and self.codec is None:
+            kept = [t for i in sorted(self._kept) for t in self._kept[i]]
+            if not kept and torch.is_grad_enabled() and self.codec is None:
                 self.replay.want(self.stage)
-                self._kept = [self.replay.image]
-            parameters = [
-                p
-                for adapter in self._adapters
-                for p in adapter_parameters(adapter)
-            ]
-            with autocast_off(inner):
-                flat = _StageHighway.apply(
-                    self.codec,
-                    self.replay,
-                    self.stage,
-                    len(self._adapters),
-                    base,
-                    inner,
-                    *self._kept,
-                    *parameters,
-                )
+                kept = [self.replay.image]
+            with autocast_off(kept[0] if kept else self._projected):
+                if self._projected is None:  # kept are the taps
+                    taps = torch.stack(kept).to(self.bank.down.p.dtype)
+                    flat = self.bank(taps).sum(0)
+                    flat = flat if base is None else base + flat
+                else:
+                    flat = _StageHighway.apply(
+                        self.codec,
+                        self.replay,
+                        self.stage,
+                        base,
+                        self._projected,
+                        *kept,
+                        *bank_parameters(self.bank),
+                    )
             self._sum = flat.view(self._shape)
             # What backward needs is kept by its node now.
-            self._inner, self._kept, self.replay = [], [], None
+            self._projected, self._kept, self.replay = None, {}, None
         return self.base if self._sum is None else self._sum
 
     def add_to_sum(self, more: Tensor) -> None:
@@ -135,8 +156,15 @@ class Highway:
         self._sum = more if total is None else total + more
 
 
+def _plainly() -> bool:
+    """Whether a graph is being written, which knows no function of ours."""
+    return torch.jit.is_tracing() or (
+        torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    )
+
+
 class _StageHighway(torch.autograd.Function):
-    """See the module. Taps and ``inner`` are constants of the trunk."""
+    """See the module. Taps and projections are constants of the trunk."""
 
     @staticmethod
     def forward(
@@ -144,20 +172,32 @@ class _StageHighway(torch.autograd.Function):
         codec: TapCodec | None,
         replay: Replay | None,
         stage: int,
-        adapters: int,
         base: Tensor | None,
-        inner: Tensor,
+        projected: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
-        kept = len(tensors) - PARAMETERS * adapters
-        ctx.codec, ctx.adapters, ctx.kept = codec, adapters, kept
-        ctx.replay, ctx.stage, ctx.dtype = replay, stage, inner.dtype
+        *kept, p1, q1, b1, p2, q2, b2 = tensors
+        ctx.codec, ctx.replay, ctx.stage = codec, replay, stage
+        ctx.dtype, ctx.kept = projected.dtype, len(kept)
+        inner = projected
+        if kept and codec is not None and codec.lossy:
+            # So that little more than the gradient of P1 is approximate.
+            if projected.element_size() > 2:
+                tensors = (projected.to(torch.bfloat16), *tensors)
+            else:
+                tensors = (projected, *tensors)
+                inner = torch.empty_like(projected)
         ctx.save_for_backward(*tensors)
-        parameters = _grouped(tensors[kept:], PARAMETERS)
-        bias = torch.stack([p[5] for p in parameters]).sum(0)
-        last = torch.cat([p[4] for p in parameters])
-        last, bias = last.to(inner.dtype), bias.to(inner.dtype)
-        added = linear(inner, last.t(), bias)
+        q1, b1, p2, q2 = (p.to(projected.dtype) for p in (q1, b1, p2, q2))
+        x, u = projected.transpose(0, 1), inner.transpose(0, 1)
+        for taps, rows in _portions(x, q1):
+            bottleneck = F.gelu(
+                grouped_product(x[taps, rows], q1[taps], b1[taps])
+            )
+            # In the place of the projections, where these are not kept.
+            grouped_product(bottleneck, p2[taps], out=u[taps, rows])
+        bias = b2.sum(0).to(projected.dtype)
+        added = linear(inner.flatten(1), q2.flatten(0, 1).t(), bias)
         # The base is as precise as it came.
         return added if base is None else base + added
 
@@ -165,125 +205,109 @@ class _StageHighway(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         tensors = ctx.saved_tensors
-        kept, parameters = tensors[: ctx.kept], tensors[ctx.kept :]
+        tensors, parameters = tensors[:-PARAMETERS], tensors[-PARAMETERS:]
+        codec, projected = ctx.codec or ExactTaps(), None
+        if codec.lossy:
+            projected, *tensors = tensors
+            projected = projected.to(ctx.dtype)
         with autocast_off(grad):  # some call backward under it
-            backward = _StageBackward(
+            if ctx.codec is None:
+                taken = ctx.replay.take(ctx.stage, tensors[0])
+                taps = [(tap.flatten(0, -2),) for tap in taken]
+            else:
+                each = len(tensors) // len(parameters[0])
+                taps = [
+                    tensors[i : i + each] for i in range(0, len(tensors), each)
+                ]
+            gradients = _gradients(
                 grad.contiguous(),
-                _grouped(parameters, PARAMETERS),
-                ctx.codec,
+                parameters,
+                codec,
+                taps,
+                projected,
                 ctx.dtype,
             )
-            if ctx.codec:
-                for group in _grouped(kept, ctx.kept // ctx.adapters):
-                    backward.adapter(group)
-            else:
-                taps = ctx.replay.take(ctx.stage, kept[0])[::-1]
-                while taps:  # each goes before the next is worked on
-                    backward.adapter([taps.pop().flatten(0, -2)])
-            gradients = list(backward.finish())
-        grad_base = grad if ctx.needs_input_grad[4] else None
         return (
-            *(None, None, None, None, grad_base, None),
+            None,
+            None,
+            None,
+            grad if ctx.needs_input_grad[3] else None,
+            None,
             *[None] * ctx.kept,
             *gradients,
         )
 
 
-class _StageBackward:
-    """Gradients of the adapters of a stage, one tap after the other.
+def _gradients(
+    grad: Tensor,
+    parameters: Sequence[Tensor],
+    codec: TapCodec,
+    kept: list[Sequence[Tensor]],
+    projected: Tensor | None,
+    dtype: torch.dtype,
+) -> Iterator[Tensor]:
+    """Gradients of the parameters of a bank.
 
     Args:
-        grad (Tensor): (N, C), the gradient that all of them share.
-        parameters (Sequence): Those of each adapter.
-        codec (TapCodec, optional): How taps were kept, None for as they came.
+        grad (Tensor): (N, C), the gradient that all adapters share.
+        parameters (Sequence[Tensor]): See :func:`bank_parameters`.
+        codec (TapCodec): How taps were kept.
+        kept (list[Sequence[Tensor]]): What was kept of each tap; emptied.
+        projected (Tensor, optional): (N, K, r), where that was kept too.
         dtype (torch.dtype): Type of the products.
     """
-
-    def __init__(
-        self,
-        grad: Tensor,
-        parameters: Sequence[Sequence[Tensor]],
-        codec: TapCodec | None,
-        dtype: torch.dtype,
-    ) -> None:
-        self.parameters = parameters
-        self.codec = codec or ExactTaps()
-        self.dtype = dtype
-        self.grad_bias = grad.sum(0, dtype=wide_dtype(grad.dtype))
-        self.grad = grad.to(dtype)
-        # One product for the gradients of all u_k.
-        last = torch.cat([p[4] for p in parameters]).to(dtype)
-        self.grad_inner = linear(self.grad, last)
-        self.inner = torch.empty_like(self.grad_inner)
-        self.done: list[list[Tensor]] = []
-
-    def adapter(self, kept: Sequence[Tensor]) -> None:
-        """Take in what was kept of the next tap."""
-        parameters = self.parameters[len(self.done)]
-        p1, q1, b1, p2, *_ = (p.to(self.dtype) for p in parameters)
-        part = slice(
-            len(self.done) * p1.shape[1], (len(self.done) + 1) * p1.shape[1]
+    wide = wide_dtype(dtype)
+    p1, q1, b1, p2, q2, _ = (p.to(dtype) for p in parameters)
+    count, _, rank = p1.shape
+    grad_b2 = grad.sum(0, dtype=wide_dtype(grad.dtype)).expand(count, -1)
+    grad = grad.to(dtype)
+    own = projected is None
+    if own:
+        projected = grad.new_empty(len(grad), count, rank)
+        for index, tap in enumerate(kept):
+            codec.product(tap, p1[index], out=projected[:, index])
+    # Sums over tokens, in single precision at least.
+    grad_q1, grad_b1, grad_p2 = (
+        torch.empty_like(p, dtype=wide) for p in (q1, b1, p2)
+    )
+    grad_inner = linear(grad, q2.flatten(0, 1)).unflatten(1, (count, rank))
+    inner = projected if own else torch.empty_like(projected)
+    x, u, grad_u = (t.transpose(0, 1) for t in (projected, inner, grad_inner))
+    for taps, rows in _portions(x, q1):
+        part, grad_part = x[taps, rows], grad_u[taps, rows]
+        before = grouped_product(part, q1[taps], b1[taps])
+        bottleneck = F.gelu(before)
+        grad_before = torch.ops.aten.gelu_backward(
+            grouped_product(grad_part, p2[taps].mT), before
         )
-        # Sums over tokens, in single precision at least.
-        sums = [
-            torch.zeros_like(p, dtype=wide_dtype(self.dtype))
-            for p in (p1, q1, b1, p2)
-        ]
-        for rows in _chunks(len(self.grad)):
-            grad_u = self.grad_inner[rows, part]
-            tap, projected = self._part(kept, rows, p1)
-            before = linear(projected, q1.t(), b1)
-            bottleneck = F.gelu(before)
-            self.inner[rows, part] = product(bottleneck, p2)
-            grad_before = torch.ops.aten.gelu_backward(
-                linear(grad_u, p2), before
-            )
-            for total, term in zip(
-                sums,
-                (
-                    self.codec.transposed_product(
-                        tap, linear(grad_before, q1)
-                    ),
-                    product(projected.t(), grad_before),
-                    grad_before.sum(0, dtype=wide_dtype(self.dtype)),
-                    transposed_product(bottleneck, grad_u),
-                ),
-                strict=True,
-            ):
-                total += term
-        self.done.append(sums)
-
-    def _part(
-        self, kept: Sequence[Tensor], rows: slice, p1: Tensor
-    ) -> tuple[Sequence[Tensor], Tensor]:
-        """What is kept of some tokens, and their projection (n, r)."""
-        if self.codec.lossy:
-            *kept, projected = kept
-            projected = projected[rows].to(p1.dtype)
-            return self.codec.rows(kept, rows), projected
-        tap = self.codec.decode(self.codec.rows(kept, rows), p1.dtype)
-        return [tap], product(tap, p1)
-
-    def finish(self) -> Iterator[Tensor]:
-        """Gradients of all parameters, adapter by adapter."""
-        # One product for those of all Q2_k.
-        grad_last = product(self.inner.t(), self.grad)
-        for sums, last, parameters in zip(
-            self.done,
-            grad_last.chunk(len(self.done)),
-            self.parameters,
-            strict=True,
+        del before
+        for total, term in (
+            (grad_q1, grouped_transposed_product(part, grad_before)),
+            (grad_b1, grad_before.sum(1, dtype=wide)),
+            (grad_p2, grouped_transposed_product(bottleneck, grad_part)),
         ):
-            for total, parameter in zip(
-                (*sums, last, self.grad_bias), parameters, strict=True
-            ):
-                yield total.to(parameter.dtype)
+            if rows.start:
+                total[taps] += term
+            else:
+                total[taps] = term
+        # Both in the place of what has been used up.
+        grouped_product(bottleneck, p2[taps], out=u[taps, rows])
+        grouped_product(grad_before, q1[taps].mT, out=grad_part)
+        del bottleneck, grad_before
+    grad_q2 = transposed_product(inner.flatten(1), grad)
+    del inner, projected, x, u
+    grad_p1 = codec.transposed_products(kept, grad_inner)
+    found = (grad_p1, grad_q1, grad_b1, grad_p2, grad_q2.view_as(q2), grad_b2)
+    for gradient, parameter in zip(found, parameters, strict=True):
+        yield gradient.to(parameter.dtype)
 
 
-def _chunks(tokens: int) -> Iterator[slice]:
-    for first in range(0, tokens, CHUNK):
-        yield slice(first, min(first + CHUNK, tokens))
-
-
-def _grouped(items: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
+def _portions(x: Tensor, q1: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Taps and tokens of (K, N, r) whose bottlenecks are there at a time."""
+    count, tokens, _ = x.shape
+    room = temporary_bytes(x.device) // (q1.shape[-1] * q1.element_size())
+    rows = max(1, min(tokens, room))
+    group = max(1, room // tokens) if tokens else count
+    for tap in range(0, count, group):
+        for row in range(0, tokens, rows):
+            yield slice(tap, tap + group), slice(row, row + rows)

@@ -4,20 +4,19 @@ A tap is an activation of the frozen trunk: nothing flows back through it, but
 the gradient of an adapter's first factor needs its values.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from e3va_mm.numerics.products import transposed_product, wide_dtype
+from e3va_mm.numerics.products import product, transposed_product, wide_dtype
+from e3va_mm.numerics.temporaries import runs_as_on_gpu, temporary_bytes
+from e3va_mm.tuners.e3va import tap_codes, tap_ops
 
-# Tokens worked on at a time: their temporaries fit a processor's cache.
-CHUNK = 4096
-# Tokens from which mean and deviation of the channels are taken.
-SAMPLE = 1024
-TINY = torch.finfo(torch.float32).tiny
+# A tap that is cut out of a larger tensor is kept as it is if that has at most
+# this much more.
+WASTE = 1 / 64
 
 
 class TapCodec(ABC):
@@ -39,11 +38,54 @@ class TapCodec(ABC):
         """What was kept of some of the tokens."""
         return [tensor[rows] for tensor in kept]
 
-    def transposed_product(
-        self, kept: Sequence[Tensor], other: Tensor
+    def product(
+        self, kept: Sequence[Tensor], factor: Tensor, out: Tensor
+    ) -> None:
+        """The tap times factor (C, r) into out (N, r)."""
+        for rows in _portions(out, len(factor)):
+            part = self.decode(self.rows(kept, rows), factor.dtype)
+            product(part, factor, out=out[rows])
+
+    def transposed_products(
+        self, kept: list[Sequence[Tensor]], others: Tensor
     ) -> Tensor:
-        """Kept (N, C), other (N, r) -> the tap's transpose times other."""
-        return transposed_product(self.decode(kept, other.dtype), other)
+        """The taps' transposes times others.
+
+        Args:
+            kept (list[Sequence[Tensor]]): What was kept of K taps; emptied.
+            others (Tensor): (N, K, r).
+
+        Returns:
+            Tensor: (K, C, r).
+        """
+        dtype = others.dtype
+        if not runs_as_on_gpu(others.device):
+            dtype = wide_dtype(dtype)
+        found = None
+        for index in reversed(range(len(kept))):
+            tap = kept.pop()
+            other = others[:, index]
+            for rows in _portions(other, self.width(tap)):
+                part = self._centred(self.rows(tap, rows), others.dtype)
+                if found is None:
+                    found = others.new_empty(
+                        others.shape[1], part.shape[1], others.shape[2],
+                        dtype=dtype,
+                    )  # fmt: skip
+                if rows.start:
+                    found[index] += transposed_product(part, other[rows])
+                else:
+                    transposed_product(part, other[rows], out=found[index])
+            del tap, part
+        return found
+
+    def width(self, kept: Sequence[Tensor]) -> int:
+        """Channels of a tap."""
+        return kept[0].shape[1]
+
+    def _centred(self, kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """What :meth:`transposed_products` multiplies."""
+        return self.decode(kept, dtype)
 
 
 class ExactTaps(TapCodec):
@@ -54,7 +96,7 @@ class ExactTaps(TapCodec):
     def encode(self, tap: Tensor) -> tuple[Tensor]:
         """(N, C) -> the same tensor, unless it is cut out of a larger one."""
         size = tap.numel() * tap.element_size()
-        if tap.untyped_storage().nbytes() > size:  # windows were padded
+        if tap.untyped_storage().nbytes() > size * (1 + WASTE):
             tap = tap.clone()
         return (tap,)
 
@@ -80,56 +122,26 @@ class IntegerTaps(TapCodec):
     token has one scale, or one for each group of channels. So channels far
     larger than the rest, which transformers have, cost the rest nothing.
 
-    A value is ``mean + deviation * scale * level``, with a level from
-    ``-steps`` to ``steps``.
+    A value is ``mean + deviation * scale * level``. Kept are codes of the
+    levels, scales (N, groups), and mean and deviation (2, C).
+
+    Args:
+        form (tap_codes.Form): How levels become codes.
     """
 
-    steps: int
-    # Channels that share a scale, None for all of a token.
-    group: int | None
-    scale_type: torch.dtype
-    # The type of codes, and how many fit a value of it.
-    code_type: torch.dtype
-    codes_in_one = 1
-
-    @abstractmethod
-    def pack(self, levels: Tensor, out: Tensor) -> None:
-        """(n, C) within ``steps``, which it may change, into codes."""
-
-    @abstractmethod
-    def unpack(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """Codes -> levels (n, C) in ``dtype``, a new tensor."""
+    def __init__(self, form: tap_codes.Form) -> None:
+        self.form = form
 
     def encode(self, tap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, C) -> codes, scales (N, groups), mean and deviation (2, C)."""
-        tokens, width = tap.shape
-        channels = _mean_and_deviation(tap)
-        inverse = channels[1].reciprocal()
-        offset = -channels[0] * inverse
-        group = math.gcd(width, self.group or width)
-        codes, scale = (
-            tap.new_empty((tokens, -(-width // shared)), dtype=dtype)
-            for dtype, shared in (
-                (self.code_type, self.codes_in_one),
-                (self.scale_type, group),
-            )
-        )
-        for part, coded, by in _in_parts(tap, codes, scale):
-            part = torch.addcmul(offset, part.float(), inverse)
-            groups = part.unflatten(-1, (-1, group))
-            # On CPU several times as fast as `aminmax`, or as a norm.
-            largest = torch.maximum(groups.amax(-1), -groups.amin(-1))
-            # Zeros, and what is less than has a reciprocal.
-            by.copy_(largest.div_(self.steps).clamp_(min=TINY))
-            groups.mul_(by.float().reciprocal()[..., None])
-            self.pack(part, coded)
-        return codes, scale, channels
+        channels = tap_ops.statistics(tap)
+        return *tap_ops.encode(tap, channels, self.form), channels
 
     def decode(self, kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """See :class:`TapCodec`."""
         mean, deviation = kept[2]
         # In single precision: float16 has no room for small values.
-        standard = self._standardised(kept, torch.float32)
+        standard = self._centred(kept, torch.float32)
         return standard.mul_(deviation).add_(mean).to(dtype)
 
     def rows(self, kept: Sequence[Tensor], rows: slice) -> list[Tensor]:
@@ -137,89 +149,44 @@ class IntegerTaps(TapCodec):
         codes, scale, channels = kept
         return [codes[rows], scale[rows], channels]
 
-    def transposed_product(
-        self, kept: Sequence[Tensor], other: Tensor
+    def transposed_products(
+        self, kept: list[Sequence[Tensor]], others: Tensor
     ) -> Tensor:
-        """See :class:`TapCodec`; channels wait for the smaller product."""
-        other = other.to(wide_dtype(other.dtype))
-        mean, deviation = kept[2].to(other.dtype)[..., None]
-        standard = self._standardised(kept, other.dtype)
-        found = transposed_product(standard, other).mul_(deviation)
-        return found.addmm_(mean, other.sum(0, True))
+        """See :class:`TapCodec`; channels wait for the smaller products."""
+        if not runs_as_on_gpu(others.device):
+            others = others.to(wide_dtype(others.dtype))
+        channels = torch.stack([tap[2] for tap in kept])[..., None]
+        mean, deviation = channels.unbind(1)  # (K, C, 1) each
+        found = super().transposed_products(kept, others)
+        wide = wide_dtype(found.dtype)
+        sums = others.sum(0, dtype=wide)[:, None]
+        return torch.addcmul(mean * sums, found.to(wide), deviation)
 
-    def _standardised(
-        self, kept: Sequence[Tensor], dtype: torch.dtype
-    ) -> Tensor:
+    def width(self, kept: Sequence[Tensor]) -> int:
+        """See :class:`TapCodec`."""
+        return kept[2].shape[1]
+
+    def _centred(self, kept: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """(n, C), the channels of mean zero and deviation one."""
         codes, scale, channels = kept
-        levels = self.unpack(codes, dtype)[:, : channels.shape[1]]
-        groups = levels.unflatten(-1, (scale.shape[1], -1))
-        groups.mul_(scale.to(dtype)[..., None])
-        return levels
+        return tap_ops.decode(
+            codes, scale, channels.shape[1], self.form, dtype
+        )
 
 
-class Int8Taps(IntegerTaps):
-    """Keeps the tap in 8 bits, with one scale a token."""
-
-    steps = 127
-    group = None
-    scale_type = torch.float32
-    code_type = torch.int8
-
-    def pack(self, levels: Tensor, out: Tensor) -> None:
-        """See :class:`IntegerTaps`."""
-        out.copy_(levels.round_())
-
-    def unpack(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """See :class:`IntegerTaps`."""
-        return codes.to(dtype)
-
-
-class Int4Taps(IntegerTaps):
-    """Keeps the tap in 4 bits, with one scale for 128 channels of a token."""
-
-    steps = 8
-    group = 128
-    scale_type = torch.bfloat16
-    code_type = torch.uint8
-    codes_in_one = 2
-
-    def pack(self, levels: Tensor, out: Tensor) -> None:
-        """See :class:`IntegerTaps`."""
-        # Sixteen levels at -7.5, -6.5, ... 7.5; the cast cuts.
-        codes = levels.add_(8).clamp_(0, 15).to(torch.uint8)
-        low, high = codes.split(out.shape[1], 1)
-        out.copy_(low)
-        out[:, : high.shape[1]] |= high << 4
-
-    def unpack(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """See :class:`IntegerTaps`."""
-        count, width = codes.shape
-        levels = codes.new_empty((count, 2 * width), dtype=dtype)
-        levels[:, :width] = codes & 15
-        levels[:, width:] = codes >> 4
-        return levels.sub_(7.5)
-
-
-def _mean_and_deviation(tap: Tensor) -> Tensor:
-    """Of each channel, about: (N, C) -> (2, C) in float32."""
-    some = tap[:: -(-len(tap) // SAMPLE)].float()
-    mean, square = some.mean(0), some.square().mean(0)
-    # At least what rounding leaves of the difference.
-    variance = torch.maximum(square - mean.square(), 1e-6 * square)
-    return torch.stack([mean, variance.sqrt().clamp_(min=TINY)])
-
-
-def _in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same tokens of each, some at a time."""
-    return zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True)
+def _portions(like: Tensor, channels: int) -> Iterator[slice]:
+    """Tokens of (N, ...) that are there at a time, of so many channels."""
+    room = temporary_bytes(like.device) // (channels * like.element_size())
+    rows = max(1, room)
+    for row in range(0, len(like), rows):
+        yield slice(row, row + rows)
 
 
 # None: nothing is kept, the trunk runs again in backward.
 TAP_CODECS: dict[str, TapCodec | None] = {
     'exact': ExactTaps(),
     'bf16': BF16Taps(),
-    'int8': Int8Taps(),
-    'int4': Int4Taps(),
+    'int8': IntegerTaps(tap_codes.INT8),
+    'int4': IntegerTaps(tap_codes.INT4),
     'recompute': None,
 }

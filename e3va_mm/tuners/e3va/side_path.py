@@ -14,7 +14,7 @@ from e3va_mm.numerics.autocast import DTYPES
 from e3va_mm.registry import MODELS
 from e3va_mm.trunks import Downsampling, Size, StageSpec, Trunk
 from e3va_mm.tuners.base import Tuner
-from e3va_mm.tuners.e3va.adapter import LowRankAdapter
+from e3va_mm.tuners.e3va.adapter import AdapterBank
 from e3va_mm.tuners.e3va.highway import Highway
 from e3va_mm.tuners.e3va.kept_taps import TAP_CODECS, TapCodec
 from e3va_mm.tuners.e3va.replay import Replay
@@ -210,18 +210,20 @@ class E3VA(SidePath):
         ranks = _by_stage(options.rank, count)
         ratio = options.bottleneck_ratio
         self.stages = nn.ModuleList(
-            nn.ModuleList(
-                nn.ModuleDict(
-                    {
-                        tap: LowRankAdapter(spec.channels, rank, ratio)
-                        for tap in self.taps
-                    }
-                )
-                for _ in range(spec.depth)
+            AdapterBank(
+                [f'{b}.{tap}' for b in range(spec.depth) for tap in self.taps],
+                spec.channels,
+                rank,
+                ratio,
             )
             for spec, rank in zip(stages, ranks, strict=False)
         )
         return self
+
+    def upgrade(self, state: dict[str, Tensor], prefix: str) -> None:
+        """See :class:`~e3va_mm.tuners.base.Tuner`."""
+        for stage, bank in enumerate(self.stages):
+            bank.stack(state, f'{prefix}stages.{stage}.')
 
     def _taps(self, offered: tuple[str, ...]) -> tuple[str, ...]:
         taps = self.options.taps or self._default_taps(offered)
@@ -251,14 +253,19 @@ class E3VA(SidePath):
     ) -> Highway:
         """See :class:`SidePath`."""
         return Highway(
-            inherited, self.codecs[stage], replay, stage, self.compute
+            self.stages[stage],
+            inherited,
+            self.codecs[stage],
+            replay,
+            stage,
+            self.compute,
         )
 
     def add_tap(
         self, highway: Highway, stage: int, block: int, tap: str, value: Tensor
     ) -> None:
         """See :class:`SidePath`."""
-        highway.add(self.stages[stage][block][tap], value)
+        highway.add(block * len(self.taps) + self.taps.index(tap), value)
 
     def output(self, highway: Highway, trunk: Tensor, size: Size) -> Tensor:
         """See :class:`SidePath`."""

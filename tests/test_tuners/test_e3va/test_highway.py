@@ -1,12 +1,14 @@
 """The fused highway against plain autograd over the same adapters."""
 
+from contextvars import ContextVar
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from e3va_mm.numerics import temporaries
 from e3va_mm.numerics.products import fast_dtype
-from e3va_mm.tuners.e3va import LowRankAdapter
-from e3va_mm.tuners.e3va import highway as module
+from e3va_mm.tuners.e3va import AdapterBank
 from e3va_mm.tuners.e3va.highway import Highway
 from e3va_mm.tuners.e3va.kept_taps import TAP_CODECS
 from e3va_mm.tuners.e3va.replay import Replay
@@ -15,12 +17,11 @@ CHANNELS, RANK, TAPS, TOKENS = 24, 3, 4, 50
 MODES = list(TAP_CODECS)
 
 
-def adapters(dtype=torch.float64):
-    made = [LowRankAdapter(CHANNELS, RANK) for _ in range(TAPS)]
-    for adapter in made:
-        for parameter in adapter.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-    return [adapter.to(dtype) for adapter in made]
+def adapters(dtype=torch.float64, taps=TAPS):
+    bank = AdapterBank('abcd'[:taps], CHANNELS, RANK)
+    for parameter in bank.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return bank.to(dtype)
 
 
 def replay_of(taps):
@@ -34,20 +35,21 @@ def replay_of(taps):
     return Replay(taps, run)
 
 
-def fused(parts, taps, base, mode='exact', compute=None):
-    highway = Highway(base, TAP_CODECS[mode], replay_of(taps), compute=compute)
-    for adapter, tap in zip(parts, taps, strict=True):
-        highway.add(adapter, tap)
+def fused(bank, taps, base, mode='exact', compute=None):
+    codec = TAP_CODECS[mode]
+    highway = Highway(bank, base, codec, replay_of(taps), compute=compute)
+    for index, tap in enumerate(taps):
+        highway.add(index, tap)
     return highway.sum()
 
 
-def plain(parts, taps, base):
-    total = sum(a(t) for a, t in zip(parts, taps, strict=True))
+def plain(bank, taps, base):
+    total = bank(taps.flatten(1, 2)).sum(0).view(taps.shape[1:])
     return total if base is None else base + total
 
 
-def inputs_of(parts, base):
-    inputs = [p for part in parts for p in part.parameters()]
+def inputs_of(bank, base):
+    inputs = [*bank.parameters()]
     return inputs if base is None else [*inputs, base]
 
 
@@ -64,10 +66,10 @@ def bytes_kept(parts, mode):
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    highway = Highway(None, TAP_CODECS[mode], replay_of(image))
+    highway = Highway(parts, None, TAP_CODECS[mode], replay_of(image))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        for adapter, tap in zip(parts, taps, strict=True):
-            highway.add(adapter, tap)
+        for index, tap in enumerate(taps):
+            highway.add(index, tap)
         total = highway.sum()
     assert total.requires_grad
     return sum(n for pointer, n in kept.items() if pointer not in own)
@@ -96,7 +98,7 @@ def data():
 
 @pytest.mark.parametrize('mode', ['exact', 'recompute'])
 def test_gradcheck_in_fp64(mode):
-    parts = adapters()[:2]
+    parts = adapters(taps=2)
     taps = torch.randn(2, 1, 5, CHANNELS, dtype=torch.float64)
     base = torch.randn(1, 5, CHANNELS, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(
@@ -106,9 +108,18 @@ def test_gradcheck_in_fp64(mode):
 
 @pytest.mark.parametrize('mode', ['exact', 'recompute'])
 @pytest.mark.parametrize('with_base', [True, False])
-@pytest.mark.parametrize('chunk', [7, 4096])
-def test_equals_plain_autograd(data, mode, with_base, chunk, monkeypatch):
-    monkeypatch.setattr(module, 'CHUNK', chunk)
+@pytest.mark.parametrize('as_on_gpu', [False, True])
+@pytest.mark.parametrize('room', [7 * 12 * 8, 230 * 12 * 8, 2**22])
+def test_equals_plain_autograd(
+    data, mode, with_base, as_on_gpu, room, monkeypatch
+):
+    """Some tokens of a tap at a time, some taps, or all."""
+    monkeypatch.setattr(temporaries, 'CPU_BYTES', room)
+    monkeypatch.setattr(temporaries, 'GPU_BYTES', room)
+    if as_on_gpu:
+        monkeypatch.setattr(
+            temporaries, '_AS_ON_GPU', ContextVar('on', default=True)
+        )
     taps, base, weight = data
     base = base if with_base else None
     parts = adapters()
@@ -125,7 +136,7 @@ def test_exact_in_fp32_is_within_1e5_of_fp64(data):
     taps, base, weight = data
     parts = adapters()
     expected = gradients(plain, parts, taps, base, weight)
-    parts = [part.float() for part in parts]
+    parts = parts.float()
     base = base.detach().float().requires_grad_()
     got = gradients(fused, parts, taps.float(), base, weight.float())
     for gradient, target in zip(got, expected, strict=True):
@@ -134,13 +145,12 @@ def test_exact_in_fp32_is_within_1e5_of_fp64(data):
 
 def test_frozen_adapters_pass_the_gradient_on(data):
     taps, base, weight = data
-    parts = adapters()
-    for part in parts[:2]:
-        part.requires_grad_(False)
-    fused(parts, taps, base).mul(weight).sum().backward()
+    bank = adapters()
+    bank.down.requires_grad_(False)
+    fused(bank, taps, base).mul(weight).sum().backward()
     torch.testing.assert_close(base.grad, weight)
-    assert all(p.grad is None for part in parts[:2] for p in part.parameters())
-    assert all(p.grad.any() for part in parts[2:] for p in part.parameters())
+    assert all(p.grad is None for p in bank.down.parameters())
+    assert all(p.grad.any() for p in bank.up.parameters())
 
 
 # Largest relative error of a parameter's gradient.
@@ -151,7 +161,7 @@ LOSSY = {'bf16': 4e-3, 'int8': 2e-2, 'int4': 2e-1}
 def test_what_lossy_taps_do_to_each_gradient(data, mode):
     taps, base, weight = data
     parts = adapters()
-    names = [n for part in parts for n, _ in part.named_parameters()]
+    names = [n for n, _ in parts.named_parameters()]
     expected = gradients(plain, parts, taps, base, weight)
     got = gradients(
         lambda *args: fused(*args, mode), parts, taps, base, weight
@@ -199,10 +209,11 @@ def test_bytes_kept_for_backward(mode, of_a_token, once):
 @pytest.mark.parametrize('mode', MODES)
 def test_nothing_is_kept_without_gradients(data, mode):
     taps, base, _ = data
-    highway = Highway(base, TAP_CODECS[mode], replay_of(taps))
+    bank = adapters(taps=1)
+    highway = Highway(bank, base, TAP_CODECS[mode], replay_of(taps))
     with torch.no_grad():
-        highway.add(adapters()[0], taps[0])
-        assert not highway._kept
+        highway.add(0, taps[0])
+        assert highway._kept == {0: ()}
         assert not highway.sum().requires_grad
 
 
@@ -233,7 +244,7 @@ def test_a_gradient_of_the_gradient_is_refused(data):
 @pytest.mark.parametrize('mode', ['exact', 'recompute'])
 def test_what_has_changed_since_is_noticed(data, mode):
     taps, base, _ = data
-    part = adapters()[:1]
+    part = adapters(taps=1)
     tap = taps[:1].clone()
     total = fused(part, tap, base, mode)
     tap.mul_(2)  # what is kept, or what the trunk would run on
@@ -284,6 +295,15 @@ def test_a_type_asked_for_comes_before_autocast(data, mode):
 
 
 def test_neither_base_nor_taps_is_no_sum():
-    assert Highway(None, TAP_CODECS['exact']).sum() is None
+    bank, codec = adapters(), TAP_CODECS['exact']
+    assert Highway(bank, None, codec).sum() is None
     base = torch.randn(1, 2, CHANNELS)
-    assert Highway(base, TAP_CODECS['exact']).sum() is base
+    assert Highway(bank, base, codec).sum() is base
+
+
+def test_a_tap_that_never_came_is_no_silent_noise(data):
+    taps, base, _ = data
+    highway = Highway(adapters(), base, TAP_CODECS['exact'])
+    highway.add(2, taps[2])
+    with pytest.raises(RuntimeError, match='Expected 4 taps in stage 0, but'):
+        highway.sum()

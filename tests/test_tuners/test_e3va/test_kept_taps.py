@@ -5,11 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from e3va_mm.tuners.e3va import kept_taps
+from e3va_mm.numerics import temporaries
 from e3va_mm.tuners.e3va.kept_taps import TAP_CODECS
 
 CODECS = {name: codec for name, codec in TAP_CODECS.items() if codec}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def transposed_product(codec, kept, other):
+    return codec.transposed_products([kept], other[:, None])[0]
 
 
 def there_and_back(name, tap, dtype=torch.float32):
@@ -111,7 +115,7 @@ def test_overflow_is_not_hidden(name, bad):
     assert not back[1].isfinite().all()
     # Statistics of a channel are of all tokens.
     assert name in INTEGERS or back[[0, 2]].isfinite().all()
-    product = codec.transposed_product(kept, torch.ones(3, 2))
+    product = transposed_product(codec, kept, torch.ones(3, 2))
     assert not product[5].isfinite().any()
 
 
@@ -157,7 +161,7 @@ def test_tokens_are_coded_some_at_a_time(name, monkeypatch):
     rows = slice(30, 61)
     part = codec.decode(codec.rows(kept, rows), torch.float32)
     assert torch.equal(part, codec.decode(kept, torch.float32)[rows])
-    monkeypatch.setattr(kept_taps, 'CHUNK', 7)
+    monkeypatch.setattr(temporaries, 'CPU_BYTES', 7 * 64 * 4)
     for part, expected in zip(codec.encode(tap), kept, strict=True):
         assert torch.equal(part, expected)
 
@@ -169,7 +173,7 @@ def test_transposed_product_is_that_of_what_comes_back(name, dtype, channels):
     codec, tap = TAP_CODECS[name], with_outliers(channels=64)[:, -channels:]
     kept = codec.encode(tap)
     other = torch.randn(100, 4).to(dtype)
-    product = codec.transposed_product(kept, other)
+    product = transposed_product(codec, kept, other)
     expected = codec.decode(kept, torch.float32).double().t() @ other.double()
     bound = {torch.float64: 1e-6, torch.float32: 1e-6}.get(dtype, 1e-2)
     if name in INTEGERS:

@@ -1,3 +1,4 @@
+import functools
 import logging
 import os
 import sys
@@ -44,3 +45,13 @@ def one_process(monkeypatch):
     )
     yield
     end_process_group()
+
+
+@pytest.fixture
+def without_values(monkeypatch):
+    """Modules are built without memory for their values."""
+    # Stochastic depth reads the numbers of this one.
+    linspace = functools.partial(torch.linspace, device='cpu')
+    monkeypatch.setattr(torch, 'linspace', linspace)
+    with torch.device('meta'):
+        yield

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from e3va_mm.measure.gpu_model import count_launches
+from e3va_mm.registry import MODELS
 from e3va_mm.tuners.e3va.kept_taps import TAP_CODECS
 from e3va_mm.tuners.e3va.presets import PRESETS
 from tests.helpers import SWIN, build_e3va
@@ -143,3 +144,38 @@ def test_a_gpu_splits_no_stage_of_swin_l_at_a_usual_size():
     narrow, _ = trunk_launches(*sizes, **one, embed_dims=24)
     usual, tall = trunk_launches(*sizes, **one, embed_dims=192)
     assert usual == narrow < tall
+
+
+HALF = dict(FP16, compute='fp16')
+
+
+@pytest.mark.parametrize(
+    'tuner, kernels, ops',
+    [
+        (HALF, 917, 2552),
+        (dict(preset='lean'), 1099, 2694),
+        (dict(type='E3VAMix', preset='lean'), 1400, 3023),
+    ],
+    ids=['exact', 'lean', 'mix'],
+)
+def test_launches_of_a_step_of_swin_l(tuner, kernels, ops, without_values):
+    """Forward and backward; full fine-tuning: 1,888 and 5,362."""
+    ours = build_e3va(**SWIN['l'], tuner=tuner)
+    counted = count_launches(ours, torch.empty(1, 3, 800, 1216))
+    assert (counted.kernels, counted.ops) == (kernels, ops)
+
+
+def test_launches_of_a_step_of_dinov2_b(without_values):
+    """The stock frozen forward pass: 148."""
+    dinov2 = dict(img_size=518, patch_size=14, arch='base', out_indices=[11])
+    ours = MODELS.build(
+        dict(
+            type='e3va_mm.E3VAVisionTransformer',
+            layer_scale_init_value=1e-5,
+            out_type='featmap',
+            allow_random_trunk=True,
+            **dinov2,
+        )
+    )
+    counted = count_launches(ours, torch.empty(1, 3, 518, 518))
+    assert (counted.kernels, counted.ops) == (256, 845)

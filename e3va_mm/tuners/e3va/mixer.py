@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from e3va_mm.numerics.autocast import autocast_dtype, autocast_to
+from e3va_mm.numerics.autocast import autocast_dtype, autocast_off
 from e3va_mm.trunks import Size
 from e3va_mm.tuners.e3va.kept_taps import ExactTaps, TapCodec
 from e3va_mm.tuners.token_grid import GridFilters, on_grid
@@ -37,7 +37,8 @@ class StageMixer(nn.Module):
 
     def forward(self, state: Tensor, size: Size) -> Tensor:
         """(B, extra + H * W, C) and (H, W) -> (B, extra + H * W, C)."""
-        inner = self.down(F.layer_norm(state, state.shape[-1:]))
+        normed = F.layer_norm(state, state.shape[-1:])
+        inner = self.down(normed.to(self.down.weight.dtype))
         return self.up(F.gelu(on_grid(inner, size, self.filters)))
 
 
@@ -57,24 +58,26 @@ def mix(
         codec (TapCodec, optional): How the state is kept for backward.
             Defaults to as it is.
         compute (torch.dtype, optional): Type of the products. Defaults to
-            that of autocast where it is on, else to that of the state.
+            that of autocast where it is on, else to that of the parameters.
 
     Returns:
         Tensor: As ``state``.
     """
-    compute = compute or autocast_dtype(state)
-    if compute == torch.float32:
-        compute = None
-
-    if not torch.is_grad_enabled() or torch.jit.is_tracing():
-        with autocast_to(state, compute):
-            return mixer(state, size).to(state.dtype)
+    compute = (
+        compute or autocast_dtype(state) or next(mixer.parameters()).dtype
+    )
 
     def run(state: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        with autocast_to(state, compute):
-            return functional_call(mixer, parameters, (state, size))
+        cast = {name: p.to(compute) for name, p in parameters.items()}
+        with autocast_off(state):
+            return functional_call(mixer, cast, (state, size))
 
+    if torch.jit.is_tracing():
+        with autocast_off(state):
+            return mixer(state, size).to(state.dtype)
     parameters = dict(mixer.named_parameters())
+    if not torch.is_grad_enabled():
+        return run(state, parameters).to(state.dtype)
     return _Mix.apply(
         run, codec or ExactTaps(), [*parameters], state, *parameters.values()
     )

@@ -11,7 +11,7 @@ from e3va_mm.errors import CheckpointError
 from e3va_mm.weights import read_checkpoint
 from e3va_mm.weights.hub import read_hub
 
-constants = pytest.importorskip('huggingface_constants')
+constants = pytest.importorskip('huggingface_hub.constants')
 STATE = {'a': torch.ones(2), 'b': torch.zeros(3)}
 WRITE = {
     'model.safetensors': save_file,

@@ -64,12 +64,15 @@ def replace_loaders(read: Callable, check: Callable) -> None:
 
     @wraps(stock_load)
     def load_state_dict(
-        module: nn.Module, state_dict: dict, strict: bool = False, *args: Any
+        module: nn.Module,
+        state_dict: dict,
+        strict: bool = False,
+        logger: Any = None,
     ) -> None:
         source = _whole.pop() if _whole else None
         check(module, state_dict)
         try:
-            stock_load(module, state_dict, strict or bool(source), *args)
+            stock_load(module, state_dict, strict or bool(source), logger)
         except RuntimeError as error:
             if strict or not source:
                 raise

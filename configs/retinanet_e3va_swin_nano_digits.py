@@ -44,7 +44,12 @@ train_pipeline = [_base_.train_pipeline[0], load_boxes]
 train_pipeline += _base_.train_pipeline[2:]
 test_pipeline = _base_.test_pipeline[:2] + [load_boxes]
 test_pipeline += _base_.test_pipeline[3:]
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+# A box without area makes the loss infinite; this is for data in VOC format,
+# of COCO's it is left out anyway.
+large = dict(bbox_min_size=1)
+train_dataloader = dict(
+    dataset=dict(pipeline=train_pipeline, filter_cfg=large)
+)
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 

@@ -21,6 +21,7 @@ CHECKS = dict(
     not_empty=classes.check_not_empty,
     metric_names=evaluation.check_metric_names,
     evaluator_files=evaluation.check_evaluator_files,
+    boxes=labels.check_boxes,
     masks=labels.check_masks,
     files=files.check_files,
     image_sizes=files.check_image_sizes,

@@ -126,6 +126,29 @@ def check_masks(
             )
 
 
+def check_boxes(
+    config: Config, datasets: Mapping[str, ReadDataset]
+) -> Iterator[Problem]:
+    """Find boxes without area, for which some losses are infinite.
+
+    mmdet leaves them out of files in COCO's format, but of no other.
+    """
+    for each in datasets.values():
+        if not each.entries or not each.loader.startswith('train'):
+            continue
+        for entry, box in each.flat_boxes:
+            paths = entry.paths
+            yield Problem(
+                paths.get('xml_path') or paths.get('img_path', each.option),
+                f'the box {box} (x1, y1, x2, y2) has no area',
+                'x1 < x2 and y1 < y2',
+                'The loss can become infinite. Correct the box, or set '
+                f'{each.option}.filter_cfg=dict(bbox_min_size=1), by which '
+                'XMLDataset ignores it.',
+                severity='warning',
+            )
+
+
 def _annotation_ids(dataset: ReadDataset) -> dict[tuple, str]:
     """The ids of annotations in a COCO-like file, by image and box."""
     try:

@@ -85,6 +85,7 @@ class ReadDataset:
         self.samples = len(dataset) if samples is None else samples
         self.labels: Counter = Counter()
         self.masks: list[tuple[Entry, list, str, str]] = []
+        self.flat_boxes: list[tuple[Entry, list]] = []
         pipeline = getattr(dataset, 'pipeline', None)
         self.transforms = list(getattr(pipeline, 'transforms', ()))
 
@@ -141,6 +142,13 @@ class ReadDataset:
             for each in instances:
                 ignored = each.get('ignore_flag')
                 label = each.get('bbox_label')
+                box = each.get('bbox')
+                if (
+                    box
+                    and not ignored
+                    and not (box[0] < box[2] and box[1] < box[3])
+                ):
+                    self.flat_boxes.append((entries[-1], box))
                 if not ignored and isinstance(label, int):
                     self.labels[label] += 1
                 fault = masked and mask_fault(each, size, annotations)

@@ -270,3 +270,36 @@ def test_an_ending_that_no_file_has(segmentation, tmp_path):
     problems = problems_of(segmentation)
     found = f'no file in {tmp_path}/images ends in .png; there are 4 .jpg'
     assert found in [each.found for each in problems]
+
+
+def test_boxes_without_area(tmp_path):
+    """As they stand in public data of VOC's format."""
+    make_coco(tmp_path, 'JPEGImages', 1)
+    (tmp_path / 'Annotations').mkdir()
+    for name, text in (
+        ('list.txt', '000'),
+        (
+            'Annotations/000.xml',
+            '<annotation><size><width>64</width><height>48</height></size>'
+            '<object><name>cat</name><bndbox><xmin>9</xmin><ymin>9</ymin>'
+            '<xmax>9</xmax><ymax>20</ymax></bndbox></object></annotation>',
+        ),
+    ):
+        (tmp_path / name).write_text(text)
+    dataset = dict(
+        type='XMLDataset',
+        data_root=str(tmp_path),
+        data_prefix=dict(sub_data_root=''),
+        ann_file='list.txt',
+        metainfo=dict(classes=('cat',)),
+        pipeline=[dict(type='LoadAnnotations', with_bbox=True)],
+    )
+    loader = dict(batch_size=1, dataset=dataset)
+    config = dict(default_scope='mmdet', train_dataloader=loader)
+    problem = only(Config(config), 'boxes')
+    assert problem.severity == 'warning'
+    assert problem.where == f'{tmp_path}/Annotations/000.xml'
+    assert 'the box [8, 8, 8, 19] (x1, y1, x2, y2) has no' in problem.found
+    # mmdet then ignores it.
+    dataset['filter_cfg'] = dict(bbox_min_size=1)
+    assert only(Config(config), 'labels')

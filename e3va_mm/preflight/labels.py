@@ -32,7 +32,7 @@ def check_labels(
             has_maps = hasattr(each.dataset, 'reduce_zero_label')
             values = each.map_values if has_maps else {}
             for pixels in values.values():
-                counts.update(pixels.keys())
+                counts.update(v for v in pixels if isinstance(v, int))
             looked += len(values) if has_maps else len(each.entries)
             total += len(each)
             counts.update(each.labels)
@@ -89,6 +89,15 @@ def check_map_values(
         count, ignored = len(each.classes), _ignored(config, each)
         known = {*range(count), *ignored}
         for path, counts in each.map_values.items():
+            (first, *_) = counts
+            if isinstance(first, tuple):
+                yield Problem(
+                    f'{each.option}: {path}',
+                    f'the map has the shape {first}',
+                    f'{first[:2]}, one number for each pixel',
+                    'Give maps of numbers of classes, not of colours.',
+                )
+                continue
             values = [str(v) for v in sorted(counts) if v not in known]
             if values:
                 yield Problem(

@@ -206,7 +206,7 @@ class ReadDataset:
     def map_values(self) -> dict[str, Counter]:
         """Pixels of each label in segmentation maps, as the loader gives it.
 
-        Empty where transforms of other packages may change them.
+        Of maps with channels, their shape instead.
         """
         load = self.transform('LoadAnnotations')
         if load is None or not hasattr(self.dataset, 'reduce_zero_label'):
@@ -223,6 +223,8 @@ class ReadDataset:
                 values = load(info)['gt_seg_map']
             except Exception:  # Other checks name what cannot be read.
                 return None
+            if values.ndim != 2:
+                return Counter({values.shape: 1})
             counts = np.bincount(np.asarray(values, np.uint8).ravel())
             return Counter(
                 {int(i): int(counts[i]) for i in counts.nonzero()[0]}

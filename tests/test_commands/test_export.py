@@ -76,7 +76,7 @@ def test_a_file_that_differs(segmentor, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     'left, text',
     [
-        (r'backbone\.', 'part.pth does not fit the model of the config: 0 of'),
+        (r'backbone\.', 'part.pth does not fit the model of the config, part'),
         (
             r'backbone\.(side_path|norm)|(?!backbone)',
             'part.pth brings no weights for the trunk',

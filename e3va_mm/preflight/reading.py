@@ -223,7 +223,7 @@ class ReadDataset:
                 values = load(info)['gt_seg_map']
             except Exception:  # Other checks name what cannot be read.
                 return None
-            if values.ndim != 2:
+            if values.ndim > 2:  # of one pixel a side loaders make a list
                 return Counter({values.shape: 1})
             counts = np.bincount(np.asarray(values, np.uint8).ravel())
             return Counter(

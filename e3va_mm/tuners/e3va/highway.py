@@ -245,7 +245,7 @@ def _gradients(
     kept: list[Sequence[Tensor]],
     projected: Tensor | None,
     dtype: torch.dtype,
-) -> Iterator[Tensor]:
+) -> list[Tensor]:
     """Gradients of the parameters of a bank.
 
     Args:
@@ -298,8 +298,10 @@ def _gradients(
     del inner, projected, x, u
     grad_p1 = codec.transposed_products(kept, grad_inner)
     found = (grad_p1, grad_q1, grad_b1, grad_p2, grad_q2.view_as(q2), grad_b2)
-    for gradient, parameter in zip(found, parameters, strict=True):
-        yield gradient.to(parameter.dtype)
+    return [
+        gradient.to(parameter.dtype)
+        for gradient, parameter in zip(found, parameters, strict=True)
+    ]
 
 
 def _portions(x: Tensor, q1: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -273,6 +273,18 @@ def test_autocast_computes_in_its_type_and_gives_fp32_gradients(
 
 
 @pytest.mark.parametrize('mode', MODES)
+def test_backward_under_autocast_is_that_outside(data, mode):
+    taps, base, weight = (t.detach().float() for t in data)
+    parts = adapters(torch.float32)
+    inputs = inputs_of(parts, base.requires_grad_())
+    loss = (fused(parts, taps, base, mode) * weight).sum()
+    outside = torch.autograd.grad(loss, inputs, retain_graph=True)
+    with torch.autocast('cpu', torch.bfloat16):
+        inside = torch.autograd.grad(loss, inputs)
+    assert_same(inside, outside, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('mode', MODES)
 def test_a_type_asked_for_comes_before_autocast(data, mode):
     taps, base, weight = (t.detach().float() for t in data)
     parts = adapters(torch.float32)

@@ -61,17 +61,14 @@ class TapCodec(ABC):
         dtype = others.dtype
         if not runs_as_on_gpu(others.device):
             dtype = wide_dtype(dtype)
-        found = None
-        for index in reversed(range(len(kept))):
+        _, count, rank = others.shape
+        width = self.width(kept[0])
+        found = others.new_empty(count, width, rank, dtype=dtype)
+        for index in reversed(range(count)):
             tap = kept.pop()
             other = others[:, index]
-            for rows in _portions(other, self.width(tap)):
+            for rows in _portions(other, width):
                 part = self._centred(self.rows(tap, rows), others.dtype)
-                if found is None:
-                    found = others.new_empty(
-                        others.shape[1], part.shape[1], others.shape[2],
-                        dtype=dtype,
-                    )  # fmt: skip
                 if rows.start:
                     found[index] += transposed_product(part, other[rows])
                 else:

@@ -5,6 +5,7 @@ There Triton's kernels run, if it is installed, elsewhere the reference of
 """
 
 import importlib.util
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def decode(
 @torch.library.custom_op('e3va::tap_statistics', mutates_args=())
 def tap_statistics(tap: Tensor) -> Tensor:
     """The operator; see :func:`statistics`."""
-    return _kernels(tap).statistics(tap)
+    return _kernels(tap.device.type).statistics(tap)
 
 
 @tap_statistics.register_fake
@@ -60,7 +61,7 @@ def encode_tap(
     tap: Tensor, channels: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
     """The operator; see :func:`encode`."""
-    return _kernels(tap).encode(tap, channels, FORMS[bits])
+    return _kernels(tap.device.type).encode(tap, channels, FORMS[bits])
 
 
 @encode_tap.register_fake
@@ -73,7 +74,8 @@ def decode_tap(
     codes: Tensor, scale: Tensor, width: int, bits: int, dtype: torch.dtype
 ) -> Tensor:
     """The operator; see :func:`decode`."""
-    return _kernels(codes).decode(codes, scale, width, FORMS[bits], dtype)
+    kernels = _kernels(codes.device.type)
+    return kernels.decode(codes, scale, width, FORMS[bits], dtype)
 
 
 @decode_tap.register_fake
@@ -83,9 +85,10 @@ def _(
     return codes.new_empty((len(codes), width), dtype=dtype)
 
 
-def _kernels(tensor: Tensor) -> Any:
-    """The module that computes on the device of a tensor."""
-    if tensor.device.type == 'cuda' and importlib.util.find_spec('triton'):
+@cache  # a step asks a hundred times, and to find nothing takes longest
+def _kernels(device: str) -> Any:
+    """The module that computes on a type of device."""
+    if device == 'cuda' and importlib.util.find_spec('triton'):
         from e3va_mm.tuners.e3va import tap_kernels
 
         return tap_kernels

@@ -1,14 +1,12 @@
 """A data set of which each image has a fixed number of random views."""
 
-import random
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from e3va_mm.engine.seeds import seed_all
+from e3va_mm.engine.seeds import generator_states, seed_all, set_generators
 from e3va_mm.errors import ConfigError
 from e3va_mm.registry import DATASETS
 from e3va_mm.utils.values import is_whole
@@ -92,11 +90,9 @@ class FixedViews(Dataset):
             index (int): Index of the image.
             view (int): Number of the view.
         """
-        states = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(devices=[]):
-            seed_all([self.seed, index, view])
-            try:
-                return self.dataset[index]
-            finally:
-                random.setstate(states[0])
-                np.random.set_state(states[1])
+        states = generator_states()
+        seed_all([self.seed, index, view])
+        try:
+            return self.dataset[index]
+        finally:
+            set_generators(states)

@@ -1,12 +1,11 @@
 """Random numbers of several runs in one process."""
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
 import torch
+
+from e3va_mm.engine.seeds import generator_states, set_generators
 
 
 class Draws:
@@ -16,33 +15,16 @@ class Draws:
     """
 
     def __init__(self) -> None:
-        self._states = _states()
+        self._cuda = torch.cuda.is_available()
+        self._states = generator_states(self._cuda)
 
     @contextmanager
     def used(self) -> Iterator[None]:
         """Draw from here on and not from the generators of the process."""
-        outside = _states()
-        _set(self._states)
+        outside = generator_states(self._cuda)
+        set_generators(self._states)
         try:
             yield
         finally:
-            self._states = _states()
-            _set(outside)
-
-
-def _states() -> tuple[Any, ...]:
-    return (
-        random.getstate(),
-        np.random.get_state(),
-        torch.get_rng_state(),
-        torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    )
-
-
-def _set(states: tuple[Any, ...]) -> None:
-    python, numpy, cpu, cuda = states
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda)
+            self._states = generator_states(self._cuda)
+            set_generators(outside)

@@ -15,8 +15,5 @@ _base_ = [
     './mm_grounding_dino_e3va_swin_t_coco.py',
     './_base_/mm_grounding_dino_b.py',
 ]
-model = dict(
-    backbone=dict(_delete_=True, **_base_.trunk),
-    neck=dict(in_channels=_base_.widths),
-)
+model = _base_.of_size
 load_from = _base_.detector

@@ -15,13 +15,5 @@ _base_ = [
     './mm_grounding_dino_e3va_swin_t_odvg.py',
     './_base_/mm_grounding_dino_l.py',
 ]
-model = dict(
-    num_feature_levels=_base_.levels,
-    backbone=dict(_delete_=True, **_base_.trunk),
-    neck=dict(in_channels=_base_.widths, num_outs=_base_.levels),
-    encoder=dict(layer_cfg=dict(self_attn_cfg=dict(num_levels=_base_.levels))),
-    decoder=dict(
-        layer_cfg=dict(cross_attn_cfg=dict(num_levels=_base_.levels))
-    ),
-)
+model = _base_.of_size
 load_from = _base_.detector

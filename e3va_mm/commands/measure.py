@@ -14,10 +14,7 @@ in every variant.
 import argparse
 import platform
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -40,6 +37,7 @@ from e3va_mm.measure.fits import (
     updated_at_once,
 )
 from e3va_mm.measure.gpu_model import CARDS, modelled, named_cards
+from e3va_mm.measure.own_process import in_own_process
 from e3va_mm.measure.report import (
     advice,
     batch_text,
@@ -290,16 +288,15 @@ def _count(
     task = progress.add_task('counting', total=len(rows))
     for label, row in rows.items():
         progress.update(task, description=f'counting: {label}')
-        with ProcessPoolExecutor(1, get_context('spawn')) as pool:
-            try:
-                figures = pool.submit(counted_of, row, args).result()
-            except BrokenProcessPool:
-                raise E3VAError(
-                    f'Measuring {row["variant"]} of {row["config"]} was '
-                    'killed: most likely it needs more memory than there is. '
-                    'Use a smaller --batch or --size; with --json and '
-                    '--resume nothing is measured twice.'
-                ) from None
+        figures = in_own_process(
+            counted_of,
+            row,
+            args,
+            killed=f'Measuring {row["variant"]} of {row["config"]} was '
+            'killed: most likely it needs more memory than there is. '
+            'Use a smaller --batch or --size; with --json and '
+            '--resume nothing is measured twice.',
+        )
         results.update(label, **figures)
         progress.advance(task)
 

@@ -3,17 +3,14 @@
 import math
 from bisect import bisect
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import cache
-from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
-from e3va_mm.errors import ConfigError, E3VAError
+from e3va_mm.errors import ConfigError
 from e3va_mm.frameworks.memory import keep_freed_memory
 from e3va_mm.measure.fits import (
     CONTEXT,
@@ -24,6 +21,7 @@ from e3va_mm.measure.fits import (
     updated_at_once,
 )
 from e3va_mm.measure.inputs import Size, batch_size, largest_size
+from e3va_mm.measure.own_process import in_own_process
 from e3va_mm.measure.step import TrainingStep
 from e3va_mm.measure.variants import framework
 from e3va_mm.preflight.problems import iter_datasets
@@ -151,17 +149,15 @@ class BatchSearch:
     def _apart(self, images: int, size: Size, share: float = 1) -> tuple:
         """Figures of a step; none of memory if the card was too small."""
         arguments = (images, size, self.objects, self.device, share)
-        with ProcessPoolExecutor(
-            1, get_context('spawn'), self._prepare
-        ) as pool:
-            try:
-                return pool.submit(figures, self.config, *arguments).result()
-            except BrokenProcessPool:
-                raise E3VAError(
-                    f'Measuring a batch of {images} was killed: most likely '
-                    'it needs more memory than this machine has. Set '
-                    '`train_dataloader.batch_size` to a smaller batch.'
-                ) from None
+        return in_own_process(
+            figures,
+            self.config,
+            *arguments,
+            killed=f'Measuring a batch of {images} was killed: most likely '
+            'it needs more memory than this machine has. Set '
+            '`train_dataloader.batch_size` to a smaller batch.',
+            prepare=self._prepare,
+        )
 
 
 def figures(

@@ -13,7 +13,12 @@ from mmengine.config import Config
 
 from e3va_mm.commands import measure as command
 from e3va_mm.errors import E3VAError
-from e3va_mm.measure import CATEGORIES, VARIANTS, TrainingStep
+from e3va_mm.measure import (
+    CATEGORIES,
+    VARIANTS,
+    TrainingStep,
+    own_process,
+)
 from e3va_mm.measure.batches import Batch
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +171,7 @@ def test_resume_measures_what_is_missing(
         return {k: known[k] for k in keys}
 
     saved = []
-    monkeypatch.setattr(command, 'ProcessPoolExecutor', Pool)
+    monkeypatch.setattr(own_process, 'ProcessPoolExecutor', Pool)
     monkeypatch.setattr(command, 'counted_of', counted_of)
     monkeypatch.setattr(command, 'TrainingStep', Step)
     resumed = (DIGITS, *SHORT, '--json', path, '--resume')
@@ -218,7 +223,7 @@ def test_memory_alone_of_two_configs(main, monkeypatch):
             memory_bytes=dict(sizes, peak=5 * scale * MIB),
         )
 
-    monkeypatch.setattr(command, 'ProcessPoolExecutor', Pool)
+    monkeypatch.setattr(own_process, 'ProcessPoolExecutor', Pool)
     monkeypatch.setattr(command, 'counted_of', counted_of)
     monkeypatch.setattr(command, 'TrainingStep', None)
     out = main(DIGITS, RETINANET, '--memory-only', '--device', 'cpu')

@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 
 from e3va_mm.errors import ConfigError, E3VAError
-from e3va_mm.measure import TrainingStep, batches
+from e3va_mm.measure import TrainingStep, batches, own_process
 from e3va_mm.measure.batches import (
     Batch,
     BatchSearch,
@@ -65,7 +65,7 @@ def steps(monkeypatch):
         memory['peak'] = (200 + 100 * images) * MIB
         return memory, dict(trainable=2 * MIB)
 
-    monkeypatch.setattr(batches, 'ProcessPoolExecutor', Pool)
+    monkeypatch.setattr(own_process, 'ProcessPoolExecutor', Pool)
     monkeypatch.setattr(batches, 'figures', figures)
     return found
 
@@ -114,7 +114,7 @@ def test_a_batch_that_fails_within_the_limit_of_a_gpu(
 
 
 def test_a_measurement_that_is_killed(search, monkeypatch):
-    monkeypatch.setattr(batches, 'ProcessPoolExecutor', Pool)
+    monkeypatch.setattr(own_process, 'ProcessPoolExecutor', Pool)
     monkeypatch.setattr(Pool, 'error', BrokenProcessPool())
     with pytest.raises(E3VAError, match='batch of 4 was killed: most likely'):
         search.largest(8)

@@ -31,6 +31,7 @@ from rich.table import Table
 from e3va_mm.apis.sharing import push
 from e3va_mm.commands import launching
 from e3va_mm.errors import CheckpointError, ConfigError
+from e3va_mm.frameworks.loaders import whole_checkpoint
 from e3va_mm.utils.files import MIB, write_whole
 from e3va_mm.weights import (
     AdapterFile,
@@ -107,8 +108,9 @@ def _extract(args: argparse.Namespace) -> None:
         )
     model = launching.build_model(args.config)
     model.init_weights()
-    checkpoint = load_checkpoint(model, str(args.checkpoint), 'cpu')
-    launching.check_loaded(model, checkpoint, args.checkpoint)
+    source = str(args.checkpoint)
+    with whole_checkpoint(source):
+        checkpoint = load_checkpoint(model, source, 'cpu')
     try:
         trunks = trunk_records(model)
     except ConfigError as error:

@@ -109,10 +109,14 @@ class TrunkFiles:
         self, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
     ) -> str:
         """The likely cause when a file does not fit."""
-        for key, value in expected.items():
-            shape, other = value.shape, getattr(found.get(key), 'shape', ())
-            # The first convolution.
-            if len(shape) == len(other) == 4 and shape[1] != other[1]:
+        filters = [
+            (value.shape, found[key].shape)
+            for key, value in expected.items()
+            if key.endswith('.weight') and value.ndim == 4 and key in found
+        ]
+        # Of the first convolution.
+        for shape, other in filters[:1]:
+            if len(other) == 4 and shape[1] != other[1]:
                 return (
                     f'The file is for images of {other[1]} channels, the '
                     f'config has in_channels={shape[1]}. Set in_channels='

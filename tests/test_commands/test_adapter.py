@@ -56,7 +56,7 @@ def test_extract_of_what_does_not_fit(segmentor, tmp_path, error, name):
     checkpoint = read_checkpoint(segmentor.checkpoint)
     if name == 'no head':
         del checkpoint['state_dict']['decode_head.conv_seg.bias']
-        expected = '1 missing in the file'
+        expected = 'would be random: decode_head.conv_seg.bias is missing.'
     else:
         checkpoint['state_dict']['backbone.patch_embed.projection.weight'] += 1
         expected = '--trunk PATH_OR_URL'

@@ -23,6 +23,7 @@ def install(read: Callable, check: Callable) -> None:
     declare_missing_ops()
     # Later, for what they import may import torchvision.
     from e3va_mm.frameworks.atomic_backend import register_atomic_backend
+    from e3va_mm.frameworks.flops import count_attention
     from e3va_mm.frameworks.grounding_dino import mend_when_imported
     from e3va_mm.frameworks.loaders import replace_loaders
     from e3va_mm.frameworks.optimizer_groups import patch_constructors
@@ -31,3 +32,4 @@ def install(read: Callable, check: Callable) -> None:
     register_atomic_backend()
     patch_constructors()
     mend_when_imported()
+    count_attention()

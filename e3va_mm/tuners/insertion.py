@@ -115,11 +115,13 @@ class Block:
 
     def _size(self, value: Tensor) -> Size:
         """The grid of tokens; of those run again, what it was before."""
-        if not in_backward():
-            self._sizes[value.shape] = grid_of(
-                self._inputs, value, self.trunk.extra_tokens, self.trunk.pixels
-            )
-        return self._sizes[value.shape]
+        if in_backward():
+            return self._sizes[value.shape]
+        size = grid_of(
+            self._inputs, value, self.trunk.extra_tokens, self.trunk.pixels
+        )
+        self._sizes[value.shape] = size
+        return size
 
     def _name(self, path: str, call: int) -> str | None:
         for name, tap in self.layout.taps.items():

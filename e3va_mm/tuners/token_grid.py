@@ -57,7 +57,10 @@ class GridFilters(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        x = x + F.conv2d(x, *self._merged(), padding='same', groups=x.shape[1])
+        weight, bias = self._merged()
+        x = x + F.conv2d(
+            x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight)
+        )
         return x + self.mix(x)
 
     def _merged(self) -> tuple[Tensor, Tensor]:

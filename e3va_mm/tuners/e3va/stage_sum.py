@@ -157,7 +157,15 @@ def downsample_linear(highway: Tensor, downsampling: Downsampling) -> Tensor:
     gathered = downsampling.gather(highway, norm=False)
     if downsampling.weight is None:
         return gathered
+    if torch.jit.is_tracing():
+        return _product(gathered, downsampling)
     return _Product.apply(gathered, downsampling)
+
+
+def _product(gathered: Tensor, downsampling: Downsampling) -> Tensor:
+    weight = downsampling.weight()
+    with autocast_off(gathered):
+        return linear(gathered.to(weight.dtype), weight)
 
 
 class _Norm(torch.autograd.Function):
@@ -257,9 +265,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gathered, downsampling):
         ctx.downsampling, ctx.dtype = downsampling, gathered.dtype
-        weight = downsampling.weight()
-        with autocast_off(gathered):
-            return linear(gathered.to(weight.dtype), weight)
+        return _product(gathered, downsampling)
 
     @staticmethod
     @once_differentiable

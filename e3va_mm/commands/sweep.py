@@ -14,7 +14,7 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add('config', metavar='CONFIG')
     values = 'values of an option of the config; all combinations are runs'
-    kind = dict(nargs='+', action=DictAction, default={})
+    kind = dict(nargs='+', action=launching.Options, default={})
     add('--set', dest='options', metavar='KEY=A,B', help=values, **kind)
     add('--seeds', type=int, default=1, help='seeds of each combination')
     together = 'runs that train together at most; others wait. Default: all'

@@ -1,6 +1,7 @@
 """Options that cannot work, errors in words, and several processes."""
 
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -40,6 +41,17 @@ def test_every_command_has_help(name, capsys):
         cli.main([name, '--help'])
     assert exit_.value.code == 0
     assert capsys.readouterr().out.startswith(f'usage: e3va {name}')
+
+
+@pytest.mark.parametrize('name', cli.COMMANDS)
+def test_a_tool_in_a_clone_is_a_command(name, monkeypatch):
+    called = []
+    monkeypatch.setattr(cli, 'main', called.append)
+    monkeypatch.setattr(sys, 'argv', ['a tool', 'an argument'])
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / f'tools/{name}.py'), run_name='__main__')
+    assert called == [[name, 'an argument']]
 
 
 def test_a_command_as_a_module(tmp_path):
@@ -97,15 +109,31 @@ def test_slips_in_a_config(tmp_path, error):
     assert 'train_cfg should be a dict, but got [1]' in error(train, path)
 
 
-def test_slips_on_the_command_line(tmp_path, error, capsys):
+def test_slips_on_the_command_line(tmp_path, error):
     config = segmentation_config(tmp_path, custom_hooks=[])
     option = 'custom_hooks.9.x=1'
     assert f'--cfg-options {option} does not fit {config}: ' in error(
         train, config, '--cfg-options', option
     )
-    with pytest.raises(SystemExit):
-        train.main([config, '--cfg-options', 'model'])
-    assert 'expected key=value, but got model' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'name, option',
+    [
+        ('train', '--cfg-options'),
+        ('sweep', '--cfg-options'),
+        ('sweep', '--set'),
+    ],
+)
+def test_an_option_without_a_value(name, option, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([name, 'config.py', option, 'model'])
+    assert exit_.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        f'e3va {name}: error: argument {option}: expected key=value, but got '
+        'model'
+    )
 
 
 @pytest.mark.parametrize(

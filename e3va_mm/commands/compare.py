@@ -49,6 +49,7 @@ from e3va_mm.comparison.jobs import COCO
 from e3va_mm.comparison.records import AUTO
 from e3va_mm.comparison.report import COSTS, heading
 from e3va_mm.errors import ConfigError, E3VAError
+from e3va_mm.measure.variants import kind_of
 from e3va_mm.registry import install
 from e3va_mm.utils.configs import class_name, content_key
 from e3va_mm.utils.files import write_whole
@@ -83,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add('config', metavar='CONFIG')
-    methods = f'all, or some of {", ".join((*METHODS, *SIDE_PATHS))}'
+    methods = f'all, or some of {", ".join((*METHODS, *SIDE_PATHS))}, each '
+    methods += 'maybe with options of its tuner, as in mona:last=4'
     add('--methods', default='all', metavar='A,B', help=methods)
     add('--seeds', type=int, default=3)
     rates, lrs = 'learning rates to choose from', [1e-3, 2e-3, 4e-3]
@@ -157,7 +159,7 @@ def _records(args: argparse.Namespace, config: Config) -> Records:
     methods = [*every] if args.methods == 'all' else names
     trimmed = [n for n in args.trim.split(',') if n]
     for option, found, known in (
-        ('--methods', methods or [''], every),
+        ('--methods', [*map(kind_of, methods)] or [''], every),
         ('--trim', trimmed, methods),
     ):
         for name in found:

@@ -16,7 +16,7 @@ from typing import IO, Any
 from mmengine.config import Config
 
 from e3va_mm.comparison.methods import (
-    SIDE_PATHS,
+    is_side_path,
     method_config,
     run_config,
 )
@@ -103,7 +103,7 @@ class Jobs:
         """Runs that train in one process: side paths with the same data."""
         found: dict[Any, list[Run]] = defaultdict(list)
         for run in runs:
-            shares = run.method in SIDE_PATHS
+            shares = is_side_path(run.method)
             found[run.seed if shares else run].append(run)
         groups = []
         for group in found.values():

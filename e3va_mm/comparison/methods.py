@@ -9,17 +9,23 @@ from mmengine.config import Config, ConfigDict
 from e3va_mm.backbones import tuned_config
 from e3va_mm.backbones.stock import stock_class
 from e3va_mm.errors import ConfigError
-from e3va_mm.measure.variants import TUNERS, framework, side_path_of
-from e3va_mm.utils.configs import class_name
+from e3va_mm.measure.variants import (
+    SIDE_PATHS,
+    TUNERS,
+    framework,
+    kind_of,
+    named_tuner,
+)
 
 METHODS: dict[str, Mapping] = {
     'fixed' if name == 'frozen' else name: tuner
     for name, tuner in TUNERS.items()
 }
-SIDE_PATHS: dict[str, Mapping] = {
-    'e3va': dict(type='E3VA'),
-    'e3va-mix': dict(type='E3VAMix'),
-}
+
+
+def is_side_path(method: str) -> bool:
+    """Whether no gradient of a method enters the trunk."""
+    return kind_of(method) in SIDE_PATHS
 
 
 def method_config(config: Config, method: str) -> Config:
@@ -29,30 +35,23 @@ def method_config(config: Config, method: str) -> Config:
 
     Args:
         config (Config): Of a detector or segmentor, whatever its method.
-        method (str): A key of ``METHODS`` or ``SIDE_PATHS``.
+        method (str): A key of ``METHODS`` or ``SIDE_PATHS``, maybe with
+            options of its tuner: ``'mona:last=4'``.
 
     Returns:
         Config: A changed copy.
 
     Raises:
-        ConfigError: If there is no such method.
+        ConfigError: If there is no such method, or no such option of it.
     """
-    if method not in (*METHODS, *SIDE_PATHS):
+    if kind_of(method) not in (*METHODS, *SIDE_PATHS):
         raise ConfigError(
             f'Methods are {", ".join((*METHODS, *SIDE_PATHS))}, but got '
             f'{method!r}.'
         )
     config = copy.deepcopy(config)
     backbone = tuned_config(config.model.backbone, framework(config))
-    tuner = METHODS.get(method)
-    if tuner is None:
-        own, before = SIDE_PATHS[method], backbone['tuner']
-        if _kind(before) != _kind(own):  # options that not all kinds have
-            before = {
-                k: v for k, v in before.items() if k not in ('width', 'taps')
-            }
-        tuner = {**side_path_of('exact', before), 'type': 'E3VA', **own}
-    backbone['tuner'] = dict(tuner)
+    backbone['tuner'] = named_tuner(method, backbone['tuner'], METHODS)
     trunk = backbone.get('trunk')
     # Left out, it would be the default of the class.
     if trunk is None:
@@ -61,10 +60,6 @@ def method_config(config: Config, method: str) -> Config:
         trunk['drop_path_rate'] = 0.0
     config.model.backbone = ConfigDict(backbone)
     return config
-
-
-def _kind(tuner: Mapping) -> str:
-    return class_name({'type': 'E3VA', **tuner}).removesuffix('SidePath')
 
 
 def _parameters(kind: str) -> Mapping[str, inspect.Parameter]:

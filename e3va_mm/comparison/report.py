@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from e3va_mm.comparison.methods import SIDE_PATHS
+from e3va_mm.comparison.methods import is_side_path
 from e3va_mm.comparison.records import Records
 from e3va_mm.measure.report import COLUMNS, median_seconds, peak_bytes
 from e3va_mm.utils.sizes import MIB
@@ -79,7 +79,7 @@ def draw(records: Records, metric: str, split: str, cost: str):
         if not values or any(map(math.isnan, values)) or x is None:
             continue
         mean, deviation = mean_and_deviation(values)
-        ours = method in SIDE_PATHS
+        ours = is_side_path(method)
         axes.errorbar(
             x,
             mean,

@@ -1,5 +1,6 @@
 """The variants of one config that are measured beside each other."""
 
+import ast
 import copy
 from collections.abc import Mapping
 
@@ -8,9 +9,10 @@ from torch import nn
 
 from e3va_mm.backbones import tuned_config
 from e3va_mm.backbones.faces import NAMES
+from e3va_mm.backbones.stock import find_class
 from e3va_mm.errors import ConfigError
 from e3va_mm.trunks.build import scoped_name
-from e3va_mm.tuners.e3va.presets import PRESETS
+from e3va_mm.tuners.e3va.presets import PRESETS, resolve_preset
 from e3va_mm.utils import mark_trainable
 from e3va_mm.utils.configs import class_name
 
@@ -27,6 +29,11 @@ TUNERS: Mapping[str, Mapping] = {
     'mona': dict(type='Mona'),
     'lora': dict(type='LoRA'),
 }
+# Tuners beside one.
+SIDE_PATHS: dict[str, Mapping] = {
+    'e3va': dict(type='E3VA'),
+    'e3va-mix': dict(type='E3VAMix'),
+}
 VARIANTS = {
     'as-is': 'as the config has it',
     'full': 'the backbone fine-tuned as a whole',
@@ -38,7 +45,7 @@ VARIANTS = {
 }
 VARIANTS |= {
     name: f'with the tuner {tuner["type"]}'
-    for name, tuner in TUNERS.items()
+    for name, tuner in {**TUNERS, **SIDE_PATHS}.items()
     if name not in VARIANTS
 }
 
@@ -52,7 +59,8 @@ def variant_config(config: Config, variant: str) -> Config:
 
     Args:
         config (Config): A detection or segmentation config.
-        variant (str): A key of ``VARIANTS``.
+        variant (str): A key of ``VARIANTS``, maybe with options of its tuner,
+            see :func:`named_tuner`.
 
     Returns:
         Config: A changed copy.
@@ -60,7 +68,7 @@ def variant_config(config: Config, variant: str) -> Config:
     Raises:
         ConfigError: If the variant is unknown, or there is no backbone.
     """
-    if variant not in VARIANTS:
+    if kind_of(variant) not in VARIANTS:
         raise ConfigError(
             f'Variants are {", ".join(VARIANTS)}, but got {variant!r}.'
         )
@@ -87,8 +95,8 @@ def variant_config(config: Config, variant: str) -> Config:
     scope = framework(config)
     ours = tuned_config(backbone, scope)
     ours.pop('trunk_cache', None)  # it is closed here, and not for all
-    tuner = TUNERS.get(variant) or side_path_of(variant, ours['tuner'])
-    ours = dict(ours, tuner=dict(tuner), allow_random_trunk=True)
+    tuner = named_tuner(variant, ours['tuner'])
+    ours = dict(ours, tuner=tuner, allow_random_trunk=True)
     config.model.backbone = ConfigDict(ours)
     return config
 
@@ -109,6 +117,67 @@ def framework(config: Config) -> str:
     """The scope of a config's model; new-style configs have a class there."""
     scope, _, name = _full_name(config.model).rpartition('.')
     return scope.split('.')[0] if scope else config.get('default_scope')
+
+
+def kind_of(name: str) -> str:
+    """``'mona'`` of ``'mona:last=4'``."""
+    return name.partition(':')[0]
+
+
+def named_tuner(
+    name: str, before: Mapping, tuners: Mapping[str, Mapping] = TUNERS
+) -> dict:
+    """The config of the tuner that a name means.
+
+    Args:
+        name (str): A key of ``tuners`` or ``SIDE_PATHS``, or what
+            :func:`side_path_of` takes; any of its options may follow, as in
+            ``'mona:last=4:bottleneck=32'``.
+        before (Mapping): The tuner of the config.
+        tuners (Mapping): Those inside a trunk, by names. Defaults to
+            ``TUNERS``.
+
+    Raises:
+        ConfigError: If an option is malformed, unknown or out of range.
+    """
+    kind, *pairs = name.split(':')
+    if kind in tuners:
+        tuner = dict(tuners[kind])
+    elif kind in SIDE_PATHS:
+        tuner = {'type': 'E3VA', **SIDE_PATHS[kind]}
+        if _kind(before) != _kind(tuner):  # options that not all kinds have
+            common = _kind(tuner).startswith('E3VA')
+            before = {
+                k: v
+                for k, v in (before if common else {}).items()
+                if k not in ('width', 'taps')
+            }
+        tuner = {**side_path_of('exact', before), **tuner}
+    else:
+        tuner = side_path_of(kind, before)
+    if not pairs:
+        return tuner
+    for pair in pairs:
+        key, _, value = pair.partition('=')
+        if not (key and value):
+            raise ConfigError(
+                f'Options of a tuner should follow its name as in '
+                f'{kind}:OPTION=VALUE, but got {pair!r} in {name!r}.'
+            )
+        try:
+            tuner[key] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            tuner[key] = value
+    own = dict(tuner)
+    tuner_class = find_class(own.pop('type'))
+    if not tuner_class.HAS_GRAPH:
+        own, _ = resolve_preset(own)
+    tuner_class.OPTIONS.of(own)
+    return tuner
+
+
+def _kind(tuner: Mapping) -> str:
+    return class_name({'type': 'E3VA', **tuner}).removesuffix('SidePath')
 
 
 def side_path_of(preset: str, tuner: Mapping) -> dict:

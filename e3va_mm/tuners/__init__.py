@@ -1,6 +1,6 @@
 from e3va_mm.tuners.adapter import Adapter, AdapterOptions
 from e3va_mm.tuners.adaptformer import AdaptFormer, AdaptFormerOptions
-from e3va_mm.tuners.base import Tuner
+from e3va_mm.tuners.base import BlockOptions, Tuner
 from e3va_mm.tuners.bitfit import BitFit, BitFitOptions
 from e3va_mm.tuners.e3va import (
     E3VA,
@@ -26,6 +26,7 @@ __all__ = [
     'AdapterOptions',
     'BitFit',
     'BitFitOptions',
+    'BlockOptions',
     'E3VA',
     'E3VAMix',
     'E3VAMixOptions',

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from e3va_mm.registry import MODELS
-from e3va_mm.tuners.base import BlockTuner
+from e3va_mm.tuners.base import BlockOptions, BlockTuner
 from e3va_mm.tuners.bottleneck import Bottleneck
 from e3va_mm.tuners.insertion import Insertion
-from e3va_mm.utils.options import Options, option, whole
+from e3va_mm.utils.options import option, whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterOptions(Options):
-    """Options of :class:`Adapter`.
+class AdapterOptions(BlockOptions):
+    """Options of :class:`Adapter`, beside those of :class:`BlockOptions`.
 
     Attributes:
         bottleneck (int): Channels of the bottleneck. Defaults to 64.

@@ -7,11 +7,15 @@ from torch import nn
 
 from e3va_mm.registry import MODELS
 from e3va_mm.trunks import Trunk
-from e3va_mm.tuners.base import BlockTuner, require, require_all_found
+from e3va_mm.tuners.base import (
+    BlockOptions,
+    BlockTuner,
+    require,
+    require_all_found,
+)
 from e3va_mm.tuners.bottleneck import Bottleneck
 from e3va_mm.tuners.insertion import Block, Insertion
 from e3va_mm.utils.options import (
-    Options,
     names,
     number,
     option,
@@ -21,8 +25,8 @@ from e3va_mm.utils.options import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptFormerOptions(Options):
-    """Options of :class:`AdaptFormer`.
+class AdaptFormerOptions(BlockOptions):
+    """Options of :class:`AdaptFormer`, beside those of :class:`BlockOptions`.
 
     Attributes:
         bottleneck (int): Channels of the bottleneck. Defaults to 64.

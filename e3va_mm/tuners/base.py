@@ -12,13 +12,26 @@ from torch import Tensor, nn
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.trunks import Trunk
-from e3va_mm.tuners.insertion import Block, Insertion, blocks_of
-from e3va_mm.utils.options import Options
+from e3va_mm.tuners.insertion import Block, Insertion
+from e3va_mm.utils.options import Options, option, optional, whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoOptions(Options):
     """A tuner without options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockOptions(Options):
+    """Options of every tuner that adds to blocks.
+
+    Attributes:
+        last (int, optional): Adapt this many blocks, counted from the last:
+            gradients travel through these alone, and nothing of those before
+            is kept. Defaults to all.
+    """
+
+    last: int | None = option(None, optional(whole()))
 
 
 class Tuner(nn.Module):
@@ -89,7 +102,12 @@ class Tuner(nn.Module):
 
 
 class BlockTuner(Tuner):
-    """A tuner with an adapter on some branches of every block."""
+    """A tuner with an adapter on some branches of every block.
+
+    Or of the last blocks, see :class:`BlockOptions`.
+    """
+
+    OPTIONS = BlockOptions
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
@@ -109,7 +127,8 @@ class BlockTuner(Tuner):
 
     def attach(self, trunk: Trunk) -> list[nn.Parameter]:
         """See :class:`Tuner`."""
-        for block in blocks_of(trunk):
+        for path, module in last_blocks(trunk, self.options.last):
+            block = Block(path, module, trunk)
             adapters = nn.ModuleDict(
                 {
                     name: self.make(block.channels)
@@ -124,6 +143,29 @@ class BlockTuner(Tuner):
                 }
             )
         return []
+
+
+def last_blocks(
+    trunk: Trunk, count: int | None, option: str = 'last'
+) -> list[tuple[str, nn.Module]]:
+    """Paths and modules of the last blocks of a trunk, in order.
+
+    Args:
+        trunk (Trunk): The trunk.
+        count (int, optional): How many; None for all.
+        option (str): The option that says so. Defaults to ``'last'``.
+
+    Raises:
+        ConfigError: If there are not as many.
+    """
+    body = trunk.body()
+    if count is not None and count > len(body):
+        raise ConfigError(
+            f'`tuner.{option}` should be a whole number from 1 to the '
+            f'{len(body)} blocks of {trunk.stock_class.__name__}, but got '
+            f'{count!r}.'
+        )
+    return body if count is None else body[-count:]
 
 
 def require(things: Iterable, owner: nn.Module, what: str) -> list:

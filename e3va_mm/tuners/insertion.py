@@ -142,11 +142,6 @@ class Block:
         return value
 
 
-def blocks_of(trunk: Trunk) -> list[Block]:
-    """The blocks of a trunk, in order."""
-    return [Block(path, module, trunk) for path, module in trunk.body()]
-
-
 class _BranchHook(NamedTuple):
     """The forward hook of a module whose output is a branch."""
 

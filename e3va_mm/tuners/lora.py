@@ -9,10 +9,15 @@ from torch import Tensor, nn
 from e3va_mm.errors import ConfigError
 from e3va_mm.registry import MODELS
 from e3va_mm.trunks import Trunk
-from e3va_mm.tuners.base import Tuner, require, require_all_found
+from e3va_mm.tuners.base import (
+    BlockOptions,
+    Tuner,
+    last_blocks,
+    require,
+    require_all_found,
+)
 from e3va_mm.utils.options import (
     Check,
-    Options,
     names,
     number,
     option,
@@ -77,8 +82,8 @@ class LowRankUpdate(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAOptions(Options):
-    """Options of :class:`LoRA`.
+class LoRAOptions(BlockOptions):
+    """Options of :class:`LoRA`, beside those of :class:`BlockOptions`.
 
     Attributes:
         rank (int): Inner rank ``r``. Defaults to 64.
@@ -130,7 +135,7 @@ class LoRA(Tuner):
         wanted, rank = self.options.layers, self.options.rank
         alpha = rank if self.options.alpha is None else self.options.alpha
         missing = set(wanted)
-        for path, block in trunk.body():
+        for path, block in last_blocks(trunk, self.options.last):
             layers = (
                 (owner, name, child)
                 for owner in block.modules()

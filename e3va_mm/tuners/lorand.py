@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from e3va_mm.registry import MODELS
 from e3va_mm.tuners.adapter import OnBranch
-from e3va_mm.tuners.base import BlockTuner
+from e3va_mm.tuners.base import BlockOptions, BlockTuner
 from e3va_mm.tuners.insertion import Insertion
-from e3va_mm.utils.options import Options, option, whole
+from e3va_mm.utils.options import option, whole
 
 
 class LoRandLinear(nn.Module):
@@ -68,8 +68,8 @@ class LoRandAdapter(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRandOptions(Options):
-    """Options of :class:`LoRand`.
+class LoRandOptions(BlockOptions):
+    """Options of :class:`LoRand`, beside those of :class:`BlockOptions`.
 
     Attributes:
         rank (int): Inner width of a branch. Defaults to 8.

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 from e3va_mm.registry import MODELS
 from e3va_mm.trunks import Size
-from e3va_mm.tuners.base import BlockTuner
+from e3va_mm.tuners.base import BlockOptions, BlockTuner
 from e3va_mm.tuners.insertion import Insertion
 from e3va_mm.tuners.token_grid import GridFilters, on_grid
-from e3va_mm.utils.options import Options, number, option, whole
+from e3va_mm.utils.options import number, option, whole
 
 
 class MonaAdapter(nn.Module):
@@ -46,8 +46,8 @@ class MonaAdapter(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MonaOptions(Options):
-    """Options of :class:`Mona`.
+class MonaOptions(BlockOptions):
+    """Options of :class:`Mona`, beside those of :class:`BlockOptions`.
 
     Attributes:
         bottleneck (int): Channels of the bottleneck. Defaults to 64.

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from e3va_mm.errors import ConfigError
 from e3va_mm.registry import MODELS
 from e3va_mm.trunks import Trunk
-from e3va_mm.tuners.base import Tuner
+from e3va_mm.tuners.base import Tuner, last_blocks
 from e3va_mm.utils.options import Options, option, whole
 
 
@@ -40,11 +39,5 @@ class Partial(Tuner):
 
     def attach(self, trunk: Trunk) -> list[nn.Parameter]:
         """See :class:`~e3va_mm.tuners.base.Tuner`."""
-        count, body = self.options.blocks, trunk.body()
-        if count > len(body):
-            raise ConfigError(
-                '`tuner.blocks` of Partial should be a whole number from 1 '
-                f'to the {len(body)} blocks of {trunk.stock_class.__name__}, '
-                f'but got {count!r}.'
-            )
-        return [p for _, block in body[-count:] for p in block.parameters()]
+        blocks = last_blocks(trunk, self.options.blocks, 'blocks')
+        return [p for _, block in blocks for p in block.parameters()]

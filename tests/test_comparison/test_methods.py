@@ -47,6 +47,37 @@ def test_methods_differ_in_the_tuner_alone():
     assert given.to_dict() == before, 'the original is left alone'
 
 
+@pytest.mark.parametrize(
+    'method, expected',
+    [
+        ('mona:last=4', dict(type='Mona', last=4)),
+        ('partial1:blocks=2', dict(type='Partial', blocks=2)),
+        ("lora:last=2:parts=('q',)", dict(type='LoRA', last=2, parts=('q',))),
+        (
+            'e3va:save_taps=bf16',
+            dict(type='E3VA', preset='exact', rank=4, save_taps='bf16'),
+        ),
+    ],
+)
+def test_options_follow_the_name_of_a_method(method, expected):
+    given = config(type=SWIN, side_path=dict(rank=4), **TINY)
+    assert backbone_of(given, method).tuner.to_dict() == expected
+
+
+@pytest.mark.parametrize(
+    'method, message',
+    [
+        ('mona:last', 'as in mona:OPTION=VALUE, but got .last. in'),
+        ('mona:lats=4', '`tuner.lats` is unknown'),
+        ('mona:last=no', '`tuner.last` should be a whole number'),
+        ('e3va:save_taps=int5', '`tuner.save_taps` should be one of'),
+    ],
+)
+def test_options_of_no_method_are_refused(method, message):
+    with pytest.raises(ConfigError, match=message):
+        backbone_of(config(type=SWIN, **TINY), method)
+
+
 @pytest.mark.parametrize('method', ALL)
 def test_every_method_builds(method):
     changed = method_config(config(type='SwinTransformer', **TINY), method)

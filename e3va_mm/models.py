@@ -10,22 +10,34 @@ from e3va_mm.multi_task import MultiTaskModel
 from e3va_mm.necks import SimpleFeaturePyramid
 from e3va_mm.trunks import DINOv3ViT, TimmViT
 from e3va_mm.tuners import (
+    DTL,
     E3VA,
+    LST,
     Adapter,
     AdaptFormer,
+    AdaTAD,
     BitFit,
     E3VAMix,
     Frozen,
     Full,
     LoRA,
     LoRand,
+    LoSA,
     Mona,
     NormTuning,
     NoSidePath,
     Partial,
+    R2Tuning,
+    ResTuning,
 )
 
 __all__ = [
+    'AdaTAD',
+    'DTL',
+    'LST',
+    'LoSA',
+    'R2Tuning',
+    'ResTuning',
     'AdaptFormer',
     'Adapter',
     'BitFit',

@@ -33,6 +33,12 @@ TUNERS: Mapping[str, Mapping] = {
 SIDE_PATHS: dict[str, Mapping] = {
     'e3va': dict(type='E3VA'),
     'e3va-mix': dict(type='E3VAMix'),
+    'adatad': dict(type='AdaTAD'),
+    'dtl': dict(type='DTL'),
+    'losa': dict(type='LoSA'),
+    'lst': dict(type='LST'),
+    'r2-tuning': dict(type='R2Tuning'),
+    'res-tuning': dict(type='ResTuning'),
 }
 VARIANTS = {
     'as-is': 'as the config has it',

@@ -2,6 +2,7 @@ from e3va_mm.trunks.build import build_trunk
 from e3va_mm.trunks.layout import Layout
 from e3va_mm.trunks.options import TrunkOptions
 from e3va_mm.trunks.stages import (
+    STREAM,
     Band,
     Downsampling,
     Size,
@@ -16,6 +17,7 @@ __all__ = [
     'DINOv3ViT',
     'Downsampling',
     'Layout',
+    'STREAM',
     'Size',
     'StageEnd',
     'StageSpec',

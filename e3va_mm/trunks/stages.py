@@ -6,6 +6,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 Size = tuple[int, int]
+# The tap that every block of every trunk has beside those of its branches:
+# the residual stream behind it.
+STREAM = 'stream'
 
 
 class StageSpec(NamedTuple):

@@ -22,6 +22,7 @@ from e3va_mm.trunks.kernels.windows import windows_of_a_pass
 from e3va_mm.trunks.layout import Layout, find, length_of
 from e3va_mm.trunks.options import TrunkOptions
 from e3va_mm.trunks.stages import (
+    STREAM,
     Downsampling,
     OnEnd,
     OnTap,
@@ -230,7 +231,8 @@ class Trunk(TrunkFiles):
         Args:
             image (Tensor): (B, 3, H, W).
             last (int): The last stage to run.
-            taps (Sequence[str]): Which taps of a block are wanted.
+            taps (Sequence[str]): Which taps of a block are wanted: names of
+                the layout, ``STREAM``.
             on_tap (Callable): Given each tap as soon as it is there.
             on_end (Callable, optional): Given each stage's end, before the
                 next begins.
@@ -326,9 +328,13 @@ class Trunk(TrunkFiles):
         taps: Sequence[str],
         taken: Callable[[str, Tensor], None],
     ) -> Iterator:
-        """Hooks on the branches of a block."""
+        """Hooks on the branches of a block, and on itself."""
+        if STREAM in taps:
+            yield block.register_forward_hook(
+                lambda module, args, output: taken(STREAM, _first(output))
+            )
         wanted = {}
-        for tap in taps:
+        for tap in (tap for tap in taps if tap != STREAM):
             path, _, call = self.layout.taps[tap].partition('#')
             wanted.setdefault(path, {})[int(call or 1)] = tap
         for path, calls in wanted.items():
@@ -377,7 +383,7 @@ class Trunk(TrunkFiles):
         pixels: Size,
     ) -> StageEnd:
         """What the last block of a stage gave, with its grid."""
-        value = output[0] if isinstance(output, (tuple, list)) else output
+        value = _first(output)
         if value.ndim == 4:
             tokens = self._tokens(value).contiguous()
             return StageEnd(tokens, self._map_size(value))
@@ -498,6 +504,11 @@ class Trunk(TrunkFiles):
 
 class _LastStage(Exception):
     """Ends a stock forward behind the last stage that is wanted."""
+
+
+def _first(output: Tensor | Sequence) -> Tensor:
+    """What a module gives, or the first of what it gives."""
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _split(blocks: Sequence[str], ends: Sequence[int]) -> list[Sequence[str]]:

@@ -1,6 +1,20 @@
 from e3va_mm.tuners.adapter import Adapter, AdapterOptions
 from e3va_mm.tuners.adaptformer import AdaptFormer, AdaptFormerOptions
 from e3va_mm.tuners.base import BlockOptions, Tuner
+from e3va_mm.tuners.beside import (
+    DTL,
+    LST,
+    AdaTAD,
+    AdaTADOptions,
+    DTLOptions,
+    LoSA,
+    LoSAOptions,
+    LSTOptions,
+    R2Tuning,
+    R2TuningOptions,
+    ResTuning,
+    ResTuningOptions,
+)
 from e3va_mm.tuners.bitfit import BitFit, BitFitOptions
 from e3va_mm.tuners.e3va import (
     E3VA,
@@ -20,6 +34,18 @@ from e3va_mm.tuners.norm_tuning import NormTuning
 from e3va_mm.tuners.partial import Partial, PartialOptions
 
 __all__ = [
+    'AdaTAD',
+    'AdaTADOptions',
+    'DTL',
+    'DTLOptions',
+    'LST',
+    'LSTOptions',
+    'LoSA',
+    'LoSAOptions',
+    'R2Tuning',
+    'R2TuningOptions',
+    'ResTuning',
+    'ResTuningOptions',
     'AdaptFormer',
     'AdaptFormerOptions',
     'Adapter',

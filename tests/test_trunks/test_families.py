@@ -8,6 +8,7 @@ import torch
 
 from e3va_mm.errors import CheckpointError
 from e3va_mm.measure import kept_for_backward
+from e3va_mm.trunks import STREAM
 from e3va_mm.trunks.build import family_of
 from e3va_mm.trunks.families import FAMILIES
 from tests.trunk_cases import (
@@ -97,6 +98,31 @@ def test_taps_are_what_the_blocks_add_to_their_residuals(name):
     assert len(sums) == sum(len(blocks) for blocks in trunk.blocks)
     for at, change in added.items():
         torch.testing.assert_close(sums[at], change, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_streams_are_what_stages_end_with(name):
+    ours, _ = copies(name, wake=False)
+    streams, ends = {}, []
+
+    def on_tap(stage, block, tap, value):
+        assert tap == STREAM
+        streams[stage, block] = value
+
+    image, last = image_for(name), len(ours.trunk.blocks) - 1
+    with torch.no_grad():
+        ours.trunk.run(
+            image, last, (STREAM,), on_tap, lambda _, end: ends.append(end)
+        )
+    assert [*streams] == [
+        (stage, block)
+        for stage, blocks in enumerate(ours.trunk.blocks)
+        for block in range(len(blocks))
+    ]
+    for stage, (end, blocks) in enumerate(
+        zip(ends, ours.trunk.blocks, strict=True)
+    ):
+        assert torch.equal(streams[stage, len(blocks) - 1], end.tokens)
 
 
 @pytest.mark.parametrize('name', CASES)

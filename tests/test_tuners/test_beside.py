@@ -1,0 +1,161 @@
+"""Side paths of others: what each promises, on a ViT and on a Swin."""
+
+import functools
+
+import pytest
+import torch
+
+from e3va_mm.backbones import run_trunk
+from e3va_mm.tuners.beside.attention import AttentionBlock
+from tests.test_tuners.cases import loss_of, wake
+from tests.trunk_cases import build_ours, image_for, ours_and_stock
+
+TUNERS = {
+    'adatad': dict(type='e3va_mm.AdaTAD'),
+    'dtl': dict(type='e3va_mm.DTL', rank=2),
+    'losa': dict(type='e3va_mm.LoSA', rank=2, token_rank=3, grid=4),
+    'lst': dict(type='e3va_mm.LST', reduction=2),
+    'r2-tuning': dict(type='e3va_mm.R2Tuning', width=16, steps=3),
+    'res-tuning': dict(type='e3va_mm.ResTuning', bottleneck=4),
+}
+TRUNKS = {  # and channels and depths of the stages
+    'dinov2': ((32, 2), (32, 2)),
+    'swin of mmdet': ((32, 2), (64, 1), (128, 2), (256, 1)),
+}
+PAIRS = [(trunk, tuner) for trunk in TRUNKS for tuner in TUNERS]
+
+
+@functools.cache
+def built(trunk, tuner):
+    return ours_and_stock(trunk, tuner=TUNERS[tuner])
+
+
+def bottleneck(channels, width):
+    return 2 * channels * width + channels + width
+
+
+def block(width):
+    """Two norms, q, k and v, a projection and an MLP."""
+    return 12 * width**2 + 13 * width
+
+
+def formula(tuner, stages, plain):
+    """How many parameters a side path has, its sizes as above."""
+    total, seen, before = 0, 0, None
+    for c, depth in stages:
+        each, w = 0, c // 4
+        seen = seen * plain + depth
+        if tuner == 'adatad':
+            each = bottleneck(c, w) + 10 * w + w**2 + w + 1
+        elif tuner == 'dtl':
+            each, total = 2 * 2 * c, total + 9 * c
+        elif tuner == 'losa':
+            each = 4 * c + bottleneck(c, 2) + 2 * 3 * 16
+        elif tuner == 'res-tuning':
+            each = 2 * bottleneck(c, 4) + 1
+        elif tuner == 'lst':
+            w = c // 2
+            each = c * w + w + 1 + block(w)
+            total += w * c + c
+            if before and not plain:
+                total += before * w + w
+            before = w
+        elif tuner == 'r2-tuning':
+            total += 2 * c + 16 * c + 16 + 2 * 16 + 16**2 + 16
+            total += min(3, seen) - 1 + block(16) + 16 * c + c
+        total += depth * each
+    return total
+
+
+@pytest.mark.parametrize('trunk, tuner', PAIRS)
+def test_it_has_the_parameters_of_its_formula(trunk, tuner):
+    ours, _ = built(trunk, tuner)
+    count = sum(p.numel() for p in ours.tuner.parameters())
+    assert count == formula(tuner, TRUNKS[trunk], trunk == 'dinov2')
+
+
+@pytest.mark.parametrize('trunk, tuner', PAIRS)
+def test_it_begins_as_it_says(trunk, tuner):
+    ours, stock = built(trunk, tuner)
+    image = image_for(trunk)
+    with torch.no_grad():
+        found, expected = ours.eval()(image), stock(image)
+    same = [
+        torch.allclose(one, other, atol=1e-4)
+        for one, other in zip(found, expected, strict=True)
+    ]
+    assert [f.shape for f in found] == [e.shape for e in expected]
+    # A stage of one block has no mean to be another.
+    first = [depth == 1 and trunk != 'dinov2' for _, depth in TRUNKS[trunk]]
+    assert same == (first if tuner == 'res-tuning' else [True] * len(same))
+
+
+@pytest.mark.parametrize('trunk, tuner', PAIRS)
+def test_all_of_it_trains_and_nothing_of_the_trunk(trunk, tuner):
+    ours = build_ours(trunk, tuner=TUNERS[tuner]).train()
+    before = {k: v.clone() for k, v in ours.trunk_state().items()}
+    graphs = []
+    for _, module in ours.trunk.body():
+        module.register_forward_hook(
+            lambda module, args, output: graphs.append(output.requires_grad)
+        )
+    reached = set()
+    optimizer = torch.optim.AdamW(ours.parameters(), 1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(ours(image_for(trunk))).backward()
+        for name, parameter in ours.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad.isfinite().all(), name
+                if parameter.grad.any():
+                    reached.add(name)
+            else:
+                assert parameter.grad is None, name
+        optimizer.step()
+    assert graphs and not any(graphs)
+    trains = {n for n, p in ours.named_parameters() if p.requires_grad}
+    assert reached == trains
+    own = {f'side_path.{name}' for name, _ in ours.tuner.named_parameters()}
+    assert own <= trains
+    after = ours.trunk_state()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize('trunk, tuner', PAIRS)
+def test_it_shares_a_pass_and_autocast_is_finite(trunk, tuner):
+    one = wake(build_ours(trunk, tuner=TUNERS[tuner])).eval()
+    other = build_ours(trunk)
+    other.share_trunk(one)
+    image = image_for(trunk)
+    with torch.no_grad():
+        expected = one(image)
+        found = run_trunk([other.eval(), one], image)[1]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = loss_of(one.train()(image))
+    loss.backward()
+    gradients = [p.grad for p in one.tuner.parameters()]
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_attention_in_windows_sees_its_window():
+    torch.manual_seed(0)
+    whole = AttentionBlock(8)
+    windows = AttentionBlock(8, window=4)
+    windows.load_state_dict(whole.state_dict())
+    tokens = torch.randn(2, 1 + 16, 8)
+    one, other = windows(tokens, (4, 4)), whole(tokens[:, 1:], (4, 4))
+    torch.testing.assert_close(one[:, 1:], other)
+
+    def seen(shift):
+        """Which tokens of a grid of 8x8 the first one depends on."""
+        windows.shift = shift
+        x = torch.randn(1, 64, 8, requires_grad=True)
+        windows(x, (8, 8))[0, 0].sum().backward()
+        return x.grad.abs().sum(-1).view(8, 8) > 0
+
+    assert seen(0)[:4, :4].all() and seen(0).sum() == 16
+    corner = seen(2)
+    assert corner[:2, :2].all() and corner[-2:, -2:].all()
+    assert corner.sum() == 16

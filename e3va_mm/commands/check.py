@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -24,13 +23,13 @@ from e3va_mm.commands import launching
 from e3va_mm.errors import E3VAError
 from e3va_mm.preflight import (
     Problem,
+    grouped,
     opened,
     require_names,
     run_checks,
 )
 from e3va_mm.utils.unwrapping import unwrapped
 
-SHOWN = 10  # problems of a kind
 WIDE = 160  # where there is no terminal
 
 
@@ -124,16 +123,12 @@ def _print(problems: Sequence[Problem]) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     for name in ('', 'where', 'found', 'expected', 'what to do', 'check'):
         table.add_column(name, overflow='fold')
-    counts = Counter((each.check, each.advice) for each in problems)
-    seen: Counter = Counter()
-    for each in problems:
-        kind = each.check, each.advice
-        seen[kind] += 1
-        if seen[kind] <= SHOWN:
+    for group, more in grouped(problems):
+        for each in group:
             table.add_row(each.severity, *each[:4], each.check)
-        elif seen[kind] == counts[kind]:
-            more = f'... and {counts[kind] - SHOWN:,} more'
-            table.add_row(each.severity, more, '', '', '', each.check)
+        if more:
+            rest = each.severity, f'... and {more:,} more', '', '', ''
+            table.add_row(*rest, each.check)
     if problems:
         console = Console(highlight=False, markup=False)
         wide = console if console.is_terminal else Console(width=WIDE)

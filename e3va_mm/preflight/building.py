@@ -64,8 +64,22 @@ def explain_data_failure(
         DataError: If a data set cannot be read, is empty, or lacks classes.
         ConfigError: If its classes are not a sequence.
     """
-    datasets, problems = build_datasets(config, modes)
-    read = {o: ReadDataset(o, d, 0.0) for o, d in datasets.items()}
+    read, problems = {}, []
+    with DefaultScope.overwrite_default_scope(config.get('default_scope')):
+        for mode in modes:
+            loader = config.get(f'{mode}_dataloader') or {}
+            for option, each in iter_datasets(
+                loader.get('dataset'), f'{mode}_dataloader.dataset'
+            ):
+                # An empty data set cannot be serialised.
+                each = dict(each, pipeline=[], serialize_data=False)
+                try:
+                    built = DATASETS.build(each)
+                except Exception as error:
+                    problem = _explain(option, each, error)
+                    problems += [problem] if problem else []
+                else:
+                    read[option] = ReadDataset(option, built, 0.0)
     for check in (
         check_class_names,
         check_categories,
@@ -75,38 +89,6 @@ def explain_data_failure(
     ):
         problems.extend(check(config, read))
     raise_errors([p for p in problems if p.severity == 'error'], cause)
-
-
-def build_datasets(
-    config: Config, modes: Sequence[str]
-) -> tuple[dict[str, Any], list[Problem]]:
-    """Build each data set of a config alone, without its pipeline.
-
-    Args:
-        config (Config): The config.
-        modes (Sequence[str]): Which: 'train', 'val', 'test'.
-
-    Returns:
-        tuple[dict[str, Any], list[Problem]]: Data sets by their options, and
-        why others cannot be built; those that fail for another reason than
-        their files are in neither.
-    """
-    datasets, problems = {}, []
-    with DefaultScope.overwrite_default_scope(config.get('default_scope')):
-        for mode in modes:
-            loader = config.get(f'{mode}_dataloader') or {}
-            for option, each in iter_datasets(
-                loader.get('dataset'), f'{mode}_dataloader.dataset'
-            ):
-                try:
-                    # An empty data set cannot be serialised.
-                    datasets[option] = DATASETS.build(
-                        dict(each, pipeline=[], serialize_data=False)
-                    )
-                except Exception as error:
-                    problem = _explain(option, each, error)
-                    problems += [problem] if problem else []
-    return datasets, problems
 
 
 def _explain(option: str, config: dict, error: Exception) -> Problem | None:

@@ -9,7 +9,7 @@ from torch import nn
 from e3va_mm.errors import ConfigError, E3VAError
 from e3va_mm.preflight import classes, evaluation, files, labels, loops
 from e3va_mm.preflight.problems import Problem, iter_datasets
-from e3va_mm.preflight.reading import ReadDataset
+from e3va_mm.preflight.reading import Datasets, ReadDataset
 
 # Functions of config and data sets.
 CHECKS = dict(
@@ -77,7 +77,7 @@ def opened(
 
 def run_checks(
     config: Config,
-    datasets: Mapping[str, ReadDataset],
+    datasets: Datasets,
     model: nn.Module | None = None,
     skip: Collection[str] = (),
 ) -> list[Problem]:
@@ -85,7 +85,7 @@ def run_checks(
 
     Args:
         config (Config): That of the run.
-        datasets (Mapping[str, ReadDataset]): See :func:`opened`.
+        datasets (Datasets): See :func:`opened`.
         model (nn.Module, optional): Without it, its checks are left out.
         skip (Collection[str]): Names of checks to leave out.
     """

@@ -2,16 +2,14 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from mmengine.config import Config
-from mmengine.fileio import load
 from torch import nn
 
-from e3va_mm.errors import ConfigError
-from e3va_mm.preflight.problems import Problem
-from e3va_mm.preflight.reading import ReadDataset, quoted
+from e3va_mm.preflight.problems import Problem, Problems, option_problem
+from e3va_mm.preflight.reading import Datasets, ReadDataset, for_each, quoted
+from e3va_mm.utils.configs import configs_in
 
 # Where `num_classes` does not count the classes of the data set: trunks and
 # their classifiers, class-agnostic proposals, stuff maps, edge maps, losses.
@@ -19,76 +17,69 @@ OTHER_CLASSES = ('backbone', 'rpn_head', 'semantic_head', 'loss')
 OTHER_CLASSES_TYPES = ('RPNHead', 'GARPNHead', 'STDCHead')
 
 
-def check_class_names(
-    config: Config, datasets: Mapping[str, ReadDataset]
-) -> Iterator[Problem]:
+@for_each
+def check_class_names(config: Config, dataset: ReadDataset) -> Problems:
     """Find names of classes that are a string instead of a tuple."""
-    for option, dataset in datasets.items():
-        classes = dataset.metainfo.get('classes')
-        if isinstance(classes, str):
-            yield Problem(
-                f'{option}.metainfo',
-                f"classes is the string '{classes}'",
-                'a tuple of names',
-                f"For a single class write classes=('{classes}', ), with a "
-                'comma.',
-                error=ConfigError,
-            )
+    classes = dataset.metainfo.get('classes')
+    if isinstance(classes, str):
+        yield option_problem(
+            f'{dataset.option}.metainfo',
+            f"classes is the string '{classes}'",
+            'a tuple of names',
+            f"For a single class write classes=('{classes}', ), with a comma.",
+        )
 
 
-def check_categories(
-    config: Config, datasets: Mapping[str, ReadDataset]
-) -> Iterator[Problem]:
+@for_each
+def check_categories(config: Config, dataset: ReadDataset) -> Problems:
     """Compare the classes with the categories of a COCO-like file.
 
     mmdet leaves out a class without a category in silence, and shifts the
     labels of those after it. It numbers labels in the order of the file,
     whatever the order of the classes.
     """
-    for option, dataset in datasets.items():
-        labels = dataset.get('cat2label')
-        ids = dataset.get('cat_ids')
-        # XMLDataset has labels by name and no file of categories.
-        if ids is None or not isinstance(labels, Mapping):
-            continue
-        classes = dataset.classes
-        content = load(
-            dataset.get('ann_file'), backend_args=dataset.get('backend_args')
+    labels, ids = dataset.get('cat2label'), dataset.get('cat_ids')
+    # XMLDataset has labels by name and no file of categories.
+    if ids is None or not isinstance(labels, Mapping):
+        return
+    classes = dataset.classes
+    categories = dataset.annotations()['categories']
+    names = [each['name'] for each in categories]
+    by_id = {each['id']: each['name'] for each in categories}
+    ordered = [by_id.get(i) for i in sorted(labels, key=labels.get)]
+    # The ids are those of the categories whose name is a class.
+    if len(ids) != len(classes):
+        wrong = [name for name in classes if name not in names]
+        what = f'no category for {len(wrong)} of {len(classes)} classes'
+        if not wrong:
+            what = 'several categories of the same name'
+            wrong = [name for name in classes if names.count(name) > 1]
+        found = (
+            f'has {what}: {quoted(wrong)} (its categories: {quoted(names)})'
         )
-        names = [category['name'] for category in content['categories']]
-        where, file = f'{option}.ann_file', dataset.get('ann_file')
-        advice = f'Set {option}.metainfo=dict(classes=(...)) to names of the '
-        # The ids are those of the categories whose name is a class.
-        if len(ids) != len(classes):
-            wrong = [name for name in classes if name not in names]
-            what = f'no category for {len(wrong)} of {len(classes)} classes'
-            if not wrong:
-                what = 'several categories of the same name'
-                wrong = [name for name in classes if names.count(name) > 1]
-            yield Problem(
-                where,
-                f'{file} has {what}: {quoted(wrong)} (its categories: '
-                f'{quoted(names)})',
-                'one category for each class of the data set: '
-                f'{quoted(classes)}',
-                f'{advice}file.',
-            )
-            continue
-        by_id = {each['id']: each['name'] for each in content['categories']}
-        ordered = [by_id.get(i) for i in sorted(labels, key=labels.get)]
-        if Counter(ordered) == Counter(classes) and ordered != [*classes]:
-            yield Problem(
-                where,
-                f'{file} numbers its labels as {quoted(ordered)}, in the '
-                'order of its categories',
-                f'the order of the classes, {quoted(classes)}',
-                f'{advice}file in its order.',
-            )
+        expected = 'one category for each class of the data set: ' + quoted(
+            classes
+        )
+        end = 'file.'
+    elif Counter(ordered) == Counter(classes) and ordered != [*classes]:
+        found = (
+            f'numbers its labels as {quoted(ordered)}, in the order of its '
+            'categories'
+        )
+        expected = f'the order of the classes, {quoted(classes)}'
+        end = 'file in its order.'
+    else:
+        return
+    yield Problem(
+        f'{dataset.option}.ann_file',
+        f'{dataset.get("ann_file")} {found}',
+        expected,
+        f'Set {dataset.option}.metainfo=dict(classes=(...)) to names of the '
+        + end,
+    )
 
 
-def check_same_classes(
-    config: Config, datasets: Mapping[str, ReadDataset]
-) -> Iterator[Problem]:
+def check_same_classes(config: Config, datasets: Datasets) -> Problems:
     """Find data sets whose labels have other names than those of the first.
 
     Joined data sets should have the same classes; those of training and of
@@ -96,9 +87,7 @@ def check_same_classes(
     """
     firsts: dict[str, ReadDataset] = {}  # one for each task
     for each in datasets.values():
-        _, _, task = each.option.rpartition('.tasks.')
-        task = task.partition('.')[0] if '.tasks.' in each.option else ''
-        first = firsts.setdefault(task, each)
+        first = firsts.setdefault(each.task, each)
         if not each.classes or not first.classes:
             continue
         same_names = Counter(each.classes) == Counter(first.classes)
@@ -118,69 +107,63 @@ def check_same_classes(
         )
 
 
-def check_not_empty(
-    config: Config, datasets: Mapping[str, ReadDataset]
-) -> Iterator[Problem]:
+@for_each
+def check_not_empty(config: Config, dataset: ReadDataset) -> Problems:
     """Find data sets without an image, or with none left by filters."""
-    for option, dataset in datasets.items():
-        if len(dataset) == 0:
-            prefix = dataset.get('data_prefix', {})
-            source = dataset.get('ann_file') or str(prefix or 'its source')
-            found = f'the data set is empty, no image of {source} is left'
-            advice = (
-                f'Look at {source} and at {option}.filter_cfg '
-                f'({dataset.get("filter_cfg")}).'
-            )
-            suffix, folder = dataset.get('img_suffix'), prefix.get('img_path')
-            others = _endings(folder) if suffix and folder else Counter()
-            if others and suffix not in others:
-                count = ', '.join(f'{n} {e}' for e, n in others.most_common(3))
-                found = f'no file in {folder} ends in {suffix}; there are '
-                found += count
-                advice = f'Set {option}.img_suffix.'
-            yield Problem(
-                option,
-                found,
-                'at least one with an annotation of one of its classes '
-                f'({quoted(dataset.classes)})',
-                advice,
-            )
+    if len(dataset) > 0:
+        return
+    prefix = dataset.get('data_prefix', {})
+    source = dataset.get('ann_file') or str(prefix or 'its source')
+    found = f'the data set is empty, no image of {source} is left'
+    advice = (
+        f'Look at {source} and at {dataset.option}.filter_cfg '
+        f'({dataset.get("filter_cfg")}).'
+    )
+    suffix, folder = dataset.get('img_suffix'), prefix.get('img_path')
+    others = _endings(folder) if suffix and folder else Counter()
+    if others and suffix not in others:
+        count = ', '.join(f'{n} {end}' for end, n in others.most_common(3))
+        found = f'no file in {folder} ends in {suffix}; there are {count}'
+        advice = f'Set {dataset.option}.img_suffix.'
+    yield Problem(
+        dataset.option,
+        found,
+        'at least one with an annotation of one of its classes '
+        f'({quoted(dataset.classes)})',
+        advice,
+    )
 
 
 def check_heads(
-    config: Config, datasets: Mapping[str, ReadDataset], model: nn.Module
-) -> Iterator[Problem]:
+    config: Config, datasets: Datasets, model: nn.Module
+) -> Problems:
     """Compare every head's ``num_classes`` with the classes of the data.
 
     Left out are models of open vocabulary (``language_model``), panoptic data,
     whose heads divide the classes among them, data sets that differ in their
     number of classes or state none, and masks without classes.
     """
-    # Training and validation may differ in their classes.
-    for loader in dict.fromkeys(each.loader for each in datasets.values()):
-        own = {o: d for o, d in datasets.items() if d.loader == loader}
-        if not hasattr(model, 'tasks'):
-            yield from _check_heads(config, own, model)
-            continue
-        for name, task in model.tasks.items():
-            # LOADER.dataset.tasks.NAME...
-            part = {o: d for o, d in own.items() if o.split('.')[3] == name}
-            yield from _check_heads(config, part, task)
+    # Training and validation may differ in their classes, and so may tasks.
+    groups: dict[tuple[str, str], list[ReadDataset]] = {}
+    for each in datasets.values():
+        groups.setdefault((each.loader, each.task), []).append(each)
+    parts = getattr(model, 'tasks', {'': model})
+    for (_, task), group in groups.items():
+        if task in parts:
+            yield from _check_heads(config, group, parts[task])
 
 
 def _check_heads(
-    config: Config, datasets: Mapping[str, ReadDataset], model: nn.Module
-) -> Iterator[Problem]:
-    counts = {len(dataset.classes) for dataset in datasets.values()}
+    config: Config, datasets: Sequence[ReadDataset], model: nn.Module
+) -> Problems:
+    dataset, expected = datasets[0], len(datasets[0].classes)
     if (
-        len(counts) != 1
-        or 0 in counts
+        not expected
+        or any(len(each.classes) != expected for each in datasets)
         or hasattr(model, 'language_model')
-        or any('thing_classes' in d.metainfo for d in datasets.values())
+        or any('thing_classes' in each.metainfo for each in datasets)
     ):
         return
-    (expected,) = counts
-    data, dataset = next(iter(datasets.items()))
     wrong = {}  # several heads may come from one option
     for name, module in model.named_modules():
         received = getattr(module, 'num_classes', None)
@@ -196,43 +179,33 @@ def _check_heads(
         ):
             wrong[_option(name, module, config)] = received
     for option, received in wrong.items():
-        yield Problem(
+        yield option_problem(
             option,
             f'received {received}',
-            f'{expected}, the classes of {data} ({quoted(dataset.classes)})',
+            f'{expected}, the classes of {dataset.option} '
+            f'({quoted(dataset.classes)})',
             'Set these options in the config or by --cfg-options; or, if the '
-            f'classes are not yours, set {data}.metainfo=dict(classes=(...)).',
-            error=ConfigError,
+            f'classes are not yours, set {dataset.option}.metainfo='
+            'dict(classes=(...)).',
         )
 
 
-def check_class_weights(
-    config: Config, datasets: Mapping[str, ReadDataset]
-) -> Iterator[Problem]:
+def check_class_weights(config: Config, datasets: Datasets) -> Problems:
     """Compare the weights of segmentors' losses with the classes of heads."""
     model = config.get('model') or {}
     for key in ('decode_head', 'auxiliary_head'):
-        for head in _listed(model.get(key)):
-            for loss in _listed(head.get('loss_decode')):
-                count, weights = (
-                    head.get('num_classes'),
-                    loss.get('class_weight'),
-                )
-                if isinstance(weights, Sequence) and not (
-                    isinstance(weights, str) or len(weights) == count
-                ):
-                    yield Problem(
+        for head in configs_in(model.get(key)):
+            for loss in configs_in(head.get('loss_decode')):
+                count = head.get('num_classes')
+                weights = loss.get('class_weight')
+                listed = isinstance(weights, (list, tuple))
+                if listed and len(weights) != count:
+                    yield option_problem(
                         f'model.{key}.loss_decode.class_weight',
                         f'{len(weights)} weights',
                         f'{count}, as num_classes',
                         'Give one weight for each class, or None.',
-                        error=ConfigError,
                     )
-
-
-def _listed(found: Any) -> list[Mapping]:
-    found = found if isinstance(found, (list, tuple)) else [found]
-    return [each for each in found if isinstance(each, Mapping)]
 
 
 def _endings(folder: str) -> Counter:

@@ -106,16 +106,15 @@ class DatasetCheckHook(Hook):
 
     def _check(self, runner: Runner, loaded: Mapping[str, Any]) -> None:
         # Were the first rank to raise alone, the others would wait for it.
-        message = [None]
+        found = [None]
         if is_main_process():
             try:
                 self._check_here(runner, loaded)
             except E3VAError as error:
-                message = [(type(error), str(error))]
-        broadcast_object_list(message)
-        if message[0] is not None:
-            error_type, text = message[0]
-            raise error_type(text)
+                found = [type(error)(str(error))]
+        broadcast_object_list(found)
+        if found[0] is not None:
+            raise found[0]
         self.passed = True
 
     def _check_here(self, runner: Runner, loaded: Mapping[str, Any]) -> None:

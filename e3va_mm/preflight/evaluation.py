@@ -10,10 +10,9 @@ import mmcv
 from mmengine.config import Config
 from mmengine.fileio import load
 
-from e3va_mm.errors import ConfigError
-from e3va_mm.preflight.problems import Problem
-from e3va_mm.preflight.reading import ReadDataset, quoted
-from e3va_mm.utils.configs import class_name
+from e3va_mm.preflight.problems import Problem, Problems, option_problem
+from e3va_mm.preflight.reading import Datasets, ReadDataset, for_each, quoted
+from e3va_mm.utils.configs import class_name, configs_in
 
 SEGMENTATION_METRICS = {
     'mIoU': ('mIoU', 'mAcc'),
@@ -24,15 +23,13 @@ SEGMENTATION_METRICS = {
 SIMPLE = {'LoadImageFromFile', 'LoadAnnotations', 'Resize', 'PackSegInputs'}
 
 
-def check_evaluator_files(
-    config: Config, datasets: Mapping[str, ReadDataset]
-) -> Iterator[Problem]:
+def check_evaluator_files(config: Config, datasets: Datasets) -> Problems:
     """Compare the annotations of evaluators with those of their data sets."""
-    for option, evaluator, mode in _evaluators(config):
+    for option, evaluator, mode in evaluators(config):
         file = evaluator.get('ann_file')
         if not isinstance(file, str) or '://' in file:
             continue
-        members = [d for d in datasets.values() if d.loader[:-11] == mode]
+        members = [d for d in datasets.values() if d.mode == mode]
         if not members:
             continue
         where = f'{option}.ann_file'
@@ -83,7 +80,7 @@ def check_evaluator_files(
             yield from _check_masks(where, file, content)
 
 
-def _check_masks(where: str, file: str, content: Mapping) -> Iterator[Problem]:
+def _check_masks(where: str, file: str, content: Mapping) -> Problems:
     for entry in content.get('annotations', ()):
         if not entry.get('segmentation'):
             yield Problem(
@@ -95,136 +92,129 @@ def _check_masks(where: str, file: str, content: Mapping) -> Iterator[Problem]:
             )
 
 
-def check_metric_names(
-    config: Config, datasets: Mapping[str, ReadDataset]
-) -> Iterator[Problem]:
+def check_metric_names(config: Config, datasets: Datasets) -> Problems:
     """Find metrics that the evaluators do not give."""
-    patterns: list[str] = []
-    known = bool(config.get('val_evaluator'))
-    for option, evaluator, mode in _evaluators(config):
-        kind, prefix = class_name(evaluator), evaluator.get('prefix')
-        metrics = evaluator.get(
-            'iou_metrics' if kind == 'IoUMetric' else 'metric'
-        )
-        metrics = [metrics] if isinstance(metrics, str) else metrics or []
-        if kind == 'IoUMetric':
-            metrics = metrics or ['mIoU']
-            for metric in metrics:
+    patterns, known = [], bool(config.get('val_evaluator'))
+    for option, evaluator, mode in evaluators(config):
+        if class_name(evaluator) == 'IoUMetric':
+            for metric in _listed(evaluator.get('iou_metrics')):
                 if metric not in SEGMENTATION_METRICS:
-                    yield Problem(
+                    yield option_problem(
                         f'{option}.iou_metrics',
                         f'{metric!r}',
                         quoted(SEGMENTATION_METRICS),
                         'Correct the name.',
-                        error=ConfigError,
                     )
-            names = [
-                name
-                for metric in metrics
-                for name in SEGMENTATION_METRICS.get(metric, ())
-            ]
-            found = [f'{prefix}/' * bool(prefix) + n for n in ['aAcc', *names]]
-        elif kind == 'CocoMetric':
-            prefix = prefix or 'coco'
-            found = [
-                rf'{prefix}/{metric}_(mAP.*|AR@.*)'
-                for metric in metrics or ['bbox']
-            ]
-            if evaluator.get('classwise'):
-                found.append(rf'{prefix}/.*_precision')
-            if any(m.startswith('proposal') for m in metrics):
-                found.append(rf'{prefix}/AR@.*')
-        elif kind == 'VOCMetric':
-            found = [rf'{prefix or "pascal_voc"}/(mAP|AP\d+|AR@.*|recall.*)']
-        else:
-            known = known and mode != 'val'
-            found = []
-        patterns += found if mode == 'val' else []
+        if mode == 'val':
+            found = _patterns(evaluator)
+            known = known and bool(found)
+            patterns += found
     for option, key in _monitored(config) if known else ():
         if not any(re.fullmatch(pattern, key) for pattern in patterns):
             examples = [re.sub(r'\(([^|)]*).*', r'\1', p) for p in patterns]
-            yield Problem(
+            yield option_problem(
                 option,
                 f'{key!r}',
                 'a metric that val_evaluator gives, such as '
                 + quoted(each.replace('.*', '') for each in examples),
                 'Correct the name; metrics bear the prefix of their '
                 'evaluator.',
-                error=ConfigError,
             )
+
+
+def _patterns(evaluator: Mapping) -> list[str]:
+    """What the names of an evaluator's metrics match; empty if not known."""
+    kind, prefix = class_name(evaluator), evaluator.get('prefix')
+    if kind == 'IoUMetric':
+        names = ['aAcc']
+        for metric in _listed(evaluator.get('iou_metrics')) or ['mIoU']:
+            names += SEGMENTATION_METRICS.get(metric, ())
+    elif kind == 'CocoMetric':
+        prefix = prefix or 'coco'
+        metrics = _listed(evaluator.get('metric')) or ['bbox']
+        names = [rf'{metric}_(mAP.*|AR@.*)' for metric in metrics]
+        names += ['.*_precision'] * bool(evaluator.get('classwise'))
+        names += ['AR@.*'] * any(m.startswith('proposal') for m in metrics)
+    elif kind == 'VOCMetric':
+        prefix = prefix or 'pascal_voc'
+        names = [r'(mAP|AP\d+|AR@.*|recall.*)']
+    else:
+        return []
+    return [f'{prefix}/{name}' if prefix else name for name in names]
 
 
 def _monitored(config: Config) -> Iterator[tuple[str, str]]:
     """Options that name metrics, and the metrics."""
-    hooks = dict(config.get('default_hooks') or {})
-    hooks = {f'default_hooks.{name}': each for name, each in hooks.items()}
-    for i, each in enumerate(config.get('custom_hooks') or ()):
-        hooks[f'custom_hooks.{i}'] = each
+    hooks = {
+        f'{option}.{name}': hook
+        for option, found in (
+            ('default_hooks', (config.get('default_hooks') or {}).items()),
+            ('custom_hooks', enumerate(config.get('custom_hooks') or ())),
+        )
+        for name, hook in found
+        if isinstance(hook, Mapping)
+    }
     for option, hook in hooks.items():
         for key in ('save_best', 'monitor'):
-            if not isinstance(hook, Mapping) or not hook.get(key):
-                continue
-            names = hook[key]
-            for name in [names] if isinstance(names, str) else names:
+            for name in _listed(hook.get(key)):
                 if name != 'auto':
                     yield f'{option}.{key}', name
 
 
-def check_batch_sizes(
-    config: Config, datasets: Mapping[str, ReadDataset]
-) -> Iterator[Problem]:
+def _listed(names: str | Sequence[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else [*(names or ())]
+
+
+@for_each
+def check_batch_sizes(config: Config, dataset: ReadDataset) -> Problems:
     """Find batches of a segmentor's test whose images differ in size."""
     model = config.get('model') or {}
     model = model.get('module', model)
-    if (model.get('data_preprocessor') or {}).get('test_cfg'):
-        return  # pads them
-    for each in datasets.values():
-        batch = (config.get(each.loader) or {}).get('batch_size', 1)
-        kinds = {type(t).__name__ for t in each.transforms}
-        if (
-            each.loader.startswith('train')
-            or batch == 1
-            or 'PackSegInputs' not in kinds
-            or not kinds <= SIMPLE
-        ):
-            continue
-        sizes, resize = {}, each.transform('Resize')
-        for entry in each.entries:
-            path = entry.paths.get('img_path')
-            size = each.size_read(path)
-            if size:
-                sizes.setdefault(_resized(size, resize), path)
-        if len(sizes) > 1:
-            (one, path), (other, second) = list(sizes.items())[:2]
-            yield Problem(
-                f'{each.loader}.batch_size',
-                f'received {batch}, but images reach the model with the sizes '
-                f'{one} ({path}) and {other} ({second})',
-                '1, or images of one size',
-                f'Set {each.loader}.batch_size=1, or '
-                'model.data_preprocessor.test_cfg=dict(size_divisor=32).',
-                error=ConfigError,
-            )
+    batch = (config.get(dataset.loader) or {}).get('batch_size', 1)
+    kinds = {type(each).__name__ for each in dataset.transforms}
+    if (
+        (model.get('data_preprocessor') or {}).get('test_cfg')  # pads them
+        or dataset.mode == 'train'
+        or batch == 1
+        or 'PackSegInputs' not in kinds
+        or not kinds <= SIMPLE
+    ):
+        return
+    sizes, resize = {}, dataset.transform('Resize')
+    for entry in dataset.entries:
+        path = entry.paths.get('img_path')
+        size = dataset.size_read(path)
+        if size:
+            sizes.setdefault(_resized(size, resize), path)
+    if len(sizes) > 1:
+        (one, path), (other, second) = list(sizes.items())[:2]
+        yield option_problem(
+            f'{dataset.loader}.batch_size',
+            f'received {batch}, but images reach the model with the sizes '
+            f'{one} ({path}) and {other} ({second})',
+            '1, or images of one size',
+            f'Set {dataset.loader}.batch_size=1, or '
+            'model.data_preprocessor.test_cfg=dict(size_divisor=32).',
+        )
 
 
 def _resized(size: tuple[int, int], resize: Any) -> tuple[int, int]:
-    if resize is None or not resize.keep_ratio:
-        if resize is None or resize.scale is None:
-            return size
-        return tuple(resize.scale)
-    return mmcv.rescale_size(size, resize.scale or resize.scale_factor)
+    if resize is None:
+        return size
+    if resize.keep_ratio:
+        return mmcv.rescale_size(size, resize.scale or resize.scale_factor)
+    return size if resize.scale is None else tuple(resize.scale)
 
 
-def _evaluators(config: Config) -> Iterator[tuple[str, Mapping, str]]:
+def evaluators(config: Config) -> Iterator[tuple[str, Mapping, str]]:
     """Options and configs of metrics, and the mode they are for."""
     for mode in ('val', 'test'):
         option, found = f'{mode}_evaluator', config.get(f'{mode}_evaluator')
         if isinstance(found, Mapping) and 'metrics' in found:
             option, found = f'{option}.metrics', found['metrics']
-        several = isinstance(found, Sequence)
-        for i, each in enumerate(found if several else [found]):
-            if isinstance(each, Mapping):
-                yield (f'{option}.{i}' if several else option), each, mode
+        for i, each in enumerate(configs_in(found)):
+            where = option if isinstance(found, Mapping) else f'{option}.{i}'
+            yield where, each, mode
 
 
 def _is_named(path: str, name: str | None) -> bool:

@@ -1,12 +1,11 @@
 """Checks of the files that data sets name."""
 
 import os
-from collections.abc import Iterator, Mapping
 
 from mmengine.config import Config
 
-from e3va_mm.preflight.problems import Problem
-from e3va_mm.preflight.reading import MISSING, ReadDataset
+from e3va_mm.preflight.problems import Problem, Problems
+from e3va_mm.preflight.reading import MISSING, ReadDataset, for_each
 
 CHECK_NAMES = (
     'Check these options, data_root beside them and the names in ann_file.'
@@ -17,89 +16,73 @@ CHECK_FILES = (
 )
 
 
-def check_files(
-    config: Config, datasets: Mapping[str, ReadDataset]
-) -> Iterator[Problem]:
+@for_each
+def check_files(config: Config, dataset: ReadDataset) -> Problems:
     """Look at every local file that the data sets name.
 
     Files that other backends and loaders read are left to these.
     """
-    for dataset in datasets.values():
-        for path in dataset.files:
-            if path in dataset.missing:
-                fault, advice = MISSING, CHECK_NAMES
-                others = _others(path)
-                if others:
-                    advice = f'There is {others} beside it. {advice}'
-            else:
-                found = dataset.looks.get(path)
-                fault, advice = found and found.fault, CHECK_FILES
-            if fault:
-                option = _folder_option(dataset, dataset.files[path])
-                yield Problem(
-                    path, fault, f'a whole file, as {option} says', advice
-                )
+    for path, key in dataset.files.items():
+        if path in dataset.missing:
+            others, fault = _others(path), MISSING
+            beside = f'There is {others} beside it. ' if others else ''
+            advice = beside + CHECK_NAMES
+        else:
+            found = dataset.looks.get(path)
+            fault, advice = found and found.fault, CHECK_FILES
+        if fault:
+            expected = f'a whole file, as {_folder_option(dataset, key)} says'
+            yield Problem(path, fault, expected, advice)
 
 
-def check_image_sizes(
-    config: Config, datasets: Mapping[str, ReadDataset]
-) -> Iterator[Problem]:
+@for_each
+def check_image_sizes(config: Config, dataset: ReadDataset) -> Problems:
     """Compare the sizes in annotations with those of the images."""
-    for dataset in datasets.values():
-        for entry in dataset.entries:
-            path = entry.paths.get('img_path')
-            found = dataset.size_read(path)
-            if None in (found, entry.size) or found == entry.size:
-                continue
-            stored = dataset.looks[path]
-            turned = ''
-            if stored.orientation >= 5 and found == entry.size[::-1]:
-                turned = (
-                    f' after its EXIF orientation {stored.orientation} has '
-                    'turned it'
-                )
-            source = entry.paths.get('xml_path') or dataset.get('ann_file')
-            yield Problem(
-                path,
-                f'the image has {_text(found)} pixels{turned}',
-                f'{_text(entry.size)} as {source or dataset.option} says',
-                'Boxes would be in other places than the objects. Scale the '
-                'annotations, or take the images that they were made for'
-                + (
-                    ', or read images as they are stored: '
-                    "LoadImageFromFile(color_type='color_ignore_orientation')."
-                    if turned
-                    else '.'
-                ),
+    for entry in dataset.entries:
+        path = entry.paths.get('img_path')
+        found = dataset.size_read(path)
+        if None in (found, entry.size) or found == entry.size:
+            continue
+        turned, end = '', '.'
+        orientation = dataset.looks[path].orientation
+        if orientation >= 5 and found == entry.size[::-1]:
+            turned = f' after its EXIF orientation {orientation} has turned it'
+            end = (
+                ', or read images as they are stored: '
+                "LoadImageFromFile(color_type='color_ignore_orientation')."
             )
+        source = entry.paths.get('xml_path') or dataset.get('ann_file')
+        yield Problem(
+            path,
+            f'the image has {_text(found)} pixels{turned}',
+            f'{_text(entry.size)} as {source or dataset.option} says',
+            'Boxes would be in other places than the objects. Scale the '
+            f'annotations, or take the images that they were made for{end}',
+        )
 
 
-def check_map_sizes(
-    config: Config, datasets: Mapping[str, ReadDataset]
-) -> Iterator[Problem]:
+@for_each
+def check_map_sizes(config: Config, dataset: ReadDataset) -> Problems:
     """Compare the sizes of segmentation maps with those of their images.
 
     A pipeline that brings both to one size hides a map of another.
     """
-    for dataset in datasets.values():
-        for entry in dataset.entries:
-            path, image = (
-                entry.paths.get(key) for key in ('seg_map_path', 'img_path')
-            )
-            expected = dataset.size_read(image)
-            found = dataset.looks.get(path)
-            if expected is None or found is None or found.size is None:
-                continue
-            if found.size != expected:
-                turned = dataset.looks[image].orientation
-                turned = f' (EXIF orientation {turned})' * (turned >= 5)
-                yield Problem(
-                    path,
-                    f'the map has {_text(found.size)} pixels',
-                    f'{_text(expected)} as its image {image}{turned}',
-                    'Make the maps for these images again, or take both out'
-                    + ('.', ', or save the images upright.')[bool(turned)],
-                )
+    for entry in dataset.entries:
+        path, image = map(entry.paths.get, ('seg_map_path', 'img_path'))
+        expected, found = dataset.size_read(image), dataset.looks.get(path)
+        if None in (expected, found) or found.size in (None, expected):
+            continue
+        turned, end = '', '.'
+        orientation = dataset.looks[image].orientation
+        if orientation >= 5:
+            turned = f' (EXIF orientation {orientation})'
+            end = ', or save the images upright.'
+        yield Problem(
+            path,
+            f'the map has {_text(found.size)} pixels',
+            f'{_text(expected)} as its image {image}{turned}',
+            f'Make the maps for these images again, or take both out{end}',
+        )
 
 
 def _text(size: tuple[int, int]) -> str:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from e3va_mm.errors import ConfigError
-from e3va_mm.preflight.problems import Problem
-from e3va_mm.preflight.reading import ReadDataset
+from e3va_mm.preflight.problems import Problems, option_problem, warning
+from e3va_mm.preflight.reading import Datasets
 from e3va_mm.utils.configs import class_name
 
 EPOCHS, ITERATIONS = 'EpochBasedTrainLoop', 'IterBasedTrainLoop'
@@ -20,9 +20,7 @@ ENDLESS = ('InfiniteSampler', 'MultiSourceSampler', 'GroupMultiSourceSampler')
 BATCH_NORM = 'Expected more than 1 value per channel when training'
 
 
-def check_loop(
-    config: Config, datasets: Mapping[str, ReadDataset]
-) -> Iterator[Problem]:
+def check_loop(config: Config, datasets: Datasets) -> Problems:
     """Find samplers, schedulers and checkpoints that do not fit the loop."""
     loop, loader = config.get('train_cfg'), config.get('train_dataloader')
     if not loop or not loader:
@@ -30,14 +28,13 @@ def check_loop(
     kind = class_name(loop) or (EPOCHS if loop.get('by_epoch') else ITERATIONS)
     sampler = class_name(loader.get('sampler') or {})
     if kind == EPOCHS and sampler in ENDLESS:
-        yield Problem(
+        yield option_problem(
             'train_dataloader.sampler',
             f'{sampler}, whose epoch never ends, in an {kind}',
             'DefaultSampler',
             "Set train_dataloader.sampler=dict(type='DefaultSampler', "
             f"shuffle=True), or train_cfg=dict(type='{ITERATIONS}', "
             'max_iters=...).',
-            error=ConfigError,
         )
     if kind != ITERATIONS:
         return
@@ -45,27 +42,25 @@ def check_loop(
         if each.get('by_epoch', True) and not each.get(
             'convert_to_iter_based'
         ):
-            yield Problem(
+            yield option_problem(
                 f'{option}.by_epoch',
                 f'True: {class_name(each)} would never step in an {kind}',
                 'False',
                 f'Set {option}.by_epoch=False and count in iterations.',
-                error=ConfigError,
             )
     saving = (config.get('default_hooks') or {}).get('checkpoint') or {}
     if saving.get('by_epoch', True) and saving.get('interval', 1) > 0:
-        yield Problem(
+        yield warning(
             'default_hooks.checkpoint.by_epoch',
             f'True: in an {kind} a checkpoint is written at the end alone',
             'False',
             'Set default_hooks.checkpoint=dict(by_epoch=False, interval=...).',
-            severity='warning',
         )
 
 
 def check_batch_norm(
-    config: Config, datasets: Mapping[str, ReadDataset], model: nn.Module
-) -> Iterator[Problem]:
+    config: Config, datasets: Datasets, model: nn.Module
+) -> Problems:
     """Find batch norms over one value: a batch of one, pooled to one pixel."""
     loader = config.get('train_dataloader') or {}
     samples = [d.samples for d in datasets.values() if d.loader[:5] == 'train']
@@ -96,12 +91,11 @@ def check_batch_norm(
             advice = 'Set train_dataloader.drop_last=True.'
         else:
             continue
-        yield Problem(
+        yield option_problem(
             f'train_dataloader.{where}',
             found,
             f'{expected}, as the batch norm {name} sees one value an image',
             advice,
-            error=ConfigError,
         )
         return
 

@@ -1,18 +1,18 @@
 """What a check finds, and how it is reported.
 
-A check is a function ``(config, datasets) -> Iterator[Problem]``; ``datasets``
-maps config options to the data sets that read files, each a
+A check is a function ``(config, datasets) -> Problems``; ``datasets`` maps
+config options to the data sets that read files, each a
 :class:`~e3va_mm.preflight.reading.ReadDataset`.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from mmengine.logging import print_log
 
-from e3va_mm.errors import DataError, E3VAError
+from e3va_mm.errors import ConfigError, DataError, E3VAError
 
 SHOWN = 10  # problems of one kind that a report lists
 
@@ -41,19 +41,35 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         return f'{self.where}: {self.found}; expected {self.expected}.'
 
+    @property
+    def hint(self) -> str:
+        """What to do, and the check that can be switched off."""
+        return self.advice + f' (check: {self.check})' * bool(self.check)
+
+
+Problems = Iterator[Problem]
+warning = partial(Problem, severity='warning')
+# Of options, whatever the files are.
+option_problem = partial(Problem, error=ConfigError)
+
+
+def grouped(
+    problems: Iterable[Problem],
+) -> Iterator[tuple[list[Problem], int]]:
+    """Problems with the same hint: the first of them, and how many more."""
+    groups: dict[str, list[Problem]] = {}
+    for each in problems:
+        groups.setdefault(each.hint, []).append(each)
+    for group in groups.values():
+        yield group[:SHOWN], max(0, len(group) - SHOWN)
+
 
 def report(problems: Iterable[Problem]) -> str:
     """Problems as text, those with the same advice together."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for problem in problems:
-        key = problem.advice, problem.check
-        groups.setdefault(key, []).append(str(problem))
     lines = []
-    for (advice, check), group in groups.items():
-        more = len(group) - SHOWN
-        lines += group[:SHOWN]
-        lines += [f'... and {more:,} more'] if more > 0 else []
-        lines.append(f'{advice} (check: {check})' if check else advice)
+    for group, more in grouped(problems):
+        lines += [*map(str, group), *[f'... and {more:,} more'] * bool(more)]
+        lines.append(group[0].hint)
     return '\n'.join(lines)
 
 
@@ -72,21 +88,11 @@ def raise_errors(
     """
     problems = list(problems)
     errors = [p for p in problems if p.severity == 'error']
-    counts: Counter = Counter()
-    for problem in problems:
-        if problem.severity == 'error':
-            continue
-        counts[problem.check] += 1
-        if counts[problem.check] <= SHOWN:
-            text = ' '.join([str(problem), *report([problem]).split('\n')[1:]])
+    for group, more in grouped(p for p in problems if p.severity != 'error'):
+        texts = [f'{each} {each.hint}' for each in group]
+        texts += [f'{more:,} more (check: {group[0].check})'] * bool(more)
+        for text in texts:
             print_log(f'warning: {text}', 'current', level=logging.WARNING)
-    for check, count in counts.items():
-        if count > SHOWN:
-            print_log(
-                f'warning: {count - SHOWN:,} more (check: {check})',
-                'current',
-                level=logging.WARNING,
-            )
     if errors:
         raise errors[0].error(report(errors)) from cause
 
@@ -98,16 +104,14 @@ def iter_datasets(dataset: Any, option: str) -> Iterator[tuple[str, Any]]:
         tuple[str, Any]: The config option and the data set.
     """
     is_config = isinstance(dataset, dict)
-
-    def get(name: str) -> Any:
-        if is_config:
-            return dataset.get(name)
-        return getattr(dataset, name, None)
-
-    inner = {f'datasets.{i}': d for i, d in enumerate(get('datasets') or ())}
-    inner |= {f'tasks.{n}': d for n, d in (get('tasks') or {}).items()}
-    if get('dataset') is not None:
-        inner['dataset'] = get('dataset')
+    several, tasks, one = (
+        dataset.get(name) if is_config else getattr(dataset, name, None)
+        for name in ('datasets', 'tasks', 'dataset')
+    )
+    inner = {f'datasets.{i}': each for i, each in enumerate(several or ())}
+    inner |= {f'tasks.{name}': each for name, each in (tasks or {}).items()}
+    if one is not None:
+        inner['dataset'] = one
     for name, each in inner.items():
         yield from iter_datasets(each, f'{option}.{name}')
     if not inner and (is_config or hasattr(dataset, 'get_data_info')):

@@ -5,15 +5,18 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, wraps
 from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
 
 import numpy as np
+from mmengine.config import Config
+from mmengine.fileio import load
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from e3va_mm.preflight.problems import Problems
 from e3va_mm.utils.listing import listed
 
 THREADS, CHUNK = 16, 16
@@ -23,6 +26,8 @@ PNG_START, PNG_END = b'\x89PNG\r\n\x1a\n', b'IEND\xaeB`\x82'
 IMAGES = ('.jpg', '.jpeg', '.png')
 MISSING = 'no such file'
 ORIENTATION = 274  # the EXIF tag
+# By which colour types and backends of mmcv images are turned upright.
+TURNED, TURNING = ('color', 'grayscale'), (None, 'cv2', 'pillow')
 FRAMEWORKS = ('mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'mmengine', 'e3va_mm')
 
 
@@ -35,12 +40,19 @@ class Entry(NamedTuple):
         size (tuple[int, int], optional): Width and height of the image as the
             annotations have them.
         id (Any): The id of the image.
+        labels (list[int]): Those of its boxes, or its own.
+        flat_boxes (list[list]): Boxes without area.
+        masks (list[tuple]): What is wrong with masks that are to be loaded:
+            their box, and :func:`mask_fault`.
     """
 
     index: int
     paths: dict[str, str]
     size: tuple[int, int] | None
     id: Any
+    labels: list[int]
+    flat_boxes: list[list]
+    masks: list[tuple[list | None, str, str]]
 
 
 class Look(NamedTuple):
@@ -81,11 +93,14 @@ class ReadDataset:
     ) -> None:
         self.option, self.dataset = option, dataset
         self.seconds, self.shows = seconds, shows
+        # Whether its classes are those of pixels.
+        self.has_maps = hasattr(dataset, 'reduce_zero_label')
         self.loader = option.partition('.')[0]
+        self.mode = self.loader.partition('_')[0]
+        # LOADER.dataset.tasks.NAME...
+        _, _, task = option.partition('.tasks.')
+        self.task = task.partition('.')[0]
         self.samples = len(dataset) if samples is None else samples
-        self.labels: Counter = Counter()
-        self.masks: list[tuple[Entry, list, str, str]] = []
-        self.flat_boxes: list[tuple[Entry, list]] = []
         pipeline = getattr(dataset, 'pipeline', None)
         self.transforms = list(getattr(pipeline, 'transforms', ()))
 
@@ -102,6 +117,11 @@ class ReadDataset:
         """The names of its classes; empty if it states none."""
         classes = self.metainfo.get('classes') or ()
         return () if isinstance(classes, str) else tuple(classes)
+
+    def annotations(self) -> Any:
+        """Read its ``ann_file``, of JSON; not kept, for it can be large."""
+        file, backend = self.get('ann_file'), self.get('backend_args')
+        return load(file, backend_args=backend)
 
     @property
     def metainfo(self) -> Mapping:
@@ -125,38 +145,34 @@ class ReadDataset:
 
     @cached_property
     def entries(self) -> list[Entry]:
-        """Its samples; counts labels and looks at masks on the way."""
-        entries = []
-        annotations = self.transform('LoadAnnotations')
-        masked = getattr(annotations, 'with_mask', False)
+        """Its samples."""
         indices = range(len(self.dataset))
-        for i in self._tracked(indices, len(indices), 'Annotations'):
-            try:
-                info = self.dataset.get_data_info(i)
-                height, width = info.get('height'), info.get('width')
-                instances = info.get('instances') or ()
-            except Exception:  # Data sets of videos give lists.
-                continue
-            size = (width, height) if width and height else None
-            entries.append(Entry(i, paths_in(info), size, info.get('img_id')))
-            for each in instances:
-                ignored = each.get('ignore_flag')
-                label = each.get('bbox_label')
-                box = each.get('bbox')
-                if (
-                    box
-                    and not ignored
-                    and not (box[0] < box[2] and box[1] < box[3])
-                ):
-                    self.flat_boxes.append((entries[-1], box))
-                if not ignored and isinstance(label, int):
-                    self.labels[label] += 1
-                fault = masked and mask_fault(each, size, annotations)
-                if fault:
-                    self.masks.append((entries[-1], each.get('bbox'), *fault))
-            labels = np.atleast_1d(info.get('gt_label', ()))
-            self.labels.update(labels.tolist())
-        return entries
+        indices = self._tracked(indices, len(indices), 'Annotations')
+        return [*filter(None, map(self._entry, indices))]
+
+    def _entry(self, index: int) -> Entry | None:
+        """What annotations say of a sample."""
+        try:
+            info = self.dataset.get_data_info(index)
+            height, width = info.get('height'), info.get('width')
+            instances = info.get('instances') or ()
+        except Exception:  # Data sets of videos give lists.
+            return None
+        size = (width, height) if width and height else None
+        labels = np.atleast_1d(info.get('gt_label', ())).tolist()
+        flat, masks = [], []
+        loader = self.transform('LoadAnnotations')
+        for each in instances:
+            box, label = each.get('bbox'), each.get('bbox_label')
+            if not each.get('ignore_flag'):
+                labels += [label] if isinstance(label, int) else []
+                if box and not (box[0] < box[2] and box[1] < box[3]):
+                    flat.append(box)
+            if getattr(loader, 'with_mask', False):
+                fault = mask_fault(each, size, loader)
+                masks += [(box, *fault)] if fault else []
+        paths, identity = paths_in(info), info.get('img_id')
+        return Entry(index, paths, size, identity, labels, flat, masks)
 
     @property
     def loads_images(self) -> bool:
@@ -208,8 +224,8 @@ class ReadDataset:
 
         Of maps with channels, their shape instead.
         """
-        load = self.transform('LoadAnnotations')
-        if load is None or not hasattr(self.dataset, 'reduce_zero_label'):
+        loader = self.transform('LoadAnnotations')
+        if loader is None or not self.has_maps:
             return {}
         indices = {
             entry.paths['seg_map_path']: entry.index
@@ -220,7 +236,7 @@ class ReadDataset:
         def count(path: str) -> Counter | None:
             try:
                 info = self.dataset.get_data_info(indices[path])
-                values = load(info)['gt_seg_map']
+                values = loader(info)['gt_seg_map']
             except Exception:  # Other checks name what cannot be read.
                 return None
             if values.ndim > 2:  # of one pixel a side loaders make a list
@@ -239,15 +255,11 @@ class ReadDataset:
         if found is None or found.size is None:
             return None
         loader = self.transform('LoadImageFromFile')
-        turns = getattr(loader, 'color_type', 'color') in (
-            'color',
-            'grayscale',
-        ) and getattr(loader, 'imdecode_backend', None) in (
-            None,
-            'cv2',
-            'pillow',
+        turned = (
+            found.orientation >= 5
+            and getattr(loader, 'color_type', 'color') in TURNED
+            and getattr(loader, 'imdecode_backend', None) in TURNING
         )
-        turned = found.orientation >= 5 and turns
         return found.size[::-1] if turned else found.size
 
     def _tracked(self, items: Iterable, total: int, what: str) -> Iterable:
@@ -274,6 +286,21 @@ class ReadDataset:
                 if late and len(found) >= LEAST:
                     break
         return found
+
+
+# By the options that they come from.
+Datasets = Mapping[str, ReadDataset]
+
+
+def for_each(check: Callable[[Config, ReadDataset], Problems]) -> Callable:
+    """A check of each data set by itself, as one of all."""
+
+    @wraps(check)
+    def check_all(config: Config, datasets: Datasets) -> Problems:
+        for dataset in datasets.values():
+            yield from check(config, dataset)
+
+    return check_all
 
 
 def paths_in(info: Mapping) -> dict[str, str]:

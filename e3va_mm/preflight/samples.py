@@ -71,16 +71,13 @@ class CheckedSamples:
             note = f'This was sample {index} of {self.option}: {files}'
             add_note(error, note)
             raise
-        if isinstance(sample, Mapping):
-            inputs = sample.get('inputs')
-            field = getattr(sample.get('data_samples'), 'gt_sem_seg', None)
-            data = getattr(field, 'data', None)
-            if torch.is_tensor(inputs) and torch.is_tensor(data):
-                fault = self._map_fault(inputs.shape[-2:], data)
-                if fault:
-                    files = self._files(index)
-                    path = files.get('seg_map_path', files.get('img_path'))
-                    raise DataError(f'{self.option}: {path}: {fault}')
+        fault = isinstance(sample, Mapping) and self._map_fault(
+            sample.get('inputs'), sample.get('data_samples')
+        )
+        if fault:
+            files = self._files(index)
+            path = files.get('seg_map_path', files.get('img_path'))
+            raise DataError(f'{self.option}: {path}: {fault}')
         return sample
 
     def _files(self, index: int) -> dict[str, str]:
@@ -91,7 +88,11 @@ class CheckedSamples:
         except Exception:
             return {}
 
-    def _map_fault(self, size: torch.Size, data: torch.Tensor) -> str | None:
+    def _map_fault(self, inputs: Any, data_sample: Any) -> str | None:
+        data = getattr(getattr(data_sample, 'gt_sem_seg', None), 'data', None)
+        if not (torch.is_tensor(inputs) and torch.is_tensor(data)):
+            return None
+        size = inputs.shape[-2:]
         if data.shape != (1, *size):
             shape = tuple(data.shape)
             return (

@@ -26,6 +26,12 @@ def class_name(config: Mapping) -> str:
     return name.split('.')[-1]
 
 
+def configs_in(value: object) -> list[Mapping]:
+    """The configs in an option that takes one or several, or none."""
+    several = value if isinstance(value, (list, tuple)) else [value]
+    return [each for each in several if isinstance(each, Mapping)]
+
+
 def content_key(config: Config) -> str:
     """The same 16 characters for configs with the same content."""
     text = json.dumps(config.to_dict(), sort_keys=True, default=repr)

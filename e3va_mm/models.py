@@ -13,6 +13,7 @@ from e3va_mm.tuners import (
     DTL,
     E3VA,
     LST,
+    PMT,
     Adapter,
     AdaptFormer,
     AdaTAD,
@@ -29,9 +30,14 @@ from e3va_mm.tuners import (
     Partial,
     R2Tuning,
     ResTuning,
+    SpatialPrior,
+    ViTSplit,
 )
 
 __all__ = [
+    'PMT',
+    'SpatialPrior',
+    'ViTSplit',
     'AdaTAD',
     'DTL',
     'LST',

@@ -49,7 +49,7 @@ from e3va_mm.comparison.jobs import COCO
 from e3va_mm.comparison.records import AUTO
 from e3va_mm.comparison.report import COSTS, heading
 from e3va_mm.errors import ConfigError, E3VAError
-from e3va_mm.measure.variants import kind_of
+from e3va_mm.measure.variants import ON_PLAIN, kind_of
 from e3va_mm.registry import install
 from e3va_mm.utils.configs import class_name, content_key
 from e3va_mm.utils.files import write_whole
@@ -84,8 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add('config', metavar='CONFIG')
-    methods = f'all, or some of {", ".join((*METHODS, *SIDE_PATHS))}, each '
-    methods += 'maybe with options of its tuner, as in mona:last=4'
+    methods = f'all (without {", ".join(ON_PLAIN)}, which need a plain ViT), '
+    methods += f'or some of {", ".join((*METHODS, *SIDE_PATHS))}, each maybe '
+    methods += 'with options of its tuner, as in mona:last=4'
     add('--methods', default='all', metavar='A,B', help=methods)
     add('--seeds', type=int, default=3)
     rates, lrs = 'learning rates to choose from', [1e-3, 2e-3, 4e-3]
@@ -156,7 +157,9 @@ def _records(args: argparse.Namespace, config: Config) -> Records:
             )
     every = (*METHODS, *SIDE_PATHS)
     names = [n for n in args.methods.split(',') if n]
-    methods = [*every] if args.methods == 'all' else names
+    methods = names
+    if args.methods == 'all':
+        methods = [name for name in every if name not in ON_PLAIN]
     trimmed = [n for n in args.trim.split(',') if n]
     for option, found, known in (
         ('--methods', [*map(kind_of, methods)] or [''], every),

@@ -39,7 +39,12 @@ SIDE_PATHS: dict[str, Mapping] = {
     'lst': dict(type='LST'),
     'r2-tuning': dict(type='R2Tuning'),
     'res-tuning': dict(type='ResTuning'),
+    'pmt': dict(type='PMT'),
+    'spatial-prior': dict(type='SpatialPrior'),
+    'vit-split': dict(type='ViTSplit'),
 }
+# Of these, such as need a trunk with one resolution.
+ON_PLAIN = ('pmt', 'spatial-prior', 'vit-split')
 VARIANTS = {
     'as-is': 'as the config has it',
     'full': 'the backbone fine-tuned as a whole',

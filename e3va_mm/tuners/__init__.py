@@ -4,16 +4,22 @@ from e3va_mm.tuners.base import BlockOptions, Tuner
 from e3va_mm.tuners.beside import (
     DTL,
     LST,
+    PMT,
     AdaTAD,
     AdaTADOptions,
     DTLOptions,
     LoSA,
     LoSAOptions,
     LSTOptions,
+    PMTOptions,
     R2Tuning,
     R2TuningOptions,
     ResTuning,
     ResTuningOptions,
+    SpatialPrior,
+    SpatialPriorOptions,
+    ViTSplit,
+    ViTSplitOptions,
 )
 from e3va_mm.tuners.bitfit import BitFit, BitFitOptions
 from e3va_mm.tuners.e3va import (
@@ -34,6 +40,12 @@ from e3va_mm.tuners.norm_tuning import NormTuning
 from e3va_mm.tuners.partial import Partial, PartialOptions
 
 __all__ = [
+    'PMT',
+    'PMTOptions',
+    'SpatialPrior',
+    'SpatialPriorOptions',
+    'ViTSplit',
+    'ViTSplitOptions',
     'AdaTAD',
     'AdaTADOptions',
     'DTL',

@@ -4,8 +4,11 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 
 from e3va_mm.backbones import run_trunk
+from e3va_mm.errors import ConfigError
+from e3va_mm.measure.variants import ON_PLAIN
 from e3va_mm.tuners.beside.attention import AttentionBlock
 from tests.test_tuners.cases import loss_of, wake
 from tests.trunk_cases import build_ours, image_for, ours_and_stock
@@ -17,12 +20,20 @@ TUNERS = {
     'lst': dict(type='e3va_mm.LST', reduction=2),
     'r2-tuning': dict(type='e3va_mm.R2Tuning', width=16, steps=3),
     'res-tuning': dict(type='e3va_mm.ResTuning', bottleneck=4),
+    'pmt': dict(type='e3va_mm.PMT', laterals=2, blocks=1),
+    'spatial-prior': dict(type='e3va_mm.SpatialPrior', stem=4, width=16),
+    'vit-split': dict(type='e3va_mm.ViTSplit', copies=1, priors=3),
 }
 TRUNKS = {  # and channels and depths of the stages
     'dinov2': ((32, 2), (32, 2)),
     'swin of mmdet': ((32, 2), (64, 1), (128, 2), (256, 1)),
 }
-PAIRS = [(trunk, tuner) for trunk in TRUNKS for tuner in TUNERS]
+PAIRS = [
+    (trunk, tuner)
+    for trunk in TRUNKS
+    for tuner in TUNERS
+    if trunk == 'dinov2' or tuner not in ON_PLAIN
+]
 
 
 @functools.cache
@@ -63,14 +74,25 @@ def formula(tuner, stages, plain):
         elif tuner == 'r2-tuning':
             total += 2 * c + 16 * c + 16 + 2 * 16 + 16**2 + 16
             total += min(3, seen) - 1 + block(16) + 16 * c + c
+        elif tuner == 'spatial-prior':
+            each, w = 0, 16
+            total += 2 * (w**2 + w) + 2 * w * (w // 4) + 10 * (w // 4) + w
+            total += w // 4 + 4 * w + 3 * c * w + 2 * w + 3 * c
         total += depth * each
-    return total
+    return total + {
+        'pmt': 2 * c**2 + 5 * c + block(c),
+        'spatial-prior': 99 * 16 + 43 * 4 + 7 * 4 * 16 + 3 * 16,
+        'vit-split': 23 * c**2 + 4 * c,  # and a block of the trunk
+    }.get(tuner, 0)
 
 
 @pytest.mark.parametrize('trunk, tuner', PAIRS)
 def test_it_has_the_parameters_of_its_formula(trunk, tuner):
     ours, _ = built(trunk, tuner)
     count = sum(p.numel() for p in ours.tuner.parameters())
+    if tuner == 'vit-split':
+        _, last = ours.trunk.body()[-1]
+        count -= sum(p.numel() for p in last.parameters())
     assert count == formula(tuner, TRUNKS[trunk], trunk == 'dinov2')
 
 
@@ -85,9 +107,14 @@ def test_it_begins_as_it_says(trunk, tuner):
         for one, other in zip(found, expected, strict=True)
     ]
     assert [f.shape for f in found] == [e.shape for e in expected]
-    # A stage of one block has no mean to be another.
-    first = [depth == 1 and trunk != 'dinov2' for _, depth in TRUNKS[trunk]]
-    assert same == (first if tuner == 'res-tuning' else [True] * len(same))
+    if tuner == 'res-tuning':
+        # The mean over a stage of one block is the stock output.
+        one = [depth == 1 and trunk != 'dinov2' for _, depth in TRUNKS[trunk]]
+        assert same == one
+    elif tuner in ('pmt', 'vit-split'):  # drawn, in place of the last
+        assert same == [True] * (len(same) - 1) + [False]
+    else:
+        assert all(same)
 
 
 @pytest.mark.parametrize('trunk, tuner', PAIRS)
@@ -137,6 +164,45 @@ def test_it_shares_a_pass_and_autocast_is_finite(trunk, tuner):
     loss.backward()
     gradients = [p.grad for p in one.tuner.parameters()]
     assert all(g.isfinite().all() for g in gradients)
+
+
+class Last(nn.Module):
+    """Half of the channels, those behind."""
+
+    def forward(self, maps):
+        return maps.chunk(2, 1)[1]
+
+
+def test_copies_start_as_the_blocks_that_are_loaded():
+    ours, stock = ours_and_stock('dinov2', tuner=TUNERS['vit-split'])
+    ours.tuner.fusion = Last()
+    image = image_for('dinov2')
+    with torch.no_grad():
+        found, expected = ours.eval()(image)[-1], stock(image)[-1]
+        # The stock norm of a norm, which is the same but for its epsilon.
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        for difference in ours.tuner.copies.parameters():
+            difference.add_(0.1)
+        assert (ours(image)[-1] - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    'trunk, tuner, message',
+    [
+        *(
+            ('swin of mmdet', TUNERS[tuner], 'a trunk with one resolution')
+            for tuner in ('pmt', 'spatial-prior')
+        ),
+        ('swin of mmdet', TUNERS['vit-split'], 'blocks that take tokens alo'),
+        ('beit', TUNERS['vit-split'], 'of BEiTViT take x, rel_pos_bias'),
+        ('dinov2', dict(TUNERS['vit-split'], copies=4), 'than the 4 blocks'),
+        ('dinov2', dict(TUNERS['pmt'], laterals=5), 'to the 4 blocks of the'),
+        ('dinov2', dict(TUNERS['lst'], reduction=0), '`tuner.reduction` shou'),
+    ],
+)
+def test_what_does_not_fit_is_refused(trunk, tuner, message):
+    with pytest.raises(ConfigError, match=message):
+        build_ours(trunk, tuner=tuner)
 
 
 def test_attention_in_windows_sees_its_window():

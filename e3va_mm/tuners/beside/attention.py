@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from e3va_mm.trunks import Size
 from e3va_mm.tuners.token_grid import on_grid
 
-# Channels of a head, at least; and the side of windows on trunks with stages,
-# whose first maps have too many tokens to attend to all.
-HEAD = 16
+HEAD = 16  # channels, in a narrow network
+# Side of windows on trunks with stages, whose first maps have too many tokens
+# to attend to all.
 WINDOW = 7
 
 
@@ -21,6 +21,7 @@ class AttentionBlock(nn.Module):
         window (int, optional): Side of the windows in which tokens attend.
             Defaults to none: each attends to all.
         shift (int): By how many tokens windows are shifted. Defaults to 0.
+        head (int): Channels of a head, at least. Defaults to 16.
     """
 
     def __init__(
@@ -28,12 +29,13 @@ class AttentionBlock(nn.Module):
         channels: int,
         window: int | None = None,
         shift: int = 0,
+        head: int = HEAD,
     ) -> None:
         super().__init__()
         self.window, self.shift = window, shift
         self.heads = max(
             n
-            for n in range(1, max(1, channels // HEAD) + 1)
+            for n in range(1, max(1, channels // head) + 1)
             if channels % n == 0
         )
         self.norm1, self.norm2 = (nn.LayerNorm(channels) for _ in range(2))

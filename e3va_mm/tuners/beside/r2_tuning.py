@@ -101,6 +101,13 @@ class R2Tuning(StreamSidePath):
         )
         return self
 
+    def add_tap(
+        self, highway: Streams, stage: int, block: int, tap: str, value: Tensor
+    ) -> None:
+        """See :class:`~e3va_mm.tuners.e3va.side_path.SidePath`."""
+        super().add_tap(highway, stage, block, tap, value)
+        del highway.taps[: -self.options.steps]
+
     def run(self, state: Streams, size: Size) -> Tensor:
         """See :class:`~e3va_mm.tuners.beside.streams.StreamSidePath`."""
         taps = [*(state.before or ()), *state.taps][-self.options.steps :]

@@ -48,6 +48,7 @@ FILES = dict(
     swin_l='swin_large_patch4_window7_224_22k.pth',
     vit_b='mae_pretrain_vit_base.pth',
     vit_l='mae_pretrain_vit_large.pth',
+    dinov2_s='dinov2_vits14_pretrain.pth',
     dinov2_b='dinov2_vitb14_pretrain.pth',
     dinov2_l='dinov2_vitl14_pretrain.pth',
     beit_b='beit_base_patch16_224_pt22k_ft22k.pth',
@@ -67,6 +68,7 @@ OTHERS = [
     ),
     'mask2former_e3va_swin_l_ade20k',
     'mask2former_e3va_swin_l_coco_panoptic',
+    'retinanet_e3va_dinov2_s_bccd',
     'segformer_e3va_mit_b5_ade20k',
     'upernet_e3va_dinov3_l_ade20k',
     'upernet_e3va_dinov3_7b_ade20k',
@@ -100,7 +102,7 @@ TINY_BACKBONES = {
         embed_dim=32, depth=4, num_heads=2, mlp_ratio=2, img_size=64
     ),
 }
-VIT_WIDTHS = {'base': 768, 'large': 1024, '7b': 4096}
+VIT_WIDTHS = {'dinov2-small': 384, 'base': 768, 'large': 1024, '7b': 4096}
 
 every_config = pytest.mark.parametrize('name', ALL)
 
@@ -302,7 +304,9 @@ def test_header(name):
     assert (
         f'\nTest: python tools/test.py configs/{name}.py CHECKPOINT\n' in text
     )
-    assert re.search(r'\n(Paper: https://|Data: python tools/)', text)
+    assert re.search(
+        r'\n(Paper: https://|Data: (python tools/|git clone ))', text
+    )
     assert re.search(r'\nExpected: \S', text)
     for file in re.findall(r'[\w/]+\.py', text):
         assert (CONFIGS / file).is_file() or (ROOT / file).is_file()

@@ -73,7 +73,6 @@ class LoadsTrunk(TunedModule):
         self.init_cfg = None if init_cfg is None else dict(init_cfg)
         self._is_init = False
         self.trunk = trunk
-        self.out_stages = tuple(trunk.out_stages)
         self.allow_random_trunk = allow_random_trunk
         self.storage = storage
         self._reading: str | None = None
@@ -103,7 +102,11 @@ class LoadsTrunk(TunedModule):
         """
         if not self.trunk.norm_goes_on:
             paths = [
-                *(self.trunk.output_norm(s) for s in self.out_stages),
+                *(
+                    trunk.output_norm(stage)
+                    for trunk in filter(None, (self.trunk, self.trunk.late))
+                    for stage in trunk.out_stages
+                ),
                 *self.trunk.output_parts(),
             ]
             for path in filter(None, paths):

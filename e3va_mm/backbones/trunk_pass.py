@@ -155,6 +155,8 @@ class _SidePass:
         self.backbone = backbone
         self._rows = rows
         self.outputs: list[Tensor] = []
+        self._last = len(ends) - 1
+        self._total: Tensor | None = None  # at the end of the last stage
         # Of each stage of the pass: our stage, the blocks of it before, and
         # whether ours ends there too.
         self._places = []
@@ -187,30 +189,44 @@ class _SidePass:
         if not ends:
             return
         backbone, side_path = self.backbone, self.backbone.tuner
+        trunk = backbone.trunk
         end = end._replace(tokens=self._own(end.tokens))
         with torch.set_grad_enabled(self._graph):
             total = side_path.output(self._highway, end.tokens, end.size)
             kept = None
-            if stage in backbone.out_stages:
-                output, kept = backbone.output(stage, total, end)
+            if stage in trunk.out_stages:
+                output, kept = backbone.output(trunk, stage, total, end)
                 self.outputs.append(output)
-            if stage == backbone.out_stages[-1]:
+            if stage == self._last:
+                self._total = total
                 return
             inherited = None
-            if backbone.trunk.highway_goes_on:
+            if trunk.highway_goes_on:
                 inherited = side_path.inherit(
                     self._highway,
                     total,
                     end.tokens,
-                    backbone.trunk.downsampling(stage, end.size),
+                    trunk.downsampling(stage, end.size),
                     kept,
                 )
             self._highway = side_path.start(stage + 1, inherited, self._replay)
 
     def finish(self) -> tuple[Tensor, ...]:
         """The outputs, and nothing held that no graph needs."""
+        late = self.backbone.trunk.late
+        if late is not None:
+            with torch.set_grad_enabled(self._graph):
+                late.run_behind(
+                    self._replay.image, self._total, self._on_late_end
+                )
         self._replay.image = None
         return tuple(self.outputs)
+
+    def _on_late_end(self, stage: int, end: StageEnd) -> None:
+        late = self.backbone.trunk.late
+        if stage in late.out_stages:
+            output, _ = self.backbone.output(late, stage, end.tokens, end)
+            self.outputs.append(output)
 
 
 def _runner(backbone: nn.Module, image: Tensor) -> RunTrunk:

@@ -49,7 +49,6 @@ class TunedBackbone(LoadsTrunk):
         trunk (Trunk): Reads the stock family.
         trunk_cache (TrunkCache, optional): Keeps on disk what it gives.
         tuner (Tuner): What trains.
-        out_stages (tuple[int, ...]): Stages that have an output.
     """
 
     @property
@@ -81,8 +80,8 @@ class TunedBackbone(LoadsTrunk):
     def _add_norm_offsets(self) -> None:
         """Let outputs train whose norms the trunk itself goes on from."""
         offsets = {}
-        for stage in self.out_stages:
-            norm = self._output_norm(stage)
+        for stage in self.trunk.out_stages:
+            norm = self._output_norm(self.trunk, stage)
             if isinstance(TokenNorm.of(norm), TokenNorm):
                 offsets[str(stage)] = NormOffset(norm.normalized_shape[0])
         self.tuner.output_norms = nn.ModuleDict(offsets)
@@ -193,28 +192,30 @@ class TunedBackbone(LoadsTrunk):
             self._given = None
 
     def output(
-        self, stage: int, total: Tensor, end: StageEnd
+        self, trunk: Trunk, stage: int, total: Tensor, end: StageEnd
     ) -> tuple[Tensor, KeptSum | None]:
         """What the stock backbone gives of a stage, and what is kept of it.
 
         Args:
+            trunk (Trunk): Its trunk, or ``trunk.late``.
             stage (int): Index of the stage.
             total (Tensor): (B, L, C), trunk and highway.
             end (StageEnd): The trunk's end of the stage.
         """
-        norm = self._output_norm(stage)
+        norm = self._output_norm(trunk, stage)
         offsets = getattr(self.tuner, 'output_norms', {})
-        if str(stage) in offsets:
+        if str(stage) in offsets and trunk is self.trunk:
             norm = offsets[str(stage)](norm)
         else:
             norm = TokenNorm.of(norm)
-        if self.trunk.gives_maps:
-            known = self._invertible.setdefault(stage, Invertible())
+        if trunk.gives_maps:
+            where = stage if trunk is self.trunk else ~stage
+            known = self._invertible.setdefault(where, Invertible())
             return normalise(norm, total, end.size, known)
-        return self.trunk.output(total, end, norm), None
+        return trunk.output(total, end, norm), None
 
-    def _output_norm(self, stage: int) -> nn.Module | None:
-        path = self.trunk.output_norm(stage)
+    def _output_norm(self, trunk: Trunk, stage: int) -> nn.Module | None:
+        path = trunk.output_norm(stage)
         return None if path is None else self.get_submodule(path)
 
     # -- sharing ------------------------------------------------------------

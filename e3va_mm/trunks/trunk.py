@@ -3,8 +3,9 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from mmcv.cnn.bricks.transformer import FFN
@@ -82,10 +83,13 @@ class Trunk(TrunkFiles):
         blocks (list[Sequence[str]]): Paths of the blocks of each stage.
         out_stages (Sequence[int]): Stages that have an output.
         settings (dict): What the stock class itself computes with.
+        late (Trunk, optional): The last blocks, see :meth:`leave`.
 
     Raises:
         ConfigError: If the layout does not fit, or an output is not there.
     """
+
+    late: 'Trunk | None' = None
 
     def __init__(
         self,
@@ -216,7 +220,81 @@ class Trunk(TrunkFiles):
         other.blocks = _split([*itertools.chain(*self.blocks)], ends)
         return other
 
+    def leave(self, count: int) -> 'Trunk':
+        """Leave the last blocks out, to be run with a graph.
+
+        Args:
+            count (int): The number of blocks. One with several resolutions
+                leaves whole stages.
+
+        Returns:
+            Trunk: These blocks and their outputs, stages counted from 0.
+
+        Raises:
+            ConfigError: If no stage can begin there.
+        """
+        paths = [*itertools.chain(*self.blocks)]
+        at = len(paths) - count
+        ends = [*itertools.accumulate(map(len, self.blocks))]
+        outputs = [ends[stage] for stage in self.out_stages]
+        allowed = range(1, len(paths)) if self.layout.plain else ends[:-1]
+        if at not in allowed:
+            found = ', '.join(str(len(paths) - each) for each in allowed)
+            raise ConfigError(
+                f'`tuner.late` should be one of {found}, as this trunk has '
+                f'{len(paths)} blocks and stages that begin there, but got '
+                f'{count}.'
+            )
+        ends = sorted({*ends, at})
+        first = ends.index(at) + 1
+        stages = _split(paths, ends)
+        numbers = [ends.index(end) for end in outputs]
+        early = sum(number < first for number in numbers)
+        late = self.late = copy.copy(self)
+        # Paths name stages, or outputs where there is one resolution.
+        passed = early if self.layout.plain else first
+        late.layout = replace(
+            self.layout, first_stage=self.layout.first_stage + passed
+        )
+        late.before = paths[:at]
+        self.blocks, late.blocks = stages[:first], stages[first:]
+        self.out_stages = tuple(numbers[:early])
+        late.out_stages = tuple(number - first for number in numbers[early:])
+        late.out_indices = self.out_indices[early:]
+        return late
+
     # -- running ------------------------------------------------------------
+
+    def run_behind(self, image: Tensor, tokens: Tensor, on_end: OnEnd) -> None:
+        """Run blocks that another trunk has left, with a graph.
+
+        The stock forward runs with the blocks before passed by.
+
+        Args:
+            image (Tensor): (B, 3, H, W).
+            tokens (Tensor): (B, extra + H' * W', C), to begin with.
+            on_end (Callable): Given each stage's end.
+        """
+
+        def pass_by(x: Tensor, *args, **kwargs) -> Tensor:
+            return x
+
+        def enter(x: Tensor, *args, **kwargs) -> Tensor:
+            if x.ndim == 4 and not self.layout.channels_last:
+                return tokens.transpose(1, 2).reshape(x.shape)
+            return tokens.view(x.shape)
+
+        self.pixels = tuple(image.shape[-2:])
+        *before, last = map(self.stock.get_submodule, self.before)
+        with (
+            self._without_outputs(),
+            _computing({**dict.fromkeys(before, pass_by), last: enter}),
+            self._hooked(image, len(self.blocks) - 1, (), None, on_end),
+        ):
+            try:
+                self.stock_class.forward(self.stock, image)
+            except _LastStage:
+                pass
 
     def run(
         self,
@@ -582,16 +660,26 @@ def _takes_size(module: nn.Module) -> bool:
 @contextmanager
 def _without_norms(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Norms below ``modules`` give what they are given."""
-    norms = {
-        module: module.forward
+    norms = [
+        module
         for root in modules
         for module in root.modules()
         if isinstance(module, NORMS)
-    }
-    for norm in norms:
-        norm.forward = lambda x, *args, **kwargs: x
+    ]
+    with _computing(dict.fromkeys(norms, lambda x, *args, **kwargs: x)):
+        yield
+
+
+@contextmanager
+def _computing(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Modules compute something else."""
+    before = {module: vars(module).get('forward') for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        for norm, forward in norms.items():
-            norm.forward = forward
+        for module, forward in before.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward

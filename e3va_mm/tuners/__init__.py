@@ -24,6 +24,8 @@ from e3va_mm.tuners.beside import (
 from e3va_mm.tuners.bitfit import BitFit, BitFitOptions
 from e3va_mm.tuners.e3va import (
     E3VA,
+    E3VALate,
+    E3VALateOptions,
     E3VAMix,
     E3VAMixOptions,
     E3VAOptions,
@@ -66,6 +68,8 @@ __all__ = [
     'BitFitOptions',
     'BlockOptions',
     'E3VA',
+    'E3VALate',
+    'E3VALateOptions',
     'E3VAMix',
     'E3VAMixOptions',
     'E3VAOptions',

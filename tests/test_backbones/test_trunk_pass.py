@@ -108,7 +108,7 @@ def test_plain_trunks_with_outputs_at_other_blocks():
     for order in ([one, other], [other, one]):
         alone = [backbone(image) for backbone in order]
         assert [len(each) for each in alone] == [
-            len(b.out_stages) for b in order
+            len(b.trunk.out_stages) for b in order
         ]
         assert_equal(run_trunk(order, image), alone)
 

@@ -178,7 +178,7 @@ def by_plain_autograd(ours, image):
         added = tuner.stages[stage](torch.stack(read)).sum(0)
         highway = highway + added.view_as(end.tokens)
         total = end.tokens + highway
-        if stage in ours.out_stages:
+        if stage in ours.trunk.out_stages:
             outputs.append(ours.output(stage, total, end)[0])
         down = trunk.downsampling(stage, end.size)
         if down is not None and stage + 1 < len(ends):

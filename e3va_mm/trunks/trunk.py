@@ -220,6 +220,30 @@ class Trunk(TrunkFiles):
         other.blocks = _split([*itertools.chain(*self.blocks)], ends)
         return other
 
+    def divide(self, every: int) -> None:
+        """End a stage at least every so many blocks; outputs stay.
+
+        Raises:
+            ConfigError: If the trunk has several resolutions.
+        """
+        if not self.layout.plain:
+            raise ConfigError(
+                '`tuner.mix_every` is for trunks of one resolution, but '
+                f'{self.stock_class.__name__} has stages of its own. Leave it '
+                'out.'
+            )
+        count = sum(map(len, self.blocks))
+        self._divide({*range(every, count, every)})
+
+    def _divide(self, ends: set[int]) -> None:
+        """End stages behind these blocks, too."""
+        before = [*itertools.accumulate(map(len, self.blocks))]
+        every = sorted({*before, *ends})
+        self.blocks = _split([*itertools.chain(*self.blocks)], every)
+        self.out_stages = tuple(
+            every.index(before[s]) for s in self.out_stages
+        )
+
     def leave(self, count: int) -> 'Trunk':
         """Leave the last blocks out, to be run with a graph.
 
@@ -236,7 +260,6 @@ class Trunk(TrunkFiles):
         paths = [*itertools.chain(*self.blocks)]
         at = len(paths) - count
         ends = [*itertools.accumulate(map(len, self.blocks))]
-        outputs = [ends[stage] for stage in self.out_stages]
         allowed = range(1, len(paths)) if self.layout.plain else ends[:-1]
         if at not in allowed:
             found = ', '.join(str(len(paths) - each) for each in allowed)
@@ -245,11 +268,9 @@ class Trunk(TrunkFiles):
                 f'{len(paths)} blocks and stages that begin there, but got '
                 f'{count}.'
             )
-        ends = sorted({*ends, at})
-        first = ends.index(at) + 1
-        stages = _split(paths, ends)
-        numbers = [ends.index(end) for end in outputs]
-        early = sum(number < first for number in numbers)
+        self._divide({at})
+        first = [*itertools.accumulate(map(len, self.blocks))].index(at) + 1
+        early = sum(stage < first for stage in self.out_stages)
         late = self.late = copy.copy(self)
         # Paths name stages, or outputs where there is one resolution.
         passed = early if self.layout.plain else first
@@ -257,9 +278,9 @@ class Trunk(TrunkFiles):
             self.layout, first_stage=self.layout.first_stage + passed
         )
         late.before = paths[:at]
-        self.blocks, late.blocks = stages[:first], stages[first:]
-        self.out_stages = tuple(numbers[:early])
-        late.out_stages = tuple(number - first for number in numbers[early:])
+        self.blocks, late.blocks = self.blocks[:first], self.blocks[first:]
+        late.out_stages = tuple(n - first for n in self.out_stages[early:])
+        self.out_stages = tuple(self.out_stages[:early])
         late.out_indices = self.out_indices[early:]
         return late
 
@@ -536,11 +557,16 @@ class Trunk(TrunkFiles):
         """Whether there is a way for it from one stage to the next."""
         return self.layout.plain or bool(self.layout.downsampling)
 
+    def _number(self, stage: int) -> int:
+        """By which paths name a stage with an output."""
+        plain = self.layout.plain
+        return self.out_stages.index(stage) if plain else stage
+
     def output_norm(self, stage: int) -> str | None:
         """Path of the stock norm at the output of a stage, if there is one."""
         if self.layout.output_norm is None:
             return None
-        path = self.layout.path(self.layout.output_norm, stage)
+        path = self.layout.path(self.layout.output_norm, self._number(stage))
         norm = find(self.stock, path)
         has_weights = isinstance(norm, nn.Module) and any(
             True for _ in norm.parameters(recurse=False)

@@ -62,7 +62,7 @@ class VitTrunk(Trunk):
         return int(getattr(self.stock, 'with_cls_token', True))
 
     def _ends_the_trunk(self, stage: int) -> bool:
-        return self.out_indices[stage] == self.depth - 1
+        return self.out_indices[self._number(stage)] == self.depth - 1
 
     def output_norm(self, stage: int) -> str | None:
         """The final norm, which the stock classes give the last block."""

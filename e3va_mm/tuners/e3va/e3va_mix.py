@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from e3va_mm.registry import MODELS
-from e3va_mm.trunks import Size, StageSpec
+from e3va_mm.trunks import Size, StageSpec, Trunk
 from e3va_mm.tuners.e3va.highway import Highway
 from e3va_mm.tuners.e3va.mixer import StageMixer, mix
 from e3va_mm.tuners.e3va.side_path import E3VA, E3VAOptions
-from e3va_mm.utils.options import option, whole
+from e3va_mm.utils.options import option, optional, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,12 @@ class E3VAMixOptions(E3VAOptions):
 
     Attributes:
         width (int): Channels inside a mixer. Defaults to 256.
+        mix_every (int, optional): On a trunk of one resolution, also mix
+            behind every so many blocks. Defaults to outputs alone.
     """
 
     width: int = option(256, whole())
+    mix_every: int | None = option(None, optional(whole()))
 
 
 @MODELS.register_module(name=['E3VAMix', 'E3VAMixSidePath'])
@@ -42,6 +45,12 @@ class E3VAMix(E3VA):
     """
 
     OPTIONS = E3VAMixOptions
+
+    def attach(self, trunk: Trunk) -> list[nn.Parameter]:
+        """See :class:`~e3va_mm.tuners.base.Tuner`."""
+        if self.options.mix_every is not None:
+            trunk.divide(self.options.mix_every)
+        return super().attach(trunk)
 
     def build(self, stages: Sequence[StageSpec]) -> 'E3VAMix':
         """Make the adapters and mixers of some stages."""

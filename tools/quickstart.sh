@@ -2,19 +2,35 @@
 # From a bare machine (Python 3.10 to 3.13, a C++ compiler) to a detector that
 # is trained, evaluated, measured and drawn. If interrupted, rerun the command
 # to resume. tools/environment.sh lists the variables that it reads.
+#   bash tools/quickstart.sh         a nano trunk on digits
+#   bash tools/quickstart.sh --real  DINOv2-S on blood cells, from the network
+#                                    or from these paths:
+#   E3VA_BCCD      the folder BCCD of github.com/Shenggan/BCCD_Dataset
+#   E3VA_DINOV2_S  a file of DINOv2 ViT-S/14
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 config=configs/cascade_e3va_swin_nano_digits.py
 data=data/digits
 work=work_dirs/quickstart
+groups=digits
+weights=()
+if [ "${1:-}" = --real ]; then
+    config=configs/retinanet_e3va_dinov2_s_bccd.py
+    data=data/BCCD_Dataset
+    work=work_dirs/quickstart_real
+    groups+=' mmpretrain'
+    [ -z "${E3VA_DINOV2_S:-}" ] || weights=(
+        --cfg-options "model.backbone.init_cfg.checkpoint=$E3VA_DINOV2_S"
+    )
+fi
 table=$work/table.md
 curves=$work/curves.png
 detections=$work/detections.png
 again='Rerun the command; should it fail again, the log says why.'
 
 heading '1/6  Environment'
-prepare_environment digits
+prepare_environment $groups
 
 lock "$config"
 stamps=$work/.done
@@ -28,14 +44,23 @@ begun=$(checksum "$config" configs/_base_/*.py e3va_mm/datasets/*.py \
 remember begun "$begun"
 
 heading '2/6  Data'
-# Says by itself that the data set is complete.
-step "digits in photographs, $data" "Remove $data and rerun the command." \
-    "$python" tools/make_digits.py --out "$data"
+if [ "${1:-}" != --real ]; then
+    # Says by itself that the data set is complete.
+    step "digits in photographs, $data" "Remove $data and rerun the command." \
+        "$python" tools/make_digits.py --out "$data"
+elif [ -n "${E3VA_BCCD:-}" ]; then
+    mkdir -p "$data"
+    ln -sfn "$E3VA_BCCD" "$data/BCCD"
+elif [ ! -d "$data/BCCD" ]; then
+    step "blood cells, $data" "Or set E3VA_BCCD, see $0. $network" \
+        git clone --depth 1 https://github.com/Shenggan/BCCD_Dataset "$data"
+fi
 
 heading '3/6  Training'
 if ! done_before training yes; then
     # In sight, with its bar; mmengine keeps the log in the work directory.
-    "$python" tools/train.py "$config" --work-dir "$work" --resume ||
+    "$python" tools/train.py "$config" --work-dir "$work" --resume \
+        "${weights[@]}" ||
         fail 'the training; its error stands above.' \
             "The log is the newest .log file below $work." \
             'Rerun the command to resume from the last checkpoint.'

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import json
 import re
 from fractions import Fraction
@@ -325,6 +326,7 @@ def undrawn():
 @functools.cache
 def counts(backbone):
     """Trainable and stock parameters of a backbone of full size."""
+    gc.collect()  # the one before refers to itself
     # No memory of a test machine holds 7 billion.
     device = 'meta' if 'DINOv3ViT' in backbone else 'cpu'
     with DefaultScope.overwrite_default_scope('mmdet'), torch.device(device):

@@ -1,6 +1,7 @@
 """Every stock Swin config takes a tuned backbone by one changed line."""
 
 import importlib.util
+import gc
 import json
 import warnings
 from functools import lru_cache
@@ -40,6 +41,7 @@ def stock_configs(framework):
 @lru_cache(maxsize=1)
 def checked_backbone(framework, arguments):
     """Built, run forward and backward; once for each that is different."""
+    gc.collect()  # the one before refers to itself
     own = dict(type='e3va_mm.E3VASwinTransformer', allow_random_trunk=True)
     with DefaultScope.overwrite_default_scope(framework):
         ours = MODELS.build({**json.loads(arguments), **own})

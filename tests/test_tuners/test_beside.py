@@ -11,7 +11,7 @@ from e3va_mm.errors import ConfigError
 from e3va_mm.measure.variants import ON_PLAIN
 from e3va_mm.tuners.beside.attention import AttentionBlock
 from tests.test_tuners.cases import loss_of, wake
-from tests.trunk_cases import build_ours, image_for, ours_and_stock
+from tests.trunk_cases import CASES, build_ours, image_for, ours_and_stock
 
 TUNERS = {
     'adatad': dict(type='e3va_mm.AdaTAD'),
@@ -117,8 +117,16 @@ def test_it_begins_as_it_says(trunk, tuner):
         assert all(same)
 
 
-@pytest.mark.parametrize('trunk, tuner', PAIRS)
-def test_all_of_it_trains_and_nothing_of_the_trunk(trunk, tuner):
+@pytest.mark.parametrize(
+    'trunk, tuner',
+    [
+        *PAIRS,
+        *(('two outputs', t) for t in TUNERS if t not in ON_PLAIN),
+    ],
+)
+def test_all_of_it_trains_and_nothing_of_the_trunk(trunk, tuner, monkeypatch):
+    two = dict(CASES['swin of mmdet'], out_indices=(1, 3))
+    monkeypatch.setitem(CASES, 'two outputs', two)
     ours = build_ours(trunk, tuner=TUNERS[tuner]).train()
     before = {k: v.clone() for k, v in ours.trunk_state().items()}
     graphs = []

@@ -72,7 +72,7 @@ class AdaTAD(StreamSidePath):
 
     OPTIONS = AdaTADOptions
 
-    def make(self, spec: StageSpec) -> nn.ModuleList:
+    def make(self, spec: StageSpec, seen: int) -> nn.ModuleList:
         """See :class:`~e3va_mm.tuners.beside.streams.StreamSidePath`."""
         width = max(1, int(self.options.ratio * spec.channels))
         return nn.ModuleList(

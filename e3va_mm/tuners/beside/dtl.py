@@ -79,7 +79,7 @@ class DTL(StreamSidePath):
 
     OPTIONS = DTLOptions
 
-    def make(self, spec: StageSpec) -> CompactNetwork:
+    def make(self, spec: StageSpec, seen: int) -> CompactNetwork:
         """See :class:`~e3va_mm.tuners.beside.streams.StreamSidePath`."""
         return CompactNetwork(spec, self.options)
 

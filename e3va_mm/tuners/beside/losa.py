@@ -99,7 +99,7 @@ class LoSA(StreamSidePath):
 
     OPTIONS = LoSAOptions
 
-    def make(self, spec: StageSpec) -> nn.ModuleList:
+    def make(self, spec: StageSpec, seen: int) -> nn.ModuleList:
         """See :class:`~e3va_mm.tuners.beside.streams.StreamSidePath`."""
         return nn.ModuleList(
             LowRankMixer(spec.channels, self.options)

@@ -39,6 +39,7 @@ class Rungs(nn.Module):
         before (int, optional): Those in the stage before, of another
             resolution.
         window (int, optional): Side of attention's windows.
+        joins (bool): Whether an output reads it.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Rungs(nn.Module):
         width: int,
         before: int | None,
         window: int | None,
+        joins: bool,
     ) -> None:
         super().__init__()
         self.inherit = None if before is None else nn.Linear(before, width)
@@ -58,9 +60,11 @@ class Rungs(nn.Module):
             AttentionBlock(width, window, (window or 0) // 2 * (i % 2))
             for i in range(spec.depth)
         )
-        self.up = nn.Linear(width, spec.channels)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        self.up = None
+        if joins:
+            self.up = nn.Linear(width, spec.channels)
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
 
 
 @MODELS.register_module()
@@ -87,18 +91,15 @@ class LST(StreamSidePath):
 
     def build(self, stages: Sequence[StageSpec]) -> 'LST':
         """Make a ladder beside stages of a trunk."""
+        inherits = self.crosses and not self.plain
         widths = [
             max(1, spec.channels // self.options.reduction) for spec in stages
         ]
         window = None if self.plain else WINDOW
+        before = [None, *widths] if inherits else [None] * len(stages)
         self.stages = nn.ModuleList(
-            Rungs(spec, width, before, window)
-            for spec, width, before in zip(
-                stages,
-                widths,
-                [None] * len(stages) if self.plain else [None, *widths],
-                strict=False,
-            )
+            Rungs(spec, widths[i], before[i], window, i not in self.silent)
+            for i, spec in enumerate(stages)
         )
         return self
 
@@ -117,4 +118,5 @@ class LST(StreamSidePath):
         ):
             h = block(gate * down(x) + (1 - gate) * h, size)
         state.after = h, size
-        return state.taps[-1] + rungs.up(h)
+        x = state.taps[-1]
+        return x if rungs.up is None else x + rungs.up(h)

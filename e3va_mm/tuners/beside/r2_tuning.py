@@ -1,8 +1,6 @@
 """R2-Tuning: one block, from late layers of a frozen trunk to early ones."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -85,21 +83,14 @@ class R2Tuning(StreamSidePath):
 
     OPTIONS = R2TuningOptions
 
-    def build(self, stages: Sequence[StageSpec]) -> 'R2Tuning':
-        """Make a block for each output of a trunk."""
-        seen = [spec.depth for spec in stages]
-        if self.plain:
-            seen = accumulate(seen)
-        self.stages = nn.ModuleList(
-            RecurrentBlock(
-                spec.channels,
-                min(self.options.steps, count),
-                self.options.width,
-                None if self.plain else WINDOW,
-            )
-            for spec, count in zip(stages, seen, strict=True)
+    def make(self, spec: StageSpec, seen: int) -> RecurrentBlock:
+        """See :class:`~e3va_mm.tuners.beside.streams.StreamSidePath`."""
+        return RecurrentBlock(
+            spec.channels,
+            min(self.options.steps, seen),
+            self.options.width,
+            None if self.plain else WINDOW,
         )
-        return self
 
     def add_tap(
         self, highway: Streams, stage: int, block: int, tap: str, value: Tensor

@@ -68,7 +68,7 @@ class ResTuning(StreamSidePath):
 
     OPTIONS = ResTuningOptions
 
-    def make(self, spec: StageSpec) -> nn.ModuleList:
+    def make(self, spec: StageSpec, seen: int) -> nn.ModuleList:
         """See :class:`~e3va_mm.tuners.beside.streams.StreamSidePath`."""
         return nn.ModuleList(
             BypassUnit(spec.channels, self.options.bottleneck)

@@ -1,6 +1,7 @@
 """What side paths of others share: they read streams, by plain autograd."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ class StreamSidePath(SidePath):
 
     Attributes:
         plain (bool): Whether the trunk has one resolution.
+        silent (set[int]): Stages without an output.
         crosses (bool): Whether what is left to the next stage passes a
             change of resolution; else it begins anew there. Defaults to
             False.
@@ -47,15 +49,31 @@ class StreamSidePath(SidePath):
     def attach(self, trunk: Trunk) -> list[nn.Parameter]:
         """See :class:`~e3va_mm.tuners.base.Tuner`."""
         self.plain = trunk.layout.plain
+        self.crosses = self.crosses and trunk.highway_goes_on
+        self.silent = set(range(len(trunk.blocks))) - set(trunk.out_stages)
         return super().attach(trunk)
 
     def build(self, stages: Sequence[StageSpec]) -> 'StreamSidePath':
         """Make one part for each stage, see :meth:`make`."""
-        self.stages = nn.ModuleList(self.make(spec) for spec in stages)
+        depths = [spec.depth for spec in stages]
+        seen = accumulate(depths) if self.plain else depths
+        self.stages = nn.ModuleList(
+            nn.Identity() if self._is_idle(i) else self.make(spec, count)
+            for i, (spec, count) in enumerate(zip(stages, seen, strict=True))
+        )
         return self
 
-    def make(self, spec: StageSpec) -> nn.Module:
-        """What trains beside a stage."""
+    def _is_idle(self, stage: int) -> bool:
+        """Whether no output reads what is beside a stage."""
+        return stage in self.silent and not self.crosses
+
+    def make(self, spec: StageSpec, seen: int) -> nn.Module:
+        """What trains beside a stage.
+
+        Args:
+            spec (StageSpec): The stage.
+            seen (int): Blocks of this resolution up to its end.
+        """
         raise NotImplementedError
 
     def run(self, state: Streams, size: Size) -> Tensor:
@@ -84,6 +102,8 @@ class StreamSidePath(SidePath):
 
     def output(self, highway: Streams, trunk: Tensor, size: Size) -> Tensor:
         """See :class:`~e3va_mm.tuners.e3va.side_path.SidePath`."""
+        if self._is_idle(highway.stage):
+            return trunk
         return self.run(highway, size).to(trunk.dtype)
 
     def inherit(

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import OPTIMIZERS
 from torch import nn
 
 from e3va_mm.utils.tuned import side_path_backbones, tuned_backbones
@@ -39,6 +40,11 @@ def patch_constructors() -> None:
 def _call(
     self: DefaultOptimWrapperConstructor, model: nn.Module
 ) -> OptimWrapper:
+    kind = self.optimizer_cfg['type']
+    with OPTIMIZERS.switch_scope_and_registry(None) as registry:
+        if isinstance(kind, str) and registry.get(kind) is None:
+            # mmengine would call None.
+            raise KeyError(f'{kind} is not in the optimizer registry.')
     inner = getattr(model, 'module', model)
     if isinstance(self, SidePathOptimWrapperConstructor) or not any(
         tuned_backbones(inner)

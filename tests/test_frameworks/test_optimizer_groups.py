@@ -198,3 +198,9 @@ def test_nothing_of_a_rival_is_hidden_afterwards():
     before = [name for name, _ in model.named_parameters()]
     groups_of(model, paramwise_cfg=PARAMWISE[0])
     assert [name for name, _ in model.named_parameters()] == before
+
+
+def test_an_optimizer_that_is_not_there_is_named():
+    optimizer = dict(OPTIMIZER, type='AdamV')
+    with pytest.raises(KeyError, match='AdamV is not in the optimizer regis'):
+        build_optim_wrapper(nn.Linear(4, 4), dict(optimizer=optimizer))

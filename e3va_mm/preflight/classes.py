@@ -12,9 +12,10 @@ from e3va_mm.preflight.reading import Datasets, ReadDataset, for_each, quoted
 from e3va_mm.utils.configs import configs_in
 
 # Where `num_classes` does not count the classes of the data set: trunks and
-# their classifiers, class-agnostic proposals, stuff maps, edge maps, losses.
+# their classifiers, class-agnostic proposals, stuff maps, edge or depth maps,
+# losses.
 OTHER_CLASSES = ('backbone', 'rpn_head', 'semantic_head', 'loss')
-OTHER_CLASSES_TYPES = ('RPNHead', 'GARPNHead', 'STDCHead')
+OTHER_CLASSES_TYPES = ('RPNHead', 'GARPNHead', 'STDCHead', 'VPDDepthHead')
 
 
 @for_each
@@ -80,19 +81,20 @@ def check_categories(config: Config, dataset: ReadDataset) -> Problems:
 
 
 def check_same_classes(config: Config, datasets: Datasets) -> Problems:
-    """Find data sets whose labels have other names than those of the first.
+    """Find data sets whose labels have other names than those of another.
 
-    Joined data sets should have the same classes; those of training and of
-    validation may differ, where the model reads names.
+    Joined data sets should have the same classes, as many as each has; those
+    of training and of validation may differ, where the model reads names.
     """
-    firsts: dict[str, ReadDataset] = {}  # one for each task
+    firsts: dict[tuple[str, ...], ReadDataset] = {}
     for each in datasets.values():
-        first = firsts.setdefault(each.task, each)
-        if not each.classes or not first.classes:
-            continue
+        first = firsts.setdefault((each.task, each.loader), each)
+        joined = first is not each
+        if not joined:
+            first = firsts.setdefault((each.task,), each)
+        pairs = [*zip(each.classes, first.classes, strict=False)]
         same_names = Counter(each.classes) == Counter(first.classes)
-        joined = each.loader == first.loader
-        if each.classes == first.classes or not (
+        if all(one == other for one, other in pairs) or not (
             joined or len(each.classes) == len(first.classes)
         ):
             continue

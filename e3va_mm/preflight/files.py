@@ -1,6 +1,9 @@
 """Checks of the files that data sets name."""
 
 import os
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import suppress
 
 from mmengine.config import Config
 
@@ -22,11 +25,12 @@ def check_files(config: Config, dataset: ReadDataset) -> Problems:
 
     Files that other backends and loaders read are left to these.
     """
+    beside = _files_beside(dataset.missing)
     for path, key in dataset.files.items():
         if path in dataset.missing:
-            others, fault = _others(path), MISSING
-            beside = f'There is {others} beside it. ' if others else ''
-            advice = beside + CHECK_NAMES
+            others = beside[os.path.splitext(path)[0]]
+            fault = MISSING + f' (there is {", ".join(others)})' * bool(others)
+            advice = CHECK_NAMES
         else:
             found = dataset.looks.get(path)
             fault, advice = found and found.fault, CHECK_FILES
@@ -89,15 +93,15 @@ def _text(size: tuple[int, int]) -> str:
     return f'{size[0]} x {size[1]}'
 
 
-def _others(path: str) -> str:
-    """Files beside one that is missing, with another ending."""
-    folder, name = os.path.split(path)
-    stem = os.path.splitext(name)[0]
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return ''
-    return ', '.join(n for n in names if os.path.splitext(n)[0] == stem)
+def _files_beside(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Names of the files in the folders of some, by path without ending."""
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for folder in {os.path.dirname(path) for path in paths}:
+        with suppress(OSError):
+            for name in os.listdir(folder or '.'):
+                stem = os.path.splitext(name)[0]
+                names[os.path.join(folder, stem)].append(name)
+    return names
 
 
 def _folder_option(dataset: ReadDataset, key: str) -> str:

@@ -162,15 +162,16 @@ class ReadDataset:
         labels = np.atleast_1d(info.get('gt_label', ())).tolist()
         flat, masks = [], []
         loader = self.transform('LoadAnnotations')
+        masked = getattr(loader, 'with_mask', False)
+        masked = masked and 'segments_info' not in info  # of panoptic maps
         for each in instances:
             box, label = each.get('bbox'), each.get('bbox_label')
             if not each.get('ignore_flag'):
                 labels += [label] if isinstance(label, int) else []
                 if box and not (box[0] < box[2] and box[1] < box[3]):
                     flat.append(box)
-            if getattr(loader, 'with_mask', False):
-                fault = mask_fault(each, size, loader)
-                masks += [(box, *fault)] if fault else []
+            fault = masked and mask_fault(each, size, loader)
+            masks += [(box, *fault)] if fault else []
         paths, identity = paths_in(info), info.get('img_id')
         return Entry(index, paths, size, identity, labels, flat, masks)
 

@@ -151,6 +151,16 @@ def test_files_that_cannot_be_read(tmp_path):
         problem = only(check_files, Files('none.jpg'), seconds=seconds)
         assert problem.found == 'no such file'
         assert problem.advice.startswith('Check these options, data_root')
+    for name in ('b', 'c'):
+        (tmp_path / f'{name}.png').touch()
+    names = [tmp_path / f'{name}.jpg' for name in 'bcd']
+    problems = found(check_files, Files(*names))
+    assert [each.found for each in problems] == [
+        'no such file (there is b.png)',
+        'no such file (there is c.png)',
+        'no such file',
+    ]
+    assert len({each.advice for each in problems}) == 1  # one report
     if os.geteuid() != 0:  # root reads every file
         (tmp_path / 'a.jpg').touch(mode=0)
         problem = only(check_files, Files(tmp_path / 'a.jpg'))

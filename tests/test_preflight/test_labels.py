@@ -140,6 +140,31 @@ def test_masks_of_every_form_pass(detection, tmp_path):
     assert problems_of(detection) == []
 
 
+def test_masks_of_panoptic_maps_are_in_no_instance(tmp_path):
+    from mmdet.datasets import CocoPanopticDataset
+
+    make_coco(tmp_path, 'train', 1)
+    content = json.loads((tmp_path / 'train.json').read_text())
+    for each in content['categories']:
+        each['isthing'] = 1
+    thing = dict(id=1, category_id=1, bbox=[8, 8, 16, 16], area=9, iscrowd=0)
+    content['annotations'] = [
+        dict(image_id=0, file_name='000.png', segments_info=[thing])
+    ]
+    (tmp_path / 'train.json').write_text(json.dumps(content))
+    dataset = CocoPanopticDataset(
+        data_root=str(tmp_path),
+        ann_file='train.json',
+        data_prefix=dict(img='train/'),
+        metainfo=dict(
+            classes=CLASSES, thing_classes=CLASSES, stuff_classes=()
+        ),
+        pipeline=[dict(type='mmdet.LoadAnnotations', with_mask=True)],
+    )
+    assert dataset.get_data_info(0)['instances']
+    assert run_checks(Config(), opened(dict(train_dataloader=dataset))) == []
+
+
 # ---- sizes
 
 
@@ -252,6 +277,27 @@ def test_other_names_for_the_same_label(segmentation):
     segmentation.val_dataloader.dataset.metainfo = dict(classes=named)
     problem = only(segmentation, 'same_classes', 'train', 'val')
     assert problem.severity == 'warning'
+
+
+def test_data_sets_that_are_joined(segmentation):
+    """The second of a validation; one of fewer classes has their names."""
+    first = segmentation.val_dataloader.dataset
+    for names, faults in (
+        (CLASSES[:2], []),
+        (('fox', 'owl'), ['val_dataloader.dataset.datasets.1.metainfo']),
+    ):
+        both = [first, dict(first, metainfo=dict(classes=names))]
+        segmentation.val_dataloader.dataset = dict(
+            type='ConcatDataset',
+            datasets=both,
+            ignore_keys=['classes', 'palette', 'label_map'],
+        )
+        found = [
+            each.where
+            for each in problems_of(segmentation, 'train', 'val')
+            if each.check == 'same_classes'
+        ]
+        assert found == faults
 
 
 def test_weights_of_another_number_of_classes(segmentation):

@@ -1,7 +1,7 @@
 """Every stock Swin config takes a tuned backbone by one changed line."""
 
-import importlib.util
 import gc
+import importlib.util
 import json
 import warnings
 from functools import lru_cache

@@ -52,6 +52,7 @@ def test_options_and_defaults_are_those_of_the_code():
         for field in dataclasses.fields(E3VAMixOptions)
     }
     assert f'`width` ({defaults.pop("width")})' in page
+    assert f'`mix_every=n` (`{defaults.pop("mix_every")}`)' in page
     defaults.update(preset='exact', taps=('attn', 'ffn'))  # None is all
     for field in dataclasses.fields(TrunkOptions):
         defaults[f'trunk_{field.name}'] = field.default

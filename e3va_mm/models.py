@@ -8,7 +8,7 @@ from e3va_mm.backbones import (
 )
 from e3va_mm.multi_task import MultiTaskModel
 from e3va_mm.necks import SimpleFeaturePyramid
-from e3va_mm.trunks import DINOv3ViT, TimmViT
+from e3va_mm.trunks import DINOv3ViT, TimmHiera, TimmViT
 from e3va_mm.tuners import (
     DTL,
     E3VA,
@@ -65,6 +65,7 @@ __all__ = [
     'NormTuning',
     'Partial',
     'SimpleFeaturePyramid',
+    'TimmHiera',
     'TimmViT',
     'TunedBackbone',
 ]

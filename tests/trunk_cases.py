@@ -33,6 +33,7 @@ V2_ARCH = dict(SWIN_ARCH, extra_norm_every_n_blocks=0)
 TINY_TIMM = dict(
     embed_dim=32, depth=4, num_heads=4, img_size=64, out_indices=(1, 3)
 )
+HIERA = dict(embed_dim=16, num_heads=1, stages=(1, 2, 2, 1))
 SAM_ARCH = dict(VIT, global_attn_indexes=[1, 3])
 
 
@@ -223,6 +224,21 @@ OTHERS = {
     'timm vit, ours': dict(
         TINY_TIMM, type='e3va_mm.TimmViT', model_name='vit_tiny_patch16_224'
     ),
+    'hiera': dict(
+        HIERA,
+        type='e3va_mm.TimmHiera',
+        model_name='hiera_tiny_224',
+        img_size=64,
+    ),
+    'hiera, windows': dict(
+        HIERA, type='e3va_mm.TimmHiera', model_name='hiera_small_abswin_256'
+    ),
+    'hiera of sam 2': dict(
+        HIERA,
+        type='e3va_mm.TimmHiera',
+        model_name='sam2_hiera_tiny',
+        global_att_blocks=(4,),
+    ),
     'timm dinov2, registers': timm(
         'vit_small_patch14_reg4_dinov2',
         img_size=56,
@@ -252,7 +268,7 @@ def image_for(name, batch=2):
     return torch.randn(batch, 3, *SIZES.get(name, (96, 64)))
 
 
-TIMM = ('TIMMBackbone', 'TimmViT', 'DINOv3ViT')
+TIMM = ('TIMMBackbone', 'TimmViT', 'DINOv3ViT', 'TimmHiera')
 
 
 def need(config):

@@ -9,6 +9,7 @@ from e3va_mm.trunks.stages import (
     StageEnd,
     StageSpec,
 )
+from e3va_mm.trunks.timm_hiera import TimmHiera
 from e3va_mm.trunks.timm_vit import DINOv3ViT, TimmViT
 from e3va_mm.trunks.trunk import Trunk
 
@@ -21,6 +22,7 @@ __all__ = [
     'Size',
     'StageEnd',
     'StageSpec',
+    'TimmHiera',
     'TimmViT',
     'Trunk',
     'TrunkOptions',

@@ -10,6 +10,7 @@ from e3va_mm.trunks.layout import Layout
 from e3va_mm.trunks.options import TrunkOptions
 from e3va_mm.trunks.swin import SwinTrunk
 from e3va_mm.trunks.timm import TimmTrunk
+from e3va_mm.trunks.timm_hiera import HieraTrunk, TimmHiera
 from e3va_mm.trunks.timm_vit import TimmViT, TimmViTTrunk
 from e3va_mm.trunks.trunk import Trunk
 from e3va_mm.trunks.vit import SamTrunk, VitTrunk
@@ -68,6 +69,8 @@ def build_trunk(
         kind = TimmTrunk
     elif isinstance(stock, TimmViT):
         kind = TimmViTTrunk
+    elif isinstance(stock, TimmHiera):
+        kind = HieraTrunk
     elif family in SWINS:
         kind = SwinTrunk
     return kind(stock, layout or FAMILIES[family], out_indices, options)

@@ -130,9 +130,19 @@ FAMILIES: Mapping[str, Layout] = {
         embedding=('patch_embed1',),
         first_stage=1,
     ),
-    # timm's ViTs behind a class of ours.
+    # timm's behind a class of ours.
     'e3va_mm.DINOv3ViT': _OWN_TIMM_VIT,
     'e3va_mm.TimmViT': _OWN_TIMM_VIT,
+    'e3va_mm.TimmHiera': Layout(
+        # The first block of a stage widens and pools the residual stream.
+        blocks='model.blocks.{block}',
+        stage_ends='model.stage_ends',
+        taps=dict(attn='drop_path1', ffn='drop_path2'),
+        channels='norm2',
+        channels_last=True,
+        embedding=('model.patch_embed',),
+        cut='model.blocks',
+    ),
     # timm's, behind TIMMBackbone with `features_only=True`, by the beginning
     # of the model's name.
     'timm.convnext': Layout(

@@ -1,5 +1,6 @@
 """Where a stock backbone has its blocks, taps, outputs and downsamplings."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -43,17 +44,22 @@ class Layout(Options):
     ``channels`` norm (a position encoding in the list of blocks) is no block.
     A path must lead somewhere, but for one that ends in ``?``.
 
-    Without ``{stage}`` in ``blocks`` the backbone has one resolution, as a
-    plain ViT: ``out_indices`` count blocks then, and a stage of the side path
-    ends with each output.
+    Without ``{stage}`` in ``blocks`` one list holds all blocks. If nothing
+    says where stages end in it, the backbone has one resolution, as a plain
+    ViT: ``out_indices`` count blocks then, and a stage of the side path ends
+    with each output.
 
     Attributes:
         blocks (str): Path of a block.
         taps (Mapping[str, str]): Name of a tap -> path, in a block, of the
             module whose output the block adds to its residual; ``'path#2'``
             for the second time that a block calls it.
-        channels (str): Path, in a block, of a norm over its channels.
-            Defaults to ``'norm1'``.
+        stage_ends (str, optional): Path of the places of each stage's last
+            block, where one list holds the blocks of all stages. The block
+            behind changes width and resolution; its taps are those of the
+            stage that it begins. Defaults to none.
+        channels (str): Path, in a block, of a norm over its channels, those
+            that it gives. Defaults to ``'norm1'``.
         first (str, optional): Path, in a block, of the module that it calls
             first, on its own input. Defaults to ``channels``.
         reads (Sequence[str]): Paths, in a block, of the modules that read its
@@ -84,6 +90,7 @@ class Layout(Options):
 
     blocks: str = option(check=a_path)
     taps: Mapping[str, str] = option(check=named_paths)
+    stage_ends: str | None = option(None, optional(a_path))
     channels: str = option('norm1', a_path)
     first: str | None = option(None, optional(a_path))
     reads: Sequence[str] = option((), path_list)
@@ -98,9 +105,14 @@ class Layout(Options):
     pools: str | None = option(None, optional(a_path))
 
     @property
+    def flat(self) -> bool:
+        """Whether one list holds all blocks."""
+        return '{stage}' not in self.blocks
+
+    @property
     def plain(self) -> bool:
         """Whether there is one resolution."""
-        return '{stage}' not in self.blocks
+        return self.flat and self.stage_ends is None
 
     def path(self, template: str, stage: int = 0, block: object = 0) -> str:
         """A template filled in for a stage, counted from 0."""
@@ -123,6 +135,7 @@ class Layout(Options):
         """
         named = [
             ('extra_tokens', self.extra_tokens, [0]),
+            ('stage_ends', self.stage_ends, [0]),
             ('cut', self.cut, [0]),
             ('pools', self.pools, [0]),
             ('output_norm', self.output_norm, outputs),
@@ -154,7 +167,7 @@ class Layout(Options):
             blocks = [*self._blocks_of(root, template)]
             if blocks:
                 stages.append(blocks)
-            if self.plain or not blocks:
+            if self.flat or not blocks:
                 break
         if not stages:
             raise ConfigError(
@@ -173,7 +186,10 @@ class Layout(Options):
                         'has '
                         f'{", ".join(n for n, _ in block.named_modules())}.'
                     )
-        return stages
+        if self.stage_ends is None:
+            return stages
+        ends = find(root, self.stage_ends) or ()  # which `check` refuses
+        return split(stages[0], [end + 1 for end in ends])
 
     def _blocks_of(self, root: nn.Module, template: str) -> Iterator[str]:
         folder = find(root, template.partition('.{block}')[0])
@@ -191,6 +207,11 @@ def find(root: nn.Module, path: str) -> object | None:
         if root is None:
             return None
     return root
+
+
+def split(blocks: Sequence[str], ends: Sequence[int]) -> list[Sequence[str]]:
+    """Stages of the blocks up to each end."""
+    return [blocks[a:b] for a, b in itertools.pairwise([0, *ends])]
 
 
 def length_of(norm: nn.Module) -> int:

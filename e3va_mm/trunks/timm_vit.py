@@ -54,7 +54,7 @@ class TimmViT(BaseModule):
         if img_size is not None:
             kwargs['img_size'] = img_size
         kwargs = dict(_POOLED, dynamic_img_size=True) | kwargs
-        self.model = _created(
+        self.model = created(
             model_name, drop_path_rate=drop_path_rate, **kwargs
         )
         self.out_indices = tuple(out_indices)
@@ -185,7 +185,7 @@ class TimmViTTrunk(Trunk):
         return found
 
 
-def _created(name: str, **kwargs) -> nn.Module:
+def created(name: str, **kwargs) -> nn.Module:
     """A model of timm."""
     try:
         import timm

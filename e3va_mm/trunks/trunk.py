@@ -20,7 +20,7 @@ from e3va_mm.trunks.kernels import kernel_of
 from e3va_mm.trunks.kernels.layers import FeedForward, FullPrecision, install
 from e3va_mm.trunks.kernels.window_attention import PatchMerging
 from e3va_mm.trunks.kernels.windows import windows_of_a_pass
-from e3va_mm.trunks.layout import Layout, find, length_of
+from e3va_mm.trunks.layout import Layout, find, length_of, split
 from e3va_mm.trunks.options import TrunkOptions
 from e3va_mm.trunks.stages import (
     STREAM,
@@ -117,7 +117,7 @@ class Trunk(TrunkFiles):
         if layout.plain:
             # A stage ends with each output.
             ends = [index + 1 for index in self.out_indices]
-            self.blocks = _split(blocks[0], ends)
+            self.blocks = split(blocks[0], ends)
             self.out_stages = range(len(self.out_indices))
         else:
             self.blocks = blocks[: self.out_indices[-1] + 1]
@@ -139,9 +139,10 @@ class Trunk(TrunkFiles):
         """Leave nothing behind the last output."""
         whole = self.stock.get_submodule(self.layout.cut)
         count = len(whole)
-        del whole[last + 1 :]
-        if self.layout.plain:
+        if self.layout.flat:
+            del whole[sum(map(len, self.blocks)) :]
             return
+        del whole[last + 1 :]
         # What else there is once for each stage; Twins count by these.
         for child in self.stock.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
@@ -217,7 +218,7 @@ class Trunk(TrunkFiles):
             ends (Sequence[int]): The number of blocks up to each stage's end.
         """
         other = copy.copy(self)
-        other.blocks = _split([*itertools.chain(*self.blocks)], ends)
+        other.blocks = split([*itertools.chain(*self.blocks)], ends)
         return other
 
     def divide(self, every: int) -> None:
@@ -239,7 +240,7 @@ class Trunk(TrunkFiles):
         """End stages behind these blocks, too."""
         before = [*itertools.accumulate(map(len, self.blocks))]
         every = sorted({*before, *ends})
-        self.blocks = _split([*itertools.chain(*self.blocks)], every)
+        self.blocks = split([*itertools.chain(*self.blocks)], every)
         self.out_stages = tuple(
             every.index(before[s]) for s in self.out_stages
         )
@@ -613,11 +614,6 @@ class _LastStage(Exception):
 def _first(output: Tensor | Sequence) -> Tensor:
     """What a module gives, or the first of what it gives."""
     return output[0] if isinstance(output, (tuple, list)) else output
-
-
-def _split(blocks: Sequence[str], ends: Sequence[int]) -> list[Sequence[str]]:
-    """Stages of the blocks up to each end."""
-    return [blocks[a:b] for a, b in itertools.pairwise([0, *ends])]
 
 
 def _under(

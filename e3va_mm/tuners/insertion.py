@@ -51,7 +51,18 @@ class Block:
         self._handles: list = []
 
     def insert(self, insertions: Mapping[str, Insertion]) -> None:
-        """Add to branches, by their names."""
+        """Add to branches, by their names.
+
+        Raises:
+            ConfigError: If blocks change the width of their stream.
+        """
+        if self.layout.stage_ends is not None:
+            raise ConfigError(
+                'Expected blocks that keep the width of their stream, but a '
+                f'stage of {self.trunk.stock_class.__name__} begins within '
+                'one. Take a tuner that inserts nothing into blocks, such as '
+                'E3VA, LoRA or BitFit.'
+            )
         self._inserted.update(insertions)
         if self._handles:
             return

@@ -71,6 +71,19 @@ _SAM: Renames = (
     (r'^neck\.conv2\.', 'neck.2.'),
     (r'^neck\.norm2\.', 'neck.3.'),
 )
+_SAM2: Renames = (
+    *_BLOCK,
+    (r'\.mlp\.proj_in\.', '.mlp.fc1.'),
+    (r'\.mlp\.proj_out\.', '.mlp.fc2.'),
+    (r'^patch_embed\.projection\.', 'patch_embed.proj.'),
+)
+_HIERA: Renames = (
+    (r'^embeddings\.patch_embeddings\.projection\.', 'patch_embed.proj.'),
+    (r'^embeddings\.position_embeddings$', 'pos_embed'),
+    (r'^encoder\.stages\.(\d+)\.layers\.', r'blocks.\1.'),
+    *_BLOCK,
+    (r'^(pooler\.)?layernorm\.', 'head.norm.'),
+)
 _SWIN: Renames = (
     (r'^embeddings\.patch_embeddings\.projection\.', 'patch_embed.proj.'),
     (r'^embeddings\.norm\.', 'patch_embed.norm.'),
@@ -149,6 +162,12 @@ _FAMILIES = (
     _Family('CLIP or SigLIP', r'embeddings\.patch_embedding\.weight', _VIT),
     _Family('Aimv2', r'encoder\.layers\.\d+\.rms_norm1\.weight', _AIMV2),
     _Family('SAM', r'layers\.\d+\.mlp\.lin1\.weight', _SAM),
+    _Family('Sam2', r'blocks\.\d+\.mlp\.proj_in\.weight', _SAM2),
+    _Family(
+        'Hiera',
+        r'encoder\.stages\.\d+\.layers\.\d+\.attn\.qkv\.weight',
+        _HIERA,
+    ),
     _Family(
         'Swin',
         r'encoder\.layers\.\d+\.blocks\.\d+\.layernorm_before\.weight',
@@ -217,9 +236,23 @@ def _renamed(
         for old, new in family.renames:
             name = re.sub(old, new, name)
         result[name] = _shaped(name, value)
+    _numbered(result)
     for name in [key for key in result if key.endswith('.attn.q.weight')]:
         _join(result, name.removesuffix('attn.q.weight'), family.joined)
     return result
+
+
+def _numbered(state: dict[str, Tensor]) -> None:
+    """Count through blocks that are counted in each stage, in place."""
+    found = {
+        name: (int(match[1]), int(match[2]))
+        for name in state
+        if (match := re.match(r'blocks\.(\d+)\.(\d+)\.', name))
+    }
+    places = sorted(set(found.values()))
+    for name, at in found.items():
+        rest = name.split('.', 3)[3]
+        state[f'blocks.{places.index(at)}.{rest}'] = state.pop(name)
 
 
 def _shaped(name: str, value: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from torch import Tensor
 from e3va_mm.errors import CheckpointError, E3VAError
 from e3va_mm.weights.hub_names import from_transformers
 
-# 'teacher' is what DINO and DINOv2 evaluate, 'module' what DeepSpeed writes.
-_WRAPPERS = ('state_dict', 'model', 'teacher', 'module')
+# 'teacher' is what DINO and DINOv2 evaluate, 'module' what DeepSpeed writes,
+# 'model_state' Hiera's files have.
+_WRAPPERS = ('state_dict', 'model', 'model_state', 'teacher', 'module')
 
 
 def state_of(content: Mapping[str, Any]) -> Mapping[str, Any]:

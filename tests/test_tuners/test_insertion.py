@@ -37,6 +37,11 @@ def test_activation_checkpoints_change_nothing(trunk, tuner, monkeypatch):
             torch.testing.assert_close(grad, others[name], msg=name)
 
 
+def test_blocks_that_change_their_width_are_refused():
+    with pytest.raises(ConfigError, match='keep the width of their stream'):
+        build_ours('hiera of sam 2', tuner=TUNERS['mona'])
+
+
 @pytest.mark.parametrize('window', [2, 3])  # without padding, with
 @pytest.mark.parametrize('tuner', [name for name in INSIDE if name != 'lora'])
 def test_branches_that_work_on_windows_are_refused(tuner, window, monkeypatch):

@@ -6,6 +6,7 @@ writes hub_reference.json beside this file. It needs transformers, which
 mmpretrain cannot be imported beside; the tests need the file alone.
 """
 
+import copy
 import json
 import tempfile
 from collections.abc import Callable
@@ -54,6 +55,20 @@ SWIN = dict(
     num_heads=[1, 2, 4, 8],
     window_size=4,
     out_features=['stage1', 'stage2', 'stage3', 'stage4'],
+)
+HIERA = dict(
+    embed_dim=8,
+    image_size=[64, 64],
+    depths=[1, 2, 1, 1],
+    num_heads=[1, 2, 4, 8],
+    mlp_ratio=2.0,
+)
+SAM2 = dict(
+    hidden_size=8,
+    blocks_per_stage=[1, 2, 1, 1],
+    embed_dim_per_stage=[8, 16, 32, 64],
+    num_attention_heads_per_stage=[1, 2, 4, 8],
+    global_attention_blocks=[2],
 )
 SQUARE, WIDE = (32, 32), (24, 40)
 LARGE, HIGH = (64, 64), (96, 64)
@@ -149,6 +164,21 @@ def features_normed(model, image):
     return [m.movedim(-1, 1) for m in maps]
 
 
+def hiera(model, image):
+    # The model orders what it gives for images of one size alone.
+    config = copy.deepcopy(model.config)
+    config.image_size = list(image.shape[-2:])
+    model.encoder.schedule = type(model.encoder)(config).schedule
+    how = dict(output_hidden_states=True, interpolate_pos_encoding=True)
+    maps = model(image, **how).reshaped_hidden_states[1:]
+    return [m.movedim(-1, 1) for m in maps]
+
+
+def sam2(model, image):
+    maps = model.backbone(image).intermediate_hidden_states
+    return [m.movedim(-1, 1) for m in maps]
+
+
 def neck(model, image):
     return [model(image).last_hidden_state]
 
@@ -195,6 +225,23 @@ CASES = {
     ),
     'beit': Case('BeitModel', BEIT, plain(), (SQUARE,)),
     'sam': Case('SamVisionModel', SAM, neck, (SQUARE,)),
+    'hiera': Case('HieraModel', HIERA, hiera, (LARGE, HIGH)),
+    'hiera, classifier': Case(
+        'HieraForImageClassification',
+        HIERA,
+        hiera,
+        (LARGE, HIGH),
+        runs='HieraModel',
+    ),
+    'sam 2': Case(
+        'Sam2VisionModel',
+        dict(
+            backbone_config=dict(SAM2, model_type='sam2_hiera_det_model'),
+            backbone_channel_list=[64, 32, 16, 8],
+        ),
+        sam2,
+        (LARGE, HIGH),
+    ),
     'swin': Case(
         'SwinModel', SWIN, features, (LARGE, HIGH), runs='SwinBackbone'
     ),

@@ -58,6 +58,11 @@ def dinov3(arch):
     )
 
 
+def hiera(model_name, **kwargs):
+    own = dict(embed_dim=8, stages=(1, 2, 1, 1), **kwargs)
+    return trunk('e3va_mm.TimmHiera', model_name=model_name, **own)
+
+
 def convnext(**kwargs):
     return trunk(
         'mmpretrain.ConvNeXt',
@@ -129,6 +134,9 @@ OURS = [
             final_norm=None,
         ),
     ),
+    ('hiera', hiera('hiera_tiny_224', img_size=64, mlp_ratio=2)),
+    ('hiera, classifier', hiera('hiera_tiny_224', img_size=64, mlp_ratio=2)),
+    ('sam 2', hiera('sam2_hiera_tiny', global_att_blocks=(2,))),
     (
         'swin',
         dict(

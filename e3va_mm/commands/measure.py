@@ -56,7 +56,7 @@ from e3va_mm.utils.sizes import GIB
 # What a figure depends on, beside the config and the machine.
 SETTINGS = (
     *('size', 'batch', 'device', 'amp', 'threads', 'warmup', 'steps'),
-    'runs',
+    *('runs', 'meta'),
 )
 
 
@@ -87,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     add('--device', default=device, help='cpu, cuda, cuda:1...')
     add('--amp', action='store_true', help='mixed precision')
+    meta = "account the backbone on torch's meta device, for one too large "
+    add('--meta', action='store_true', help=meta + 'for this machine')
     add('--threads', type=int, help='of torch, on CPU')
     only = parser.add_mutually_exclusive_group()
     only.add_argument('--memory-only', action='store_true')
@@ -165,13 +167,20 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             '--fits and --modules need memory, which --time-only leaves out.'
         )
+    if args.meta and (
+        not args.memory_only or args.gpu or args.runs or args.device != 'cpu'
+    ):
+        raise ConfigError(
+            '--meta has no backbone to take time of: add --memory-only and '
+            '--device cpu, leave out --gpu and --runs.'
+        )
     if args.modules and args.runs:
         raise ConfigError('--modules is for one run: leave out --runs.')
     _cards(args.fits)
     named_cards(args.gpu)
     others = (
         *('compare', 'time_only', 'modules', 'gpu', 'json', 'plot'),
-        'runs',
+        *('runs', 'meta'),
     )
     given = [key for key in others if getattr(args, key)]
     if args.batch == 'auto' and (given or not args.fits):
@@ -236,6 +245,8 @@ def _step(row: dict, args: argparse.Namespace) -> tuple[TrainingStep, dict]:
     kind = TrainingStep
     if args.runs:
         kind = partial(SharedStep, runs=args.runs)
+    elif args.meta:
+        kind = partial(TrainingStep, on_meta=True)
     step = kind(
         _load(row['config'], args),
         row['variant'],

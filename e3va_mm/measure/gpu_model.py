@@ -190,7 +190,7 @@ class Launches(TorchDispatchMode):
     def __enter__(self) -> 'Launches':
         self._inside = ExitStack()
         self._inside.enter_context(as_on_gpu())
-        self._inside.enter_context(_OneAttention())
+        self._inside.enter_context(OneAttention())
         return super().__enter__()
 
     def __exit__(self, *exception) -> None:
@@ -313,7 +313,7 @@ def _bytes(tensor: Tensor) -> int:
     return size
 
 
-class _OneAttention(TorchFunctionMode):
+class OneAttention(TorchFunctionMode):
     """Fuses attention where there is no device, as a GPU would."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -46,8 +46,8 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         weights (nn.Module | Iterable[Tensor]): Parameters and buffers. The
-            first determines the type of device that counts; without any, all
-            do. Defaults to none.
+            type of their device is the one that counts; without any, or with
+            two, all do. Defaults to none.
         optimizer (object, optional): An optimizer or a wrapper of one: all
             tensors in its ``state_dict()`` are its state, also those made
             while counting. Defaults to None.
@@ -89,7 +89,8 @@ class LiveBytes(TorchDispatchMode):
         if isinstance(weights, nn.Module):
             weights = [*weights.parameters(), *weights.buffers()]
         weights = list(weights)
-        self._device = weights[0].device.type if weights else None
+        devices = {weight.device.type for weight in weights}
+        self._device = devices.pop() if len(devices) == 1 else None
         self._trainable = [w for w in weights if w.requires_grad and w.is_leaf]
         for weight in weights:
             self._see(weight, WEIGHTS)

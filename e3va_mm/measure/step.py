@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from e3va_mm.engine.activation_checkpointing import checkpoint_modules
 from e3va_mm.errors import ConfigError
 from e3va_mm.frameworks.cpu_amp import CPUAmpOptimWrapper
-from e3va_mm.measure.gpu_model import Launches
+from e3va_mm.measure.gpu_model import Launches, OneAttention
 from e3va_mm.measure.inputs import (
     batch_size,
     generate_batch,
@@ -26,6 +26,7 @@ from e3va_mm.measure.inputs import (
 )
 from e3va_mm.measure.kept import ModulePath, fold_paths
 from e3va_mm.measure.live_bytes import LiveBytes
+from e3va_mm.measure.on_meta import backbone_on_meta
 from e3va_mm.measure.parts import Parts
 from e3va_mm.measure.variants import framework, prepare_variant, variant_config
 from e3va_mm.registry import install
@@ -51,6 +52,9 @@ class TrainingStep:
         seed (int): Seed of weights, input and each step. Defaults to 0.
         device (str): ``'cpu'``, ``'cuda'``, ``'cuda:1'``... Defaults to
             ``'cpu'``.
+        on_meta (bool): Whether the backbone is on the meta device, where it
+            needs no memory: for :meth:`memory` alone. Gradients are not
+            clipped then. Defaults to False.
         learn (bool): Whether the weights change. Without, the update has a
             learning rate of zero: heads that sample have the same work in
             every step. Defaults to True.
@@ -75,9 +79,15 @@ class TrainingStep:
         seed: int = 0,
         device: str = 'cpu',
         learn: bool = True,
+        on_meta: bool = False,
     ) -> None:
         install()
         config = variant_config(config, variant)
+        if on_meta:
+            backbone = config.model.backbone.to_dict()
+            config.model.backbone = dict(
+                type=backbone_on_meta, backbone=backbone
+            )
         if size is None:
             size = image_size(config)
         else:
@@ -93,9 +103,12 @@ class TrainingStep:
 
         with _SameDraws(seed):
             model = MODELS.build(config.model)
-            model.init_weights()
+            if not on_meta:  # where there is nothing to look at
+                model.init_weights()
         # As a runner does where processes do not train together.
-        model = revert_sync_batchnorm(model).to(self.device)
+        model = revert_sync_batchnorm(model)
+        if not on_meta:
+            model = model.to(self.device)
         model.train()
         prepare_variant(model, variant)
         for hook in config.get('custom_hooks') or ():
@@ -105,6 +118,8 @@ class TrainingStep:
         self.optim_wrapper = build_optim_wrapper(
             model, _optim_config(config, self.device)
         )
+        if on_meta:  # their norm would be on two devices
+            self.optim_wrapper.clip_grad_kwargs = None
         if not learn:
             self._set_rates(0.0)
         set_random_seed(seed)
@@ -170,6 +185,7 @@ class TrainingStep:
                 reserved=torch.cuda.max_memory_reserved(self.device),
             )
         with (
+            OneAttention(),
             ModulePath(self.model) as path,
             LiveBytes(self.model, self.optim_wrapper, path) as count,
         ):

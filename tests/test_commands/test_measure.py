@@ -268,6 +268,7 @@ def test_labels():
         ((DIGITS, '--fits', '8,x'), "8,11,24, but got '8,x'"),
         ((DIGITS, '--fits', '0'), "8,11,24, but got '0'"),
         ((DIGITS, '--time-only', '--fits', '8'), '--time-only leaves out'),
+        ((DIGITS, '--meta'), '--meta has no backbone to take time of'),
         ((DIGITS, '--batch', 'auto'), '--batch auto expects --fits'),
         (
             (DIGITS, '--batch', 'auto', '--fits', '8', '--modules'),

@@ -7,8 +7,8 @@ Run: python tools/train.py configs/retinanet_e3va_dinov2_s_bccd.py
 Test: python tools/test.py configs/retinanet_e3va_dinov2_s_bccd.py CHECKPOINT
 Trains 456,960 parameters in the backbone (2.07 %), plus neck and head, at a
 learning rate of 1e-3. The rest of the backbone is frozen.
-Expected: 0.476 box AP on validation (one run, seed 0); LoRA in its place 0.492,
-a frozen trunk 0.450.
+Expected: 0.476 box AP on validation (one run, seed 0); with LoRA in its place
+0.492, on a frozen trunk 0.450.
 """
 
 _base_ = [

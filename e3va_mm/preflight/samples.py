@@ -45,8 +45,8 @@ class CheckedSamples:
         """Prepare a sample.
 
         Raises:
-            DataError: If a file cannot be decoded, or a map does not fit its
-                image or has values without a class.
+            DataError: If a file cannot be reached or decoded, or a map does
+                not fit its image or has values without a class.
             Exception: What a transform fails with, if the files are whole;
                 with a note that names them.
         """
@@ -68,6 +68,13 @@ class CheckedSamples:
                         f'{self.option}.\nCopy the file again, or take it out '
                         'of the data.'
                     ) from error
+            if isinstance(error, OSError) and files:
+                raise DataError(
+                    f'{self.option}: sample {index} cannot be read: '
+                    f'{type(error).__name__}: {error}; expected files that '
+                    f'its loaders reach: {", ".join(files.values())}.\n'
+                    'Check the address, the network and `backend_args`.'
+                ) from error
             note = f'This was sample {index} of {self.option}: {files}'
             add_note(error, note)
             raise

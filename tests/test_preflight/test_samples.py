@@ -1,5 +1,7 @@
 """Samples that fail; whole runs are in test_odd_data."""
 
+from urllib.error import URLError
+
 import pytest
 import torch
 from mmengine.structures import BaseDataElement, PixelData
@@ -37,6 +39,23 @@ def test_a_transform_with_a_defect_keeps_its_trace(tmp_path):
     truncate(path)
     with pytest.raises(DataError, match=f'{path}: cannot be decoded'):
         samples(7)
+
+
+def test_a_file_that_cannot_be_reached_is_named():
+    class Far(Refuse):
+        def __call__(self, index):
+            raise URLError('Connection refused')
+
+    far = Far('http://host/a.jpg')
+    samples = CheckedSamples(far, far, 'train_dataloader.dataset')
+    with pytest.raises(DataError) as error:
+        samples(7)
+    assert str(error.value) == (
+        'train_dataloader.dataset: sample 7 cannot be read: URLError: '
+        '<urlopen error Connection refused>; expected files that its loaders '
+        'reach: http://host/a.jpg.\nCheck the address, the network and '
+        '`backend_args`.'
+    )
 
 
 def test_a_data_set_of_videos_does_not_hide_a_defect():

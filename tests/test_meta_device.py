@@ -171,6 +171,7 @@ def test_launches_of_a_step_of_dinov2_b(without_values):
     ours = MODELS.build(
         dict(
             type='e3va_mm.E3VAVisionTransformer',
+            trunk_type='mmpretrain.VisionTransformer',
             layer_scale_init_value=1e-5,
             out_type='featmap',
             allow_random_trunk=True,

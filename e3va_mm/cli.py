@@ -1,7 +1,6 @@
 """The command ``e3va``: one subcommand for each module of ``commands``."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -54,9 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         'arguments', nargs=argparse.REMAINDER, metavar='...', help='its own'
     )
     args = parser.parse_args(argv)
-    # Before torch is imported. Threads that wait do not spin, or one busy
-    # process beside a training makes its steps several times slower.
-    os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     # Lazily: a command needs frameworks that others do without.
     command = import_module(f'e3va_mm.commands.{args.command}')
     return command.main(args.arguments)

@@ -169,15 +169,6 @@ def test_an_explanation_hides_no_error(segmentation, error, monkeypatch):
     assert 'NoDataset is not in the' in text
 
 
-def test_threads_that_wait_do_not_spin(monkeypatch):
-    monkeypatch.delenv('OMP_WAIT_POLICY', raising=False)
-    for policy in ('passive', 'active'):
-        with pytest.raises(SystemExit):
-            cli.main(['doctor', '--help'])
-        assert os.environ['OMP_WAIT_POLICY'] == policy
-        monkeypatch.setenv('OMP_WAIT_POLICY', 'active')
-
-
 def test_framework_that_is_not_installed(tmp_path, error, monkeypatch):
     monkeypatch.setattr(launching, 'find_spec', lambda name: None)
     text = error(test, segmentation_config(tmp_path), 'x.pth')

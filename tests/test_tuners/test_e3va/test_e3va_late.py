@@ -140,3 +140,10 @@ def test_copies_autocast_and_switching_off(name, count):
     expected = stock_outputs(name, stock, image)
     for a, b in zip(flat(ours(image)), expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_pass_is_not_shared():
+    ours, other = build_e3va(tuner=late(1)), build_e3va()
+    for one, two in ((ours, other), (other, ours)):
+        with pytest.raises(ConfigError, match='tunes the last blocks from'):
+            one.share_trunk(two)

@@ -32,6 +32,7 @@ from e3va_mm.measure.variants import framework, prepare_variant, variant_config
 from e3va_mm.registry import install
 from e3va_mm.utils import count_parameters
 from e3va_mm.utils.configs import class_name
+from e3va_mm.utils.module_paths import parameters_of, select
 
 
 class TrainingStep:
@@ -39,8 +40,8 @@ class TrainingStep:
 
     That is ``train_step`` of the model: data preprocessor, forward, losses,
     backward, clipping, update. Every step updates, whatever the config
-    accumulates. An ``ActivationCheckpointHook`` among its ``custom_hooks``
-    applies, and so does mixed precision, in bfloat16 on CPU.
+    accumulates. An ``ActivationCheckpointHook`` and a ``FreezeHook`` among its
+    ``custom_hooks`` apply, and so does mixed precision, in bfloat16 on CPU.
 
     Args:
         config (Config): A detection or segmentation config.
@@ -114,6 +115,12 @@ class TrainingStep:
         for hook in config.get('custom_hooks') or ():
             if class_name(hook) == 'ActivationCheckpointHook':
                 checkpoint_modules(model, hook['modules'])
+            elif class_name(hook) == 'FreezeHook':
+                chosen = select(model, hook['freeze'])
+                spared = select(model, hook.get('train', ()))
+                frozen = parameters_of(*chosen.values())
+                for p in frozen - parameters_of(*spared.values()):
+                    p.requires_grad_(False)
         self.model = model
         self.optim_wrapper = build_optim_wrapper(
             model, _optim_config(config, self.device)

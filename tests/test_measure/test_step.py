@@ -210,6 +210,18 @@ def test_activation_checkpoints_of_the_config_apply(measured):
     assert all(found[k] == before[k] for k in others if 'roi' not in k)
 
 
+def test_what_the_config_freezes_does_not_train():
+    hook = dict(
+        type='e3va_mm.FreezeHook',
+        freeze=['roi_head'],
+        train=['roi_head.mask_head'],
+    )
+    step = step_of(DIGITS, 'exact', ONE, custom_hooks=[hook])
+    trains = {n for n, p in step.model.named_parameters() if p.requires_grad}
+    assert any(name.startswith('roi_head.mask_head.') for name in trains)
+    assert not any(name.startswith('roi_head.bbox_head.') for name in trains)
+
+
 def test_what_cannot_train_is_refused():
     step = step_of(size=dict(size=(64, 64), batch=1))
     with pytest.raises(ConfigError, match='the batch is 1.*--batch 2'):

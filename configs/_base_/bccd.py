@@ -37,49 +37,32 @@ test_pipeline = [
     ),
 ]
 
+cells = dict(
+    type='XMLDataset',
+    data_root=data_root,
+    metainfo=metainfo,
+    data_prefix=dict(sub_data_root=''),
+)
 train_dataloader = dict(
     batch_size=4,
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
-        type='XMLDataset',
-        data_root=data_root,
-        metainfo=metainfo,
+        cells,
         ann_file='ImageSets/Main/train.txt',
-        data_prefix=dict(sub_data_root=''),
         filter_cfg=dict(filter_empty_gt=True, bbox_min_size=1),
         pipeline=train_pipeline,
     ),
 )
+held_out = dict(cells, test_mode=True, pipeline=test_pipeline)
 val_dataloader = dict(
-    batch_size=4,
-    num_workers=2,
-    persistent_workers=True,
+    train_dataloader,
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='XMLDataset',
-        data_root=data_root,
-        metainfo=metainfo,
-        ann_file='ImageSets/Main/val.txt',
-        data_prefix=dict(sub_data_root=''),
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
+    dataset=dict(held_out, ann_file='ImageSets/Main/val.txt'),
 )
 test_dataloader = dict(
-    batch_size=4,
-    num_workers=2,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='XMLDataset',
-        data_root=data_root,
-        metainfo=metainfo,
-        ann_file='ImageSets/Main/test.txt',
-        data_prefix=dict(sub_data_root=''),
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
+    val_dataloader,
+    dataset=dict(held_out, ann_file='ImageSets/Main/test.txt'),
 )
 val_evaluator = test_evaluator = dict(type='CocoMetric', metric='bbox')

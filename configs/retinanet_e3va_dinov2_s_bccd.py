@@ -18,6 +18,7 @@ _base_ = [
     './_base_/dinov2_s.py',
     './_base_/e3va_runtime.py',
     './_base_/safe_checkpoints.py',
+    './_base_/short_schedule.py',
 ]
 width = 96
 model = dict(
@@ -44,25 +45,10 @@ epochs = 5
 train_cfg = dict(
     type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=epochs
 )
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(
-    type='OptimWrapper',
-    constructor='e3va_mm.SidePathOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0),
-    clip_grad=dict(max_norm=10.0),
+param_scheduler = _base_.param_scheduler
+param_scheduler[1].update(
+    by_epoch=True, T_max=epochs, convert_to_iter_based=True
 )
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
-    dict(
-        type='CosineAnnealingLR',
-        by_epoch=True,
-        T_max=epochs,
-        eta_min_ratio=0.01,
-        convert_to_iter_based=True,
-    ),
-]
 default_hooks = dict(
     logger=dict(interval=20),
     checkpoint=dict(
@@ -72,4 +58,3 @@ default_hooks = dict(
     ),
 )
 auto_scale_lr = dict(enable=False, base_batch_size=4)
-randomness = dict(seed=0)

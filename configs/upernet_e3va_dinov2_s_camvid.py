@@ -20,6 +20,7 @@ _base_ = [
     './_base_/dinov2_s.py',
     './_base_/e3va_runtime.py',
     './_base_/safe_checkpoints.py',
+    './_base_/short_schedule.py',
 ]
 width = 64
 norm = dict(type='GN', num_groups=8)
@@ -53,24 +54,8 @@ iterations = 400
 train_cfg = dict(
     type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations
 )
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(
-    type='OptimWrapper',
-    constructor='e3va_mm.SidePathOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0),
-    clip_grad=dict(max_norm=10.0),
-)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
-    dict(
-        type='CosineAnnealingLR',
-        by_epoch=False,
-        T_max=iterations,
-        eta_min_ratio=0.01,
-    ),
-]
+param_scheduler = _base_.param_scheduler
+param_scheduler[1].T_max = iterations
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),
@@ -85,4 +70,3 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
-randomness = dict(seed=0)

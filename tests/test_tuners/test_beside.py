@@ -23,6 +23,7 @@ TUNERS = {
     'pmt': dict(type='e3va_mm.PMT', laterals=2, blocks=1),
     'spatial-prior': dict(type='e3va_mm.SpatialPrior', stem=4, width=16),
     'vit-split': dict(type='e3va_mm.ViTSplit', copies=1, priors=3),
+    'e3va-rerun': dict(type='e3va_mm.E3VARerun', rank=2),
 }
 TRUNKS = {  # and channels and depths of the stages
     'dinov2': ((32, 2), (32, 2)),
@@ -71,6 +72,8 @@ def formula(tuner, stages, plain):
             if before and not plain:
                 total += before * w + w
             before = w
+        elif tuner == 'e3va-rerun':  # q and v of one block for each output
+            each, total = 0, total + 2 * 2 * 2 * c
         elif tuner == 'r2-tuning':
             total += 2 * c + 16 * c + 16 + 2 * 16 + 16**2 + 16
             total += min(3, seen) - 1 + block(16) + 16 * c + c

@@ -7,8 +7,8 @@ Run: python tools/train.py configs/retinanet_e3va_dinov2_s_bccd.py
 Test: python tools/test.py configs/retinanet_e3va_dinov2_s_bccd.py CHECKPOINT
 Trains 456,960 parameters in the backbone (2.07 %), plus neck and head, at a
 learning rate of 1e-3. The rest of the backbone is frozen.
-Expected: 0.476 box AP on validation (one run, seed 0); with LoRA in its place
-0.492, on a frozen trunk 0.450.
+Expected: 0.464, 0.478 and 0.473 box AP on validation (seeds 0 to 2 of a
+sweep); on a frozen trunk 0.441, 0.433 and 0.433.
 """
 
 _base_ = [
@@ -20,28 +20,40 @@ _base_ = [
     './_base_/safe_checkpoints.py',
     './_base_/short_schedule.py',
 ]
-width = 96
+width = 64
 model = dict(
     # Images are whole patches, which padding to 32 pixels would not keep.
     data_preprocessor=dict(pad_size_divisor=14),
     backbone=dict(_delete_=True, **dict(_base_.trunk, out_indices=(3, 7, 11))),
-    neck=dict(
-        _delete_=True,
-        type='e3va_mm.SimpleFeaturePyramid',
-        in_channels=_base_.width,
-        out_channels=width,
-        scales=(2, 1, 0.5),
-    ),
+    # A map for each depth, so that a frozen trunk shows all that it has.
+    neck=[
+        dict(
+            type='e3va_mm.SimpleFeaturePyramid',
+            in_channels=_base_.width,
+            out_channels=width,
+            scales=(2, 1, 0.5),
+        ),
+        dict(
+            type='FPN',
+            in_channels=[width] * 3,
+            out_channels=width,
+            num_outs=3,
+        ),
+    ],
     bbox_head=dict(
         num_classes=3,
         in_channels=width,
         feat_channels=width,
         stacked_convs=2,
-        anchor_generator=dict(strides=[7, 14, 28]),
+        # So narrow a head, drawn as the stock one, hardly learns without.
+        norm_cfg=dict(type='GN', num_groups=8),
+        # Half of the platelets, red and white cells are at most 21, 54 and 99
+        # pixels large: anchors begin with 21.
+        anchor_generator=dict(octave_base_scale=3, strides=[7, 14, 28]),
     ),
 )
 
-epochs = 5
+epochs = 3
 train_cfg = dict(
     type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=epochs
 )
@@ -57,4 +69,4 @@ default_hooks = dict(
         save_best='coco/bbox_mAP',
     ),
 )
-auto_scale_lr = dict(enable=False, base_batch_size=4)
+auto_scale_lr = dict(enable=False, base_batch_size=2)

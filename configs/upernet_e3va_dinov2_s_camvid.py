@@ -7,7 +7,8 @@ Run: python tools/train.py configs/upernet_e3va_dinov2_s_camvid.py
 Test: python tools/test.py configs/upernet_e3va_dinov2_s_camvid.py CHECKPOINT
 Trains 456,960 parameters in the backbone (2.07 %), plus neck and heads, at a
 learning rate of 1e-3. The rest of the backbone is frozen.
-Expected: not measured yet.
+Expected: not measured yet at this batch; with a batch of 2, 0.415 mIoU on
+validation (seed 0), on a frozen trunk 0.426.
 """
 
 # `mmseg::_base_/...`; see upernet_e3va_swin_l_ade20k.py.

@@ -215,28 +215,31 @@ def shrunk(config):
             part['size'] = (side, side)
     backbone = model.pop('backbone')
     heads = ('decode_head', 'auxiliary_head', 'panoptic_head')
-    behind = 'out_channels' in model.get('neck', {})
-    readers = {
-        (part, key): model[part][key]
-        for part in ('neck', *heads[: 0 if behind else None])
+    necks = model.get('neck', {})
+    neck, *others = necks if isinstance(necks, list) else [necks]
+    behind = 'out_channels' in neck
+    parts = [neck, *(model.get(head) or {} for head in heads)]
+    readers = [
+        (part, key, part[key])
+        for part in parts[: 1 if behind else None]
         for key in ('in_channels', 'embed_dim')
-        if key in model.get(part, {})
-    }
+        if key in part
+    ]
     if 'num_queries' in model:  # no more than there are tokens
         model.num_queries = min(model.num_queries, 4 * SAMPLES)
     narrow(model, transformer=bool(values(model, 'embed_dims')))
     scale = shrink_backbone(backbone, side)
-    for (part, key), width in readers.items():
-        model[part][key] = (
+    for part, key, width in readers:
+        part[key] = (
             int(width * scale)
             if isinstance(width, int)
             else [int(n * scale) for n in width]
         )
-    for head in heads if behind else ():
-        width = (model.get(head) or {}).get('in_channels')
+    for part in [*others, *parts[1:]] if behind else ():
+        width = part.get('in_channels')
         if width is not None:
-            own = model.neck.out_channels
-            model[head].in_channels = (
+            own = neck.out_channels
+            part.in_channels = (
                 own if isinstance(width, int) else [own] * len(width)
             )
     model.backbone = backbone

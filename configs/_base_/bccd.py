@@ -44,7 +44,7 @@ cells = dict(
     data_prefix=dict(sub_data_root=''),
 )
 train_dataloader = dict(
-    batch_size=4,
+    batch_size=2,
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),

@@ -18,7 +18,7 @@ cells.pipeline = [
         ratio_range=(1.0, 1.5),
         keep_ratio=True,
     ),
-    dict(type='RandomCrop', crop_size=image_scale[::-1]),
+    dict(type='RandomCrop', crop_size=image_scale),
     flip,
     dict(type='PhotoMetricDistortion'),
     pack,

@@ -57,6 +57,8 @@ epochs = 3
 train_cfg = dict(
     type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=epochs
 )
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
 param_scheduler = _base_.param_scheduler
 param_scheduler[1].update(
     by_epoch=True, T_max=epochs, convert_to_iter_based=True

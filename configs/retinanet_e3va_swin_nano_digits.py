@@ -60,6 +60,8 @@ train_cfg = dict(
 )
 val_evaluator = dict(metric='bbox')
 test_evaluator = dict(metric='bbox')
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
 param_scheduler = _base_.param_scheduler
 param_scheduler[1].update(
     by_epoch=True, T_max=epochs, convert_to_iter_based=True

@@ -55,6 +55,8 @@ iterations = 400
 train_cfg = dict(
     type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations
 )
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
 param_scheduler = _base_.param_scheduler
 param_scheduler[1].T_max = iterations
 default_hooks = dict(

@@ -51,6 +51,8 @@ train_cfg = dict(
     type='IterBasedTrainLoop', max_iters=iterations, val_interval=iterations
 )
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
 param_scheduler = _base_.param_scheduler
 param_scheduler[1].T_max = iterations
 default_hooks = dict(

@@ -4,8 +4,6 @@ Child configs set their length: `train_cfg`, and `T_max` of
 `param_scheduler[1]`, in iterations unless `by_epoch` is set there.
 """
 
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
     constructor='e3va_mm.SidePathOptimWrapperConstructor',

@@ -17,6 +17,7 @@ _base_ = [
     'mmdet::_base_/default_runtime.py',
     '../_base_/e3va_runtime.py',
     '../_base_/safe_checkpoints.py',
+    '../_base_/short_schedule.py',
 ]
 tasks = dict(
     boxes='{{ fileDirname }}/../cascade_e3va_swin_nano_digits.py',
@@ -33,23 +34,10 @@ train_dataloader = dict(
 
 epochs = 6
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs)
-optim_wrapper = dict(
-    type='OptimWrapper',
-    constructor='e3va_mm.SidePathOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0),
-    clip_grad=dict(max_norm=10.0),
+param_scheduler = _base_.param_scheduler
+param_scheduler[1].update(
+    by_epoch=True, T_max=epochs, convert_to_iter_based=True
 )
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=50),
-    dict(
-        type='CosineAnnealingLR',
-        by_epoch=True,
-        T_max=epochs,
-        eta_min_ratio=0.01,
-        convert_to_iter_based=True,
-    ),
-]
 custom_hooks = _base_.custom_hooks + [
     dict(type='e3va_mm.AdapterCheckpointHook', max_keep=1)
 ]
@@ -57,4 +45,3 @@ default_hooks = dict(
     logger=dict(interval=20),
     checkpoint=dict(type='e3va_mm.AtomicCheckpointHook', max_keep_ckpts=1),
 )
-randomness = dict(seed=0)

@@ -1,7 +1,7 @@
 """Blood cells with scale, crop, flip and colour drawn anew, or in fixed views.
 
 Run: python tools/train.py benchmarks/views_config.py --cfg-options
-  train_dataloader.dataset.views=4 model.backbone.trunk_cache.views=4
+  train_dataloader.dataset.views=4
 without options for fresh augmentation in every epoch.
 """
 
@@ -24,9 +24,7 @@ cells.pipeline = [
     pack,
 ]
 train_dataloader = dict(
-    dataset=dict(
-        _delete_=True, type='e3va_mm.FixedViews', dataset=cells, views=None
-    )
+    dataset=dict(_delete_=True, type='e3va_mm.FixedViews', dataset=cells)
 )
 test_pipeline = _base_.test_pipeline
 test_pipeline[1].scale = image_scale

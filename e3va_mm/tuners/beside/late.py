@@ -37,15 +37,14 @@ def copy_blocks(
     """
     blocks = [trunk.stock.get_submodule(path) for path in paths]
     _, *takes = inspect.signature(type(blocks[0]).forward).parameters
-    if trunk.layout.channels_last:
-        takes = ['maps']
-    if len(takes) > 1 or takes == ['maps'] or trunk.options.weights == 'int8':
+    maps, weights = trunk.layout.channels_last, trunk.options.weights
+    if len(takes) > 1 or maps or weights == 'int8':
         raise ConfigError(
             f'{type(tuner).__name__} expects blocks that take tokens alone, '
             f'in floating point, but those of {trunk.stock_class.__name__} '
-            f'take {", ".join(takes)}, in '
-            f'{trunk.options.weights or "their own type"}. Take another '
-            'trunk or tuner, or leave out `trunk_weights`.'
+            f'take {"maps" if maps else ", ".join(takes)}, in '
+            f'{weights or "their own type"}. Take another trunk or tuner, or '
+            'leave out `trunk_weights`.'
         )
     return copy.deepcopy(blocks)
 

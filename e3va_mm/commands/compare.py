@@ -175,7 +175,6 @@ def _records(args: argparse.Namespace, config: Config) -> Records:
         config=Path(args.config).name,
         content=content_key(config),
         metric=args.metric or metric_of(config),
-        lrs=sorted(args.lrs),
         torch=torch.__version__,
     )
     seeds = dict.fromkeys(methods, args.seeds)

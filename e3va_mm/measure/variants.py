@@ -34,7 +34,7 @@ TUNERS: Mapping[str, Mapping] = {
 SIDE_PATHS: dict[str, Mapping] = {
     'e3va': dict(type='E3VA'),
     'e3va-mix': dict(type='E3VAMix'),
-    'e3va-rerun': dict(type='E3VARerun'),
+    'e3va-fusion': dict(type='E3VAFusion'),
     'adatad': dict(type='AdaTAD'),
     'dtl': dict(type='DTL'),
     'losa': dict(type='LoSA'),
@@ -46,7 +46,7 @@ SIDE_PATHS: dict[str, Mapping] = {
     'vit-split': dict(type='ViTSplit'),
 }
 # Of these, such as need a trunk with one resolution.
-ON_PLAIN = ('e3va-rerun', 'pmt', 'spatial-prior', 'vit-split')
+ON_PLAIN = ('pmt', 'spatial-prior', 'vit-split')
 VARIANTS = {
     'as-is': 'as the config has it',
     'full': 'the backbone fine-tuned as a whole',

@@ -23,7 +23,7 @@ TUNERS = {
     'pmt': dict(type='e3va_mm.PMT', laterals=2, blocks=1),
     'spatial-prior': dict(type='e3va_mm.SpatialPrior', stem=4, width=16),
     'vit-split': dict(type='e3va_mm.ViTSplit', copies=1, priors=3),
-    'e3va-rerun': dict(type='e3va_mm.E3VARerun', rank=2),
+    'e3va-fusion': dict(type='e3va_mm.E3VAFusion', rank=2),
 }
 TRUNKS = {  # and channels and depths of the stages
     'dinov2': ((32, 2), (32, 2)),
@@ -53,7 +53,7 @@ def block(width):
 
 def formula(tuner, stages, plain):
     """How many parameters a side path has, its sizes as above."""
-    total, seen, before = 0, 0, None
+    total, seen, codes, before = 0, 0, 0, None
     for c, depth in stages:
         each, w = 0, c // 4
         seen = seen * plain + depth
@@ -72,8 +72,9 @@ def formula(tuner, stages, plain):
             if before and not plain:
                 total += before * w + w
             before = w
-        elif tuner == 'e3va-rerun':  # q and v of one block for each output
-            each, total = 0, total + 2 * 2 * 2 * c
+        elif tuner == 'e3va-fusion':
+            each, w, codes = 2 * c, depth * 2, codes + depth * 2
+            total += 83 * w + 3 * w + w**2 + w + codes * c + c
         elif tuner == 'r2-tuning':
             total += 2 * c + 16 * c + 16 + 2 * 16 + 16**2 + 16
             total += min(3, seen) - 1 + block(16) + 16 * c + c
@@ -206,6 +207,7 @@ def test_copies_start_as_the_blocks_that_are_loaded():
         ),
         ('swin of mmdet', TUNERS['vit-split'], 'blocks that take tokens alo'),
         ('beit', TUNERS['vit-split'], 'of BEiTViT take x, rel_pos_bias'),
+        ('sam', TUNERS['vit-split'], 'of ViTSAM take maps'),
         ('dinov2', dict(TUNERS['vit-split'], copies=4), 'than the 4 blocks'),
         ('dinov2', dict(TUNERS['pmt'], laterals=5), 'to the 4 blocks of the'),
         ('dinov2', dict(TUNERS['lst'], reduction=0), '`tuner.reduction` shou'),

@@ -1,6 +1,5 @@
 from e3va_mm.tuners.beside.adatad import AdaTAD, AdaTADOptions
 from e3va_mm.tuners.beside.dtl import DTL, DTLOptions
-from e3va_mm.tuners.beside.e3va_rerun import E3VARerun, E3VARerunOptions
 from e3va_mm.tuners.beside.losa import LoSA, LoSAOptions
 from e3va_mm.tuners.beside.lst import LST, LSTOptions
 from e3va_mm.tuners.beside.pmt import PMT, PMTOptions
@@ -23,8 +22,6 @@ __all__ = [
     'AdaTADOptions',
     'DTL',
     'DTLOptions',
-    'E3VARerun',
-    'E3VARerunOptions',
     'LST',
     'LSTOptions',
     'LoSA',

@@ -1,11 +1,8 @@
 """What decoders of a frozen plain trunk share: they make its last output."""
 
-import copy
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.trunks import Size, StageSpec, Trunk
@@ -24,59 +21,6 @@ def require_plain(tuner: nn.Module, trunk: Trunk) -> None:
             f'a plain ViT, but got {trunk.stock_class.__name__}. Take another '
             'tuner, such as LST.'
         )
-
-
-def copy_blocks(
-    tuner: nn.Module, trunk: Trunk, paths: Sequence[str]
-) -> list[nn.Module]:
-    """Copies of blocks, to be run by :func:`run_copy`.
-
-    Raises:
-        ConfigError: If they take more than tokens, or maps, or have weights
-            in 8 bits.
-    """
-    blocks = [trunk.stock.get_submodule(path) for path in paths]
-    _, *takes = inspect.signature(type(blocks[0]).forward).parameters
-    maps, weights = trunk.layout.channels_last, trunk.options.weights
-    if len(takes) > 1 or maps or weights == 'int8':
-        raise ConfigError(
-            f'{type(tuner).__name__} expects blocks that take tokens alone, '
-            f'in floating point, but those of {trunk.stock_class.__name__} '
-            f'take {"maps" if maps else ", ".join(takes)}, in '
-            f'{weights or "their own type"}. Take another trunk or tuner, or '
-            'leave out `trunk_weights`.'
-        )
-    return copy.deepcopy(blocks)
-
-
-def run_copy(
-    trunk: Trunk,
-    path: str,
-    block: nn.Module,
-    tokens: Tensor,
-    differences: Mapping[str, Tensor] | None = None,
-) -> Tensor:
-    """Run a copy of a block on the weights of the trunk.
-
-    Args:
-        trunk (Trunk): The trunk, which takes no gradients.
-        path (str): Of the block in it.
-        block (nn.Module): The copy.
-        tokens (Tensor): (B, extra + H * W, C).
-        differences (Mapping[str, Tensor], optional): What is added to some
-            weights, by their names in the block.
-
-    Returns:
-        Tensor: As ``tokens``.
-    """
-    stock = trunk.stock.get_submodule(path)
-    weights = {
-        name: value.detach().to(tokens.dtype)
-        for name, value in stock.named_parameters()
-    }
-    for name, difference in (differences or {}).items():
-        weights[name] = weights[name] + difference
-    return functional_call(block, weights, tokens)
 
 
 def to_maps(tokens: Tensor, size: Size) -> Tensor:

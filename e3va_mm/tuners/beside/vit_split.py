@@ -1,20 +1,18 @@
 """ViT-Split: trained copies of the last blocks, and a prior of frozen ones."""
 
+import copy
+import inspect
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.registry import MODELS
 from e3va_mm.trunks import Size, Trunk
-from e3va_mm.tuners.beside.late import (
-    LateSidePath,
-    copy_blocks,
-    run_copy,
-    to_maps,
-)
+from e3va_mm.tuners.beside.late import LateSidePath, to_maps
 from e3va_mm.tuners.e3va.side_path import SidePathOptions
 from e3va_mm.utils.options import option, whole
 
@@ -75,9 +73,20 @@ class ViTSplit(LateSidePath):
                 '`tuner.copies` of ViTSplit should be fewer than the '
                 f'{len(body)} blocks of the trunk, but got {count}.'
             )
+        copies = body[-count:]
+        takes = inspect.signature(type(copies[0][1]).forward).parameters
+        maps, weights = trunk.layout.channels_last, trunk.options.weights
+        if len(takes) > 2 or maps or weights == 'int8':
+            raise ConfigError(
+                'ViTSplit expects blocks that take tokens alone, in floating '
+                f'point, but those of {trunk.stock_class.__name__} take '
+                f'{"maps" if maps else ", ".join([*takes][1:])}, in '
+                f'{weights or "their own type"}. Take another trunk or tuner, '
+                'or leave out `trunk_weights`.'
+            )
         # In a list, or the trunk would be asked for by state dicts.
-        self._trunk, self._paths = [trunk], [p for p, _ in body[-count:]]
-        self.copies = nn.ModuleList(copy_blocks(self, trunk, self._paths))
+        self._trunk, self._paths = [trunk], [path for path, _ in copies]
+        self.copies = nn.ModuleList(copy.deepcopy(b) for _, b in copies)
         with torch.no_grad():
             for parameter in self.copies.parameters():
                 parameter.zero_()
@@ -97,8 +106,14 @@ class ViTSplit(LateSidePath):
         """See :class:`~e3va_mm.tuners.beside.late.LateSidePath`."""
         task = streams[self._before]
         for path, block in zip(self._paths, self.copies, strict=True):
-            differences = dict(block.named_parameters())
-            task = run_copy(self._trunk[0], path, block, task, differences)
+            stock = dict(
+                self._trunk[0].stock.get_submodule(path).named_parameters()
+            )
+            weights = {
+                name: stock[name].detach() + difference
+                for name, difference in block.named_parameters()
+            }
+            task = functional_call(block, weights, task)
         maps = [
             to_maps(F.layer_norm(x, x.shape[-1:]), size)
             for x in (task, *(streams[i] for i in self._priors))

@@ -6,10 +6,9 @@ inner vectors with their last factors below each other,
     h = h_0 + [u_1 ... u_K] [Q2_1; ...; Q2_K] + sum_k b2_k,
     u_k = GELU(z_k Q1_k + b1_k) P2_k,  z_k = x_k P1_k,
 
-and all of them share the one gradient that reaches ``h``. A tap is projected
-as soon as it is there; the rest is done for many taps at once. Kept for
-backward are the taps ``x_k`` alone, or not even they; bottlenecks are computed
-again, as many at a time as the device has room for.
+and all of them share the one gradient that reaches ``h``. Kept for backward
+are the taps ``x_k`` alone, or not even they; bottlenecks are computed again,
+as many at a time as the device has room for.
 
 ``z`` and ``u`` are (N, K * r) in memory, so that the last product is one, and
 are worked on as (K, N, r).
@@ -22,19 +21,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from e3va_mm.numerics.autocast import autocast_dtype, autocast_off
+from e3va_mm.numerics.autocast import autocast_off
 from e3va_mm.numerics.products import (
-    fast_dtype,
     grouped_product,
     grouped_transposed_product,
     linear,
-    product,
     transposed_product,
     wide_dtype,
 )
 from e3va_mm.numerics.temporaries import temporary_bytes
 from e3va_mm.tuners.e3va.adapter import AdapterBank
 from e3va_mm.tuners.e3va.kept_taps import ExactTaps, TapCodec
+from e3va_mm.tuners.e3va.projected_taps import ProjectedTaps, taken_again
 from e3va_mm.tuners.e3va.replay import Replay
 
 PARAMETERS = 6  # of a bank, see `bank_parameters`
@@ -46,7 +44,7 @@ def bank_parameters(bank: AdapterBank) -> tuple[Tensor, ...]:
     return down.p, down.q, down.bias, up.p, up.q, up.bias
 
 
-class Highway:
+class Highway(ProjectedTaps):
     """Collects the taps of one stage, then gives their sum.
 
     Args:
@@ -70,66 +68,18 @@ class Highway:
         stage: int = 0,
         compute: torch.dtype | None = None,
     ) -> None:
+        super().__init__(bank.down.p, codec, replay, stage, compute)
         self.bank = bank
         self.base = base
-        self.codec = codec
-        self.replay = replay
-        self.stage = stage
-        self.compute = compute
-        self._first: Tensor | None = None  # P1 in the type of the products
-        self._projected: Tensor | None = None  # (N, K, r)
-        self._kept: dict[int, tuple[Tensor, ...]] = {}
-        self._shape: torch.Size | None = None
         self._sum: Tensor | None = None
-
-    def add(self, index: int, tap: Tensor) -> None:
-        """Take in a tap (B, L, C); it is kept only if gradients are on.
-
-        Args:
-            index (int): Of its adapter in the bank.
-            tap (Tensor): The tap.
-        """
-        flat = tap.detach().flatten(0, -2)
-        self._shape = tap.shape
-        if _plainly():
-            self._kept[index] = (flat,)
-            return
-        with torch.no_grad(), autocast_off(tap):
-            if self._projected is None:
-                self._begin(tap)
-            product(
-                flat.to(self._first.dtype),
-                self._first[index],
-                out=self._projected[:, index],
-            )
-        keeps = torch.is_grad_enabled() and self.codec is not None
-        self._kept[index] = self.codec.encode(flat) if keeps else ()
-
-    def _begin(self, tap: Tensor) -> None:
-        first = self.bank.down.p
-        dtype = self.compute or autocast_dtype(tap) or first.dtype
-        self._first = first.to(fast_dtype(dtype, tap.device))
-        count, _, rank = first.shape
-        self._projected = self._first.new_empty(
-            tap.shape[:-1].numel(), count, rank
-        )
 
     def sum(self) -> Tensor | None:
         """(B, L, C), or None if there is neither a base nor a tap."""
         if self._sum is None and self._kept:
-            if len(self._kept) != len(self.bank):
-                raise RuntimeError(
-                    f'Expected {len(self.bank)} taps in stage {self.stage}, '
-                    f'but the trunk gave {len(self._kept)}. Name those that '
-                    'it gives in `tuner.taps`.'
-                )
             base = self.base
             if base is not None:
                 base = base.flatten(0, -2)
-            kept = [t for i in sorted(self._kept) for t in self._kept[i]]
-            if not kept and torch.is_grad_enabled() and self.codec is None:
-                self.replay.want(self.stage)
-                kept = [self.replay.image]
+            kept = self._kept_tensors()
             with autocast_off(kept[0] if kept else self._projected):
                 if self._projected is None:  # kept are the taps
                     taps = torch.stack(kept).to(self.bank.down.p.dtype)
@@ -146,21 +96,13 @@ class Highway:
                         *bank_parameters(self.bank),
                     )
             self._sum = flat.view(self._shape)
-            # What backward needs is kept by its node now.
-            self._projected, self._kept, self.replay = None, {}, None
+            self._release()
         return self.base if self._sum is None else self._sum
 
     def add_to_sum(self, more: Tensor) -> None:
         """Add what was made of the sum (B, L, C) itself."""
         total = self.sum()
         self._sum = more if total is None else total + more
-
-
-def _plainly() -> bool:
-    """Whether a graph is being written, which knows no function of ours."""
-    return torch.jit.is_tracing() or (
-        torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    )
 
 
 class _StageHighway(torch.autograd.Function):
@@ -211,14 +153,9 @@ class _StageHighway(torch.autograd.Function):
             projected, *tensors = tensors
             projected = projected.to(ctx.dtype)
         with autocast_off(grad):  # some call backward under it
-            if ctx.codec is None:
-                taken = ctx.replay.take(ctx.stage, tensors[0])
-                taps = [(tap.flatten(0, -2),) for tap in taken]
-            else:
-                each = len(tensors) // len(parameters[0])
-                taps = [
-                    tensors[i : i + each] for i in range(0, len(tensors), each)
-                ]
+            taps = taken_again(
+                ctx.codec, ctx.replay, ctx.stage, len(parameters[0]), tensors
+            )
             gradients = _gradients(
                 grad.contiguous(),
                 parameters,

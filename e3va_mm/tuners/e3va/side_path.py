@@ -204,10 +204,10 @@ class E3VA(SidePath):
         """Make the adapters of some stages."""
         options, count = self.options, len(stages)
         self.taps = self._taps(stages[0].taps)
-        modes = _by_stage(options.save_taps, count)
+        modes = by_stage(options.save_taps, count)
         self.codecs = [TAP_CODECS[mode] for mode in modes]
         self.compute = DTYPES.get(options.compute)
-        ranks = _by_stage(options.rank, count)
+        ranks = by_stage(options.rank, count)
         ratio = options.bottleneck_ratio
         self.stages = nn.ModuleList(
             AdapterBank(
@@ -291,7 +291,7 @@ class E3VA(SidePath):
         return downsample_difference(total, trunk, kept, downsampling)
 
 
-def _by_stage(value: object, stages: int) -> list:
+def by_stage(value: object, stages: int) -> list:
     """One for each stage: the last of a list is for all that follow."""
     values = [*value] if isinstance(value, (list, tuple)) else [value]
     return values + values[-1:] * (stages - len(values))

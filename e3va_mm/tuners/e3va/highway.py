@@ -48,7 +48,8 @@ class Highway(ProjectedTaps):
     """Collects the taps of one stage, then gives their sum.
 
     Args:
-        bank (AdapterBank): The adapters of the stage.
+        bank (AdapterBank, optional): The adapters of the stage; None if it
+            reads no tap.
         base (Tensor, optional): (B, L, C), the highway inherited from the
             stage before, or None for zero.
         codec (TapCodec, optional): How taps are kept for backward; None to
@@ -61,14 +62,15 @@ class Highway(ProjectedTaps):
 
     def __init__(
         self,
-        bank: AdapterBank,
+        bank: AdapterBank | None,
         base: Tensor | None,
         codec: TapCodec | None,
         replay: Replay | None = None,
         stage: int = 0,
         compute: torch.dtype | None = None,
     ) -> None:
-        super().__init__(bank.down.p, codec, replay, stage, compute)
+        factors = None if bank is None else bank.down.p
+        super().__init__(factors, codec, replay, stage, compute)
         self.bank = bank
         self.base = base
         self._sum: Tensor | None = None

@@ -131,7 +131,8 @@ class E3VAFusion(SidePath):
         extra, grid = trunk[:, :-length], trunk[:, -length:]
         wide = grid.to(wide_dtype(grid.dtype))
         deviation = wide.std(-1, keepdim=True).to(grid.dtype)
-        return torch.cat([extra, grid + deviation * added], 1)
+        total = grid + deviation * added
+        return torch.cat([extra, total], 1) if extra.shape[1] else total
 
     def _up(self, up: nn.Linear, codes: Tensor) -> Tensor:
         dtype = self.compute or autocast_dtype(codes) or up.weight.dtype

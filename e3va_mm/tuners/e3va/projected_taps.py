@@ -48,7 +48,7 @@ class ProjectedTaps:
         """Take in a tap (B, L, C); it is kept only if gradients are on.
 
         Args:
-            index (int): Of its adapter in the bank.
+            index (int): Of its factor.
             tap (Tensor): The tap.
         """
         flat = tap.detach().flatten(0, -2)

@@ -93,11 +93,10 @@ def test_an_output_does_not_depend_on_how_large_the_stream_is():
     def moved():
         with torch.no_grad():
             found, without = ours(image)[0], stock(image)[0]
-        each = (
+        one, other = (
             F.layer_norm(x.movedim(1, -1), x.shape[1:2])
             for x in (found, without)
         )
-        one, other = each
         return one - other
 
     before = moved()

@@ -1,5 +1,6 @@
 """Adapter files on the hub of Hugging Face, with a card that says what."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 
@@ -181,11 +182,11 @@ def _dataset(config: Config) -> str:
     return class_name(loader.get('dataset') or {}) or 'unknown'
 
 
-def config_of(path: Path) -> Config:
+def config_of(path: str | os.PathLike) -> Config:
     """The config in an adapter file, read without running anything.
 
     Args:
-        path (Path): The adapter file.
+        path: The adapter file, as of :func:`~e3va_mm.weights.read_adapter`.
 
     Raises:
         ConfigError: If there is none, or it holds more than values.

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add('inputs', nargs='+', metavar='INPUT', help=inputs)
     task = dict(metavar='NAME=CONFIG:FILE', help='once for each task')
     add('--task', action='append', default=[], **task)
-    text = 'the same by an adapter file alone, whose config is in it'
+    text = 'the same by an adapter file alone, whose config is in it; also '
+    text += 'hf://ORG/NAME, or e3va_mm://NAME of the package'
     adapter = dict(metavar='[NAME=]FILE', help=text)
     add('--adapter', action='append', default=[], **adapter)
     add('--out', required=True, help='a folder')
@@ -83,16 +84,16 @@ def _infer(args: argparse.Namespace) -> None:
         tasks[name] = config, file
     for text in args.adapter:
         name, file = _named(text)
-        path = Path(file)
+        path = file
         if file.startswith('hf://'):
             whole = file.count('/') == 3  # hf://ORG/NAME
-            path = fetch(f'{file}/{ADAPTER}' if whole else file)
+            path = str(fetch(f'{file}/{ADAPTER}' if whole else file))
         if name in tasks:
             raise ConfigError(
                 f'Two tasks are named {name!r}. Name them: --adapter '
                 f'NAME={file}'
             )
-        tasks[name] = config_of(path), str(path)
+        tasks[name] = config_of(path), path
     if not tasks:
         raise ConfigError('Expected at least one --task or --adapter.')
     folders = [Path(args.out, name) for name in tasks]

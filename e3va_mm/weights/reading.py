@@ -75,12 +75,14 @@ def read_adapter(path: str | os.PathLike) -> AdapterFile:
     """Read an adapter file as what it is.
 
     Args:
-        path: The file; ``~`` is expanded.
+        path: The file; ``~`` is expanded. Or ``e3va_mm://NAME``.
 
     Raises:
         CheckpointError: If it is missing, damaged or no adapter file.
     """
-    adapter = read_adapter_file(Path(path))
+    address = os.fspath(path)
+    ours = address.startswith('e3va_mm://')
+    adapter = read_adapter_file(_asset(address) if ours else Path(path))
     if adapter is None:
         raise CheckpointError(
             f'{path} is no adapter file. `tools/adapter.py extract` makes '

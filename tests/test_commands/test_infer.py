@@ -37,6 +37,14 @@ def test_three_tasks_on_a_folder(tuned, capsys):
             assert (out / f'{task}/vis/{name}.jpg').is_file()
 
 
+def test_an_adapter_file_of_the_package(tuned, tmp_path):
+    name = 'retinanet_e3va_swin_nano_digits'
+    arguments = [f'{tuned[0]}/images/000.jpg', '--out', f'{tmp_path}/found']
+    file = f'e3va_mm://{name}.safetensors'
+    assert infer.main([*arguments, '--adapter', file]) == 0
+    assert (tmp_path / 'found' / name / 'vis' / '000.jpg').is_file()
+
+
 @pytest.mark.parametrize(
     'tasks, message',
     [

@@ -102,11 +102,7 @@ class LoadsTrunk(TunedModule):
         """
         if not self.trunk.norm_goes_on:
             paths = [
-                *(
-                    trunk.output_norm(stage)
-                    for trunk in filter(None, (self.trunk, self.trunk.late))
-                    for stage in trunk.out_stages
-                ),
+                *map(self.trunk.output_norm, self.trunk.out_stages),
                 *self.trunk.output_parts(),
             ]
             for path in filter(None, paths):

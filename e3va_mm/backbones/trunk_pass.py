@@ -95,8 +95,6 @@ def trunk_difference(one: nn.Module, other: nn.Module) -> str | None:
     Weights are left out. So is what outputs do not depend on: drop path
     rates, checkpointing, chunks.
     """
-    if one.trunk.late or other.trunk.late:
-        return 'one of them tunes the last blocks from inside'
     ours, theirs = trunk_facts(one), trunk_facts(other)
     for name in sorted(ours | theirs):
         if ours.get(name) != theirs.get(name):
@@ -158,7 +156,6 @@ class _SidePass:
         self._rows = rows
         self.outputs: list[Tensor] = []
         self._last = len(ends) - 1
-        self._total: Tensor | None = None  # at the end of the last stage
         # Of each stage of the pass: our stage, the blocks of it before, and
         # whether ours ends there too.
         self._places = []
@@ -197,10 +194,9 @@ class _SidePass:
             total = side_path.output(self._highway, end.tokens, end.size)
             kept = None
             if stage in trunk.out_stages:
-                output, kept = backbone.output(trunk, stage, total, end)
+                output, kept = backbone.output(stage, total, end)
                 self.outputs.append(output)
             if stage == self._last:
-                self._total = total
                 return
             inherited = None
             if trunk.highway_goes_on:
@@ -215,20 +211,8 @@ class _SidePass:
 
     def finish(self) -> tuple[Tensor, ...]:
         """The outputs, and nothing held that no graph needs."""
-        late = self.backbone.trunk.late
-        if late is not None:
-            with torch.set_grad_enabled(self._graph):
-                late.run_behind(
-                    self._replay.image, self._total, self._on_late_end
-                )
         self._replay.image = None
         return tuple(self.outputs)
-
-    def _on_late_end(self, stage: int, end: StageEnd) -> None:
-        late = self.backbone.trunk.late
-        if stage in late.out_stages:
-            output, _ = self.backbone.output(late, stage, end.tokens, end)
-            self.outputs.append(output)
 
 
 def _runner(backbone: nn.Module, image: Tensor) -> RunTrunk:

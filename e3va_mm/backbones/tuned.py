@@ -81,7 +81,7 @@ class TunedBackbone(LoadsTrunk):
         """Let outputs train whose norms the trunk itself goes on from."""
         offsets = {}
         for stage in self.trunk.out_stages:
-            norm = self._output_norm(self.trunk, stage)
+            norm = self._output_norm(stage)
             if isinstance(TokenNorm.of(norm), TokenNorm):
                 offsets[str(stage)] = NormOffset(norm.normalized_shape[0])
         self.tuner.output_norms = nn.ModuleDict(offsets)
@@ -192,30 +192,28 @@ class TunedBackbone(LoadsTrunk):
             self._given = None
 
     def output(
-        self, trunk: Trunk, stage: int, total: Tensor, end: StageEnd
+        self, stage: int, total: Tensor, end: StageEnd
     ) -> tuple[Tensor, KeptSum | None]:
         """What the stock backbone gives of a stage, and what is kept of it.
 
         Args:
-            trunk (Trunk): Its trunk, or ``trunk.late``.
             stage (int): Index of the stage.
             total (Tensor): (B, L, C), trunk and highway.
             end (StageEnd): The trunk's end of the stage.
         """
-        norm = self._output_norm(trunk, stage)
+        norm = self._output_norm(stage)
         offsets = getattr(self.tuner, 'output_norms', {})
-        if str(stage) in offsets and trunk is self.trunk:
+        if str(stage) in offsets:
             norm = offsets[str(stage)](norm)
         else:
             norm = TokenNorm.of(norm)
-        if trunk.gives_maps:
-            where = stage if trunk is self.trunk else ~stage
-            known = self._invertible.setdefault(where, Invertible())
+        if self.trunk.gives_maps:
+            known = self._invertible.setdefault(stage, Invertible())
             return normalise(norm, total, end.size, known)
-        return trunk.output(total, end, norm), None
+        return self.trunk.output(total, end, norm), None
 
-    def _output_norm(self, trunk: Trunk, stage: int) -> nn.Module | None:
-        path = trunk.output_norm(stage)
+    def _output_norm(self, stage: int) -> nn.Module | None:
+        path = self.trunk.output_norm(stage)
         return None if path is None else self.get_submodule(path)
 
     # -- sharing ------------------------------------------------------------

@@ -28,7 +28,6 @@ TUNERS: Mapping[str, Mapping] = {
     'lorand': dict(type='LoRand'),
     'mona': dict(type='Mona'),
     'lora': dict(type='LoRA'),
-    'e3va-late': dict(type='E3VALate'),
 }
 # Tuners beside one.
 SIDE_PATHS: dict[str, Mapping] = {

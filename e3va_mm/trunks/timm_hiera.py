@@ -16,7 +16,6 @@ from e3va_mm.trunks.kernels.layers import cast, install
 from e3va_mm.trunks.options import TrunkOptions
 from e3va_mm.trunks.stages import Downsampling, Size, StageEnd
 from e3va_mm.trunks.timm_vit import TimmViTTrunk, created
-from e3va_mm.trunks.trunk import Trunk
 from e3va_mm.utils.swapping import swapped
 from e3va_mm.weights.state_dicts import part_of
 
@@ -155,17 +154,6 @@ class HieraTrunk(TimmViTTrunk):
             projection = self.stock.get_submodule(stage[0]).proj
             if projection is not None:
                 install(projection, _Widening, self.options)
-
-    def leave(self, count: int) -> Trunk:
-        """Refuse to: a stage begins within a block.
-
-        Raises:
-            ConfigError: Always.
-        """
-        raise ConfigError(
-            '`tuner.late` needs stages that begin between blocks, but those '
-            'of TimmHiera begin within one. Take E3VA or LoRA.'
-        )
 
     @property
     def highway_goes_on(self) -> bool:

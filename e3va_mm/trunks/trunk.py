@@ -3,9 +3,8 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from mmcv.cnn.bricks.transformer import FFN
@@ -83,13 +82,10 @@ class Trunk(TrunkFiles):
         blocks (list[Sequence[str]]): Paths of the blocks of each stage.
         out_stages (Sequence[int]): Stages that have an output.
         settings (dict): What the stock class itself computes with.
-        late (Trunk, optional): The last blocks, see :meth:`leave`.
 
     Raises:
         ConfigError: If the layout does not fit, or an output is not there.
     """
-
-    late: 'Trunk | None' = None
 
     def __init__(
         self,
@@ -245,78 +241,7 @@ class Trunk(TrunkFiles):
             every.index(before[s]) for s in self.out_stages
         )
 
-    def leave(self, count: int) -> 'Trunk':
-        """Leave the last blocks out, to be run with a graph.
-
-        Args:
-            count (int): The number of blocks. One with several resolutions
-                leaves whole stages.
-
-        Returns:
-            Trunk: These blocks and their outputs, stages counted from 0.
-
-        Raises:
-            ConfigError: If no stage can begin there.
-        """
-        paths = [*itertools.chain(*self.blocks)]
-        at = len(paths) - count
-        ends = [*itertools.accumulate(map(len, self.blocks))]
-        allowed = range(1, len(paths)) if self.layout.plain else ends[:-1]
-        if at not in allowed:
-            found = ', '.join(str(len(paths) - each) for each in allowed)
-            raise ConfigError(
-                f'`tuner.late` should be one of {found}, as this trunk has '
-                f'{len(paths)} blocks and stages that begin there, but got '
-                f'{count}.'
-            )
-        self._divide({at})
-        first = [*itertools.accumulate(map(len, self.blocks))].index(at) + 1
-        early = sum(stage < first for stage in self.out_stages)
-        late = self.late = copy.copy(self)
-        # Paths name stages, or outputs where there is one resolution.
-        passed = early if self.layout.plain else first
-        late.layout = replace(
-            self.layout, first_stage=self.layout.first_stage + passed
-        )
-        late.before = paths[:at]
-        self.blocks, late.blocks = self.blocks[:first], self.blocks[first:]
-        late.out_stages = tuple(n - first for n in self.out_stages[early:])
-        self.out_stages = tuple(self.out_stages[:early])
-        late.out_indices = self.out_indices[early:]
-        return late
-
     # -- running ------------------------------------------------------------
-
-    def run_behind(self, image: Tensor, tokens: Tensor, on_end: OnEnd) -> None:
-        """Run blocks that another trunk has left, with a graph.
-
-        The stock forward runs with the blocks before passed by.
-
-        Args:
-            image (Tensor): (B, 3, H, W).
-            tokens (Tensor): (B, extra + H' * W', C), to begin with.
-            on_end (Callable): Given each stage's end.
-        """
-
-        def pass_by(x: Tensor, *args, **kwargs) -> Tensor:
-            return x
-
-        def enter(x: Tensor, *args, **kwargs) -> Tensor:
-            if x.ndim == 4 and not self.layout.channels_last:
-                return tokens.transpose(1, 2).reshape(x.shape)
-            return tokens.view(x.shape)
-
-        self.pixels = tuple(image.shape[-2:])
-        *before, last = map(self.stock.get_submodule, self.before)
-        with (
-            self._without_outputs(),
-            _computing({**dict.fromkeys(before, pass_by), last: enter}),
-            self._hooked(image, len(self.blocks) - 1, (), None, on_end),
-        ):
-            try:
-                self.stock_class.forward(self.stock, image)
-            except _LastStage:
-                pass
 
     def run(
         self,
@@ -682,26 +607,16 @@ def _takes_size(module: nn.Module) -> bool:
 @contextmanager
 def _without_norms(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Norms below ``modules`` give what they are given."""
-    norms = [
-        module
+    norms = {
+        module: module.forward
         for root in modules
         for module in root.modules()
         if isinstance(module, NORMS)
-    ]
-    with _computing(dict.fromkeys(norms, lambda x, *args, **kwargs: x)):
-        yield
-
-
-@contextmanager
-def _computing(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
-    """Modules compute something else."""
-    before = {module: vars(module).get('forward') for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
+    }
+    for norm in norms:
+        norm.forward = lambda x, *args, **kwargs: x
     try:
         yield
     finally:
-        for module, forward in before.items():
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+        for norm, forward in norms.items():
+            norm.forward = forward

@@ -183,7 +183,7 @@ def by_plain_autograd(ours, image):
         highway = highway + added.view_as(end.tokens)
         total = end.tokens + highway
         if stage in ours.trunk.out_stages:
-            outputs.append(ours.output(trunk, stage, total, end)[0])
+            outputs.append(ours.output(stage, total, end)[0])
         down = trunk.downsampling(stage, end.size)
         if down is not None and stage + 1 < len(ends):
             highway = down.gather(total) - down.gather(end.tokens)

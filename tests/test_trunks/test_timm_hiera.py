@@ -126,13 +126,3 @@ def test_another_model_is_refused():
     trunk = dict(type='e3va_mm.TimmHiera', model_name='vit_tiny_patch16_224')
     with pytest.raises(ConfigError, match='is a VisionTransformer'):
         MODELS.build(dict(type='e3va_mm.E3VABackbone', trunk=trunk))
-
-
-def test_stages_that_begin_within_a_block_end_no_side_path():
-    trunk = dict(SIZES, type='e3va_mm.TimmHiera', model_name=HIERA[0])
-    tuner = dict(type='e3va_mm.E3VALate', width=8, rank=4, late=1)
-    tuner['inside'] = dict(type='LoRA')
-    with pytest.raises(ConfigError, match='`tuner.late` needs stages'):
-        MODELS.build(
-            dict(type='e3va_mm.E3VABackbone', trunk=trunk, tuner=tuner)
-        )

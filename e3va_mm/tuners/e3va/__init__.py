@@ -1,6 +1,5 @@
 from e3va_mm.tuners.e3va.adapter import AdapterBank
 from e3va_mm.tuners.e3va.e3va_fusion import E3VAFusion, E3VAFusionOptions
-from e3va_mm.tuners.e3va.e3va_late import E3VALate, E3VALateOptions
 from e3va_mm.tuners.e3va.e3va_mix import E3VAMix, E3VAMixOptions
 from e3va_mm.tuners.e3va.no_side_path import NoSidePath
 from e3va_mm.tuners.e3va.side_path import (
@@ -15,8 +14,6 @@ __all__ = [
     'E3VA',
     'E3VAFusion',
     'E3VAFusionOptions',
-    'E3VALate',
-    'E3VALateOptions',
     'E3VAMix',
     'E3VAMixOptions',
     'E3VAOptions',

@@ -7,6 +7,7 @@
 #     (but --cfg-options, which it gives itself)
 #   bash benchmarks/workloads.sh w1-methods  # all baselines, and E3VA exact, lean
 #   bash benchmarks/workloads.sh w1-mix  # E3VA-Mix as `lean`
+#   bash benchmarks/workloads.sh w1-fusion  # E3VA-Fusion as `lean`
 #
 # Figures go to work_dirs/benchmarks/; if interrupted, rerun the command to resume.
 set -euo pipefail
@@ -22,12 +23,13 @@ case $workload in
     compare+=,mona,lean
     options=(model.backbone.tuner.preset=exact)
     ;;
-  *-mix)
+  *-mix | *-fusion)
     compare=frozen-same
-    options+=(model.backbone.tuner.type=E3VAMix)
+    type=${workload#*-}
+    options+=("model.backbone.tuner.type=E3VA${type^}")
     ;;
 esac
-case ${workload%-m*} in
+case ${workload%-[mf]*} in
   w1) step=(configs/cascade_e3va_swin_b_coco.py --size 800 1216 --batch 1) ;;
   w2) step=(configs/retinanet_e3va_swin_l_voc.py --size 608 1000 --batch 2) ;;
   w3) step=(configs/upernet_e3va_swin_l_ade20k.py --size 512 512 --batch 2) ;;

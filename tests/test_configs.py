@@ -17,6 +17,9 @@ from e3va_mm.engine.activation_checkpointing import is_checkpointed
 from e3va_mm.measure import TrainingStep
 from e3va_mm.registry import MODELS
 from e3va_mm.utils import count_parameters
+from e3va_mm.weights import read_adapter
+from e3va_mm.weights.adapter_extraction import without_trunks
+from e3va_mm.weights.reading import ASSETS
 from tests.helpers import TINY
 from tests.tiny_bert import tiny_bert
 
@@ -75,6 +78,7 @@ OTHERS = [
     'retinanet_e3va_fusion_dinov2_s_bccd',
     'segformer_e3va_mit_b5_ade20k',
     'fcn_e3va_dinov2_s_camvid',
+    'fcn_e3va_fusion_dinov2_s_camvid',
     'upernet_e3va_dinov3_l_ade20k',
     'upernet_e3va_dinov3_7b_ade20k',
 ]
@@ -380,6 +384,18 @@ def test_heads_know_the_classes_of_the_data(name):
     )
     known += [sum(pair) for pair in zip(things, stuff, strict=True)]
     assert set(known) == {len(classes)}
+
+
+@pytest.mark.parametrize('name', [p.stem for p in ASSETS.glob('*_e3va_*')])
+def test_adapter_files_of_the_package_fit(name):
+    adapter = read_adapter(f'e3va_mm://{name}.safetensors')
+    config = load(name)
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        model = MODELS.build(config.model)
+    own = without_trunks(model, model.state_dict())
+    assert {k: v.shape for k, v in adapter.tensors.items()} == {
+        k: v.shape for k, v in own.items()
+    }
 
 
 @every_config

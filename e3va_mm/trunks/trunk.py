@@ -229,17 +229,10 @@ class Trunk(TrunkFiles):
                 f'{self.stock_class.__name__} has stages of its own. Leave it '
                 'out.'
             )
-        count = sum(map(len, self.blocks))
-        self._divide({*range(every, count, every)})
-
-    def _divide(self, ends: set[int]) -> None:
-        """End stages behind these blocks, too."""
         before = [*itertools.accumulate(map(len, self.blocks))]
-        every = sorted({*before, *ends})
-        self.blocks = split([*itertools.chain(*self.blocks)], every)
-        self.out_stages = tuple(
-            every.index(before[s]) for s in self.out_stages
-        )
+        ends = sorted({*before, *range(every, before[-1], every)})
+        self.blocks = split([*itertools.chain(*self.blocks)], ends)
+        self.out_stages = tuple(ends.index(before[s]) for s in self.out_stages)
 
     # -- running ------------------------------------------------------------
 

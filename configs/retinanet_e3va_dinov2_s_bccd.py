@@ -53,6 +53,11 @@ model = dict(
     ),
 )
 
+# Pre-trained weights that train, the last norm or all: at the full rate they
+# forget what the trunk knows.
+optim_wrapper = dict(
+    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.03)))
+)
 epochs = 3
 train_cfg = dict(
     type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=epochs

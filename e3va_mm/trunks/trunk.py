@@ -600,16 +600,18 @@ def _takes_size(module: nn.Module) -> bool:
 @contextmanager
 def _without_norms(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Norms below ``modules`` give what they are given."""
-    norms = {
-        module: module.forward
+    own = {
+        module: vars(module).get('forward')
         for root in modules
         for module in root.modules()
         if isinstance(module, NORMS)
     }
-    for norm in norms:
+    for norm in own:
         norm.forward = lambda x, *args, **kwargs: x
     try:
         yield
     finally:
-        for norm, forward in norms.items():
-            norm.forward = forward
+        for norm, forward in own.items():
+            del norm.forward
+            if forward is not None:
+                norm.forward = forward

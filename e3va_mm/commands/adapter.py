@@ -8,6 +8,7 @@
     e3va adapter push FILE ORG/NAME [--metrics JSON] [--private]
     e3va adapter pull ORG/NAME OUT
 
+FILE, but that of push, may be e3va_mm://NAME, which comes with the package.
 OUT of merge is a .pth file, else a .safetensors file. merge writes a full
 checkpoint under the stock names, with the side path's keys beside. A stock
 model loads it too, and has then the trained norms, neck and heads, but no side
@@ -55,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(run.__name__.strip('_'), help=text)
         command.set_defaults(run=run, suffix=suffix)
         for name in names:
-            command.add_argument(name, type=Path)
+            # A path would make one slash of the two in e3va_mm://NAME.
+            kind = str if name == 'file' else Path
+            command.add_argument(name, type=kind)
         return command
 
     text = 'adapter file of a full checkpoint'
@@ -132,7 +135,7 @@ def _merge(args: argparse.Namespace) -> None:
             'comes of it. Take the file that it was stripped from.'
         )
     model = launching.build_model(args.config)
-    meta = dict(load_checkpoint(model, str(args.file), 'cpu')['meta'])
+    meta = dict(load_checkpoint(model, args.file, 'cpu')['meta'])
     content = BytesIO()
     torch.save(dict(meta=meta, state_dict=model.state_dict()), content)
     write_whole(args.out, content.getvalue())
@@ -165,7 +168,7 @@ def _push(args: argparse.Namespace) -> None:
                 '--metrics should be a JSON file of numbers by metric, as '
                 f'`e3va test` writes, but {args.metrics} is not: {error}.'
             ) from error
-    print(push(args.file, args.repository, metrics, args.private))
+    print(push(Path(args.file), args.repository, metrics, args.private))
 
 
 def _pull(args: argparse.Namespace) -> None:
@@ -183,7 +186,7 @@ def _inspect(args: argparse.Namespace) -> None:
     out = Console()
     if not out.is_terminal:  # let no column wrap in a file
         out = Console(width=200)
-    out.print(_table(adapter, str(args.file)))
+    out.print(_table(adapter, args.file))
     print(f'holds: {adapter.part}; written by e3va_mm {adapter.version}')
     for prefix, record in adapter.trunks.items():
         print(f'trunk of {prefix or "the backbone"}: {record.source}')

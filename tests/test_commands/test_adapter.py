@@ -125,6 +125,11 @@ def test_inspect(segmentor, run):
     assert text.strip() == found.config.strip()
 
 
+def test_inspect_a_file_of_the_package(run):
+    name = 'retinanet_e3va_swin_nano_digits.safetensors'
+    assert 'holds: model' in run('inspect', f'e3va_mm://{name}')
+
+
 @pytest.mark.parametrize(
     'arguments, expected',
     [

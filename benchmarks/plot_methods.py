@@ -31,6 +31,13 @@ PANELS = (
         52,
     ),
 )
+# The same of a longer training, and how long that is.
+LONGER = {
+    'fcn_dinov2_s_camvid.json': (
+        'fcn_e3va_fusion_dinov2_s_camvid.json',
+        '768 steps',
+    ),
+}
 LABELS = {
     'e3va': 'E3VA',
     'e3va-mix': 'E3VA-Mix',
@@ -57,6 +64,7 @@ OFFSETS = {
     'e3va-fusion': (10, 7),
     'e3va-mix': (9, -15),
     'fixed': (7, -12),
+    'fixed:768 steps': (-10, 22),
     'full': (-92, 6),
     'losa': (-12, 8),
     'lst': (7, -8),
@@ -77,31 +85,20 @@ def draw(
     Variants of E3VA-Fusion in rank are left out.
     """
     key, factor, unit = metric
-    records = json.loads((RESULTS / name).read_text())
-    runs = records['runs'].values()
-    best: dict[str, dict] = {}
-    for run in runs:
-        value = run['validation'][key]
-        known = best.get(run['method'])
-        if not run['seed'] and (
-            known is None or value > known['validation'][key]
-        ):
-            best[run['method']] = run
-    values = {
-        method: [
-            factor * run['validation'][key]
-            for run in runs
-            if (run['method'], run['lr']) == (method, chosen['lr'])
-        ]
-        for method, chosen in best.items()
-    }
+    measured = json.loads((RESULTS / name).read_text())['measured']
+    values = accuracies(name, key, factor)
+    if name in LONGER:
+        other, steps = LONGER[name]
+        found = accuracies(other, key, factor)
+        values |= {f'{method}:{steps}': each for method, each in found.items()}
     below = []
     for method, points in values.items():
-        peak = records['measured'][method]['memory_bytes']['peak'] / 2**20
         mean = statistics.mean(points)
         kind, *options = method.split(':')
         if any(option.startswith('rank=') for option in options):
             continue
+        step = measured.get(method) or measured[method.rpartition(':')[0]]
+        peak = step['memory_bytes']['peak'] / 2**20
         if mean < least:
             below.append(f'{LABELS[kind]} {mean:.1f}')
             continue
@@ -119,7 +116,7 @@ def draw(
         axes.annotate(
             ' '.join([LABELS[kind], *map(readable, options)]),
             (peak, mean),
-            xytext=OFFSETS.get(kind, (7, 4)),
+            xytext=OFFSETS.get(method, OFFSETS.get(kind, (7, 4))),
             textcoords='offset points',
             weight='bold' if ours else 'normal',
             fontsize=9,
@@ -138,10 +135,31 @@ def draw(
     axes.grid(alpha=0.3)
 
 
+def accuracies(name: str, key: str, factor: float) -> dict[str, list[float]]:
+    """Points of each tuner of a file, one for each seed of its best rate."""
+    runs = json.loads((RESULTS / name).read_text())['runs'].values()
+    best: dict[str, dict] = {}
+    for run in runs:
+        value = run['validation'][key]
+        known = best.get(run['method'])
+        if not run['seed'] and (
+            known is None or value > known['validation'][key]
+        ):
+            best[run['method']] = run
+    return {
+        method: [
+            factor * run['validation'][key]
+            for run in runs
+            if (run['method'], run['lr']) == (method, chosen['lr'])
+        ]
+        for method, chosen in best.items()
+    }
+
+
 def readable(option: str) -> str:
-    """``'save_taps=int8'`` as ``'(int8)'``."""
+    """``'save_taps=int8'`` as ``'(int8)'``, others as they are."""
     name, _, value = option.partition('=')
-    return f'({value})' if name == 'save_taps' else f'({name} {value})'
+    return f'({value if name == "save_taps" else option.replace("=", " ")})'
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import pytest
 import torch
 import torch.distributed as dist
+from mmengine.logging import MMLogger
 
 from e3va_mm.registry import install
 from e3va_mm.utils import end_process_group
@@ -29,6 +30,12 @@ def freed_memory_goes(monkeypatch):
         command = sys.modules.get(f'e3va_mm.commands.{name}')
         if command is not None:
             monkeypatch.setattr(command, 'keep_freed_memory', bool)
+
+
+@pytest.fixture(autouse=True)
+def no_logger_is_left():
+    """Two runs of one name and second share a logger, and with it a stream."""
+    MMLogger._instance_dict.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -122,23 +122,19 @@ class E3VAFusion(SidePath):
         """See :class:`~e3va_mm.tuners.e3va.side_path.SidePath`."""
         stage, length = highway.stage, size[0] * size[1]
         codes = highway.codes.codes()[:, -length:]
-        codes = mix(self.filters[stage], codes, size, compute=self.compute)
+        dtype = self.compute or autocast_dtype(codes) or codes.dtype
+        # What is kept of them is of the type of the products.
+        codes = mix(self.filters[stage], codes.to(dtype), size, compute=dtype)
         highway.grids.append(Grid(codes, size))
         if str(stage) not in self.up:
             return trunk
         codes = torch.cat([g.tokens_at(size) for g in highway.grids], -1)
-        added = self._up(self.up[str(stage)], codes)
+        added = _product(self.up[str(stage)], codes)
         extra, grid = trunk[:, :-length], trunk[:, -length:]
         wide = grid.to(wide_dtype(grid.dtype))
         deviation = wide.std(-1, keepdim=True).to(grid.dtype)
         total = grid + deviation * added
         return torch.cat([extra, total], 1) if extra.shape[1] else total
-
-    def _up(self, up: nn.Linear, codes: Tensor) -> Tensor:
-        dtype = self.compute or autocast_dtype(codes) or up.weight.dtype
-        with autocast_off(codes):
-            weight, bias = (p.to(dtype) for p in (up.weight, up.bias))
-            return F.linear(codes.to(dtype), weight, bias)
 
     def inherit(
         self,
@@ -201,6 +197,12 @@ class StandardReplay:
     def take(self, stage: int, image: Tensor) -> list[Tensor]:
         """See :class:`Replay`."""
         return [*map(standardise, self._replay.take(stage, image))]
+
+
+def _product(up: nn.Linear, codes: Tensor) -> Tensor:
+    with autocast_off(codes):
+        weight, bias = (p.to(codes.dtype) for p in (up.weight, up.bias))
+        return F.linear(codes, weight, bias)
 
 
 def standardise(tap: Tensor) -> Tensor:

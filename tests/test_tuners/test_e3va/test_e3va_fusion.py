@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from e3va_mm.errors import ConfigError
+from e3va_mm.numerics.autocast import DTYPES
 from e3va_mm.tuners.token_grid import GridFilters
 from tests.test_tuners.cases import loss_of, wake
 from tests.trunk_cases import CASES, build_ours, image_for, ours_and_stock
@@ -73,6 +74,20 @@ def test_gradients_do_not_depend_on_how_taps_are_kept(trunk, mode, near):
 
     for a, b in zip(gradients(mode), gradients('exact'), strict=True):
         assert (a - b).norm() <= near * b.norm()
+
+
+@pytest.mark.parametrize('name', ['fp32', 'bf16'])
+def test_codes_are_kept_in_the_type_of_their_products(name):
+    ours = wake(build_ours('swin of mmdet', tuner=dict(TUNER, compute=name)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        outputs = ours.train()(image_for('swin of mmdet'))
+    tokens = [len(x) * x[0, 0].numel() for x in outputs]
+    widths = [4 * len(paths) for paths in ours.trunk.blocks]
+    shapes = [*zip(tokens, widths, strict=True)]
+    types = [x.dtype for x in kept if tuple(x.shape) in shapes]
+    assert len(types) >= len(shapes)
+    assert set(types) == {DTYPES[name]}
 
 
 def test_an_output_reads_stages_without_one(monkeypatch):

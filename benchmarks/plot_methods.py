@@ -31,13 +31,12 @@ PANELS = (
         52,
     ),
 )
-# The same of a longer training, and how long that is.
-LONGER = {
-    'fcn_dinov2_s_camvid.json': (
-        'fcn_e3va_fusion_dinov2_s_camvid.json',
-        '768 steps',
-    ),
+# Trainings from features on disk, which take as long as LoRA's.
+FROM_DISK = {
+    'retinanet_dinov2_s_bccd.json': 'retinanet_e3va_fusion_dinov2_s_bccd.json',
+    'fcn_dinov2_s_camvid.json': 'fcn_e3va_fusion_dinov2_s_camvid.json',
 }
+DISK = "features on disk, in LoRA's time"
 LABELS = {
     'e3va': 'E3VA',
     'e3va-mix': 'E3VA-Mix',
@@ -64,7 +63,6 @@ OFFSETS = {
     'e3va-fusion': (10, 7),
     'e3va-mix': (9, -15),
     'fixed': (7, -12),
-    'fixed:768 steps': (-10, 22),
     'full': (-92, 6),
     'losa': (-12, 8),
     'lst': (7, -8),
@@ -87,10 +85,8 @@ def draw(
     key, factor, unit = metric
     measured = json.loads((RESULTS / name).read_text())['measured']
     values = accuracies(name, key, factor)
-    if name in LONGER:
-        other, steps = LONGER[name]
-        found = accuracies(other, key, factor)
-        values |= {f'{method}:{steps}': each for method, each in found.items()}
+    found = accuracies(FROM_DISK[name], key, factor)
+    values |= {f'{method}:{DISK}': each for method, each in found.items()}
     below = []
     for method, points in values.items():
         mean = statistics.mean(points)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from e3va_mm.numerics.temporaries import runs_as_on_gpu
@@ -50,7 +51,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Products in 16 bits sum in single precision and round once. Where a CPU
     has no instructions for them, single precision from the start gives the
-    same several times as fast.
+    same several times as fast; what is kept for backward has 16 bits.
 
     Products in single precision go to oneDNN where the CPU has AVX-512 and no
     gradient is asked for: MKL, which torch prefers, leaves half of such a
@@ -58,15 +59,43 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if is_traceable_wrapper_subclass(weight):  # quantised, has its own
         return F.linear(x, weight, bias)
-    dtype = fast_dtype(x.dtype, x.device)
-    if dtype != x.dtype:
-        bias = None if bias is None else bias.to(dtype)
-        return linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
+    if fast_dtype(x.dtype, x.device) != x.dtype:
+        keeps = torch.is_grad_enabled() and not is_traced()
+        return (_Widened.apply if keeps else _widened)(x, weight, bias)
     if ONEDNN and _is_plain(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(
             x, weight, bias, 'none', [], ''
         )
     return F.linear(x, weight, bias)
+
+
+def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = fast_dtype(x.dtype, x.device)
+    bias = None if bias is None else bias.to(dtype)
+    return linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
+
+
+class _Widened(torch.autograd.Function):
+    """Keeps what came in, not what single precision makes of it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _widened(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = linear(grad, weight.t())
+        grad, x = grad.flatten(0, -2), x.flatten(0, -2)
+        if ctx.needs_input_grad[1]:
+            grad_weight = transposed_product(grad, x)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(0, dtype=torch.float32).to(grad.dtype)
+        return grad_x, grad_weight, grad_bias
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

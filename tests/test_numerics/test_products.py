@@ -39,6 +39,27 @@ def test_16_bits_are_one_rounding_from_fp64(emulated, dtype, with_bias):
     assert (error <= bound).all()
 
 
+def test_gradients_in_16_bits_keep_16_bits(emulated):
+    given = [torch.randn(shape) for shape in ((2, 7, 64), (9, 64), (9,))]
+    given = [x.bfloat16().requires_grad_() for x in given]
+    weight, kept = torch.randn(2, 7, 9).bfloat16(), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x) or x, lambda x: x
+    ):
+        done = linear(*given)
+    if products.EMULATED:  # torch's own product keeps more or less by build
+        assert {x.dtype for x in kept} == {torch.bfloat16}
+        assert sum(x.numel() for x in kept) == 2 * 7 * 64 + 9 * 64
+    # Not contiguous, as from a map.
+    wide = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    found = torch.autograd.grad(done, given, wide)
+    exact = [x.detach().double().requires_grad_() for x in given]
+    expected = torch.autograd.grad(F.linear(*exact), exact, weight.double())
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.double(), b, atol=0.02, rtol=0.01)
+
+
 def test_emulated_types_are_computed_in_fp32_on_cpu_alone(emulated):
     cpu, other = torch.device('cpu'), torch.device('cuda')
     for half in HALVES:

@@ -13,7 +13,7 @@ from e3va_mm.numerics.autocast import (
     autocast_dtype,
     autocast_off,
 )
-from e3va_mm.numerics.products import wide_dtype
+from e3va_mm.numerics.products import linear, wide_dtype
 from e3va_mm.registry import MODELS
 from e3va_mm.trunks import STREAM, Downsampling, Size, StageSpec, Trunk
 from e3va_mm.tuners.e3va.codes import Codes
@@ -202,7 +202,7 @@ class StandardReplay:
 def _product(up: nn.Linear, codes: Tensor) -> Tensor:
     with autocast_off(codes):
         weight, bias = (p.to(codes.dtype) for p in (up.weight, up.bias))
-        return F.linear(codes, weight, bias)
+        return linear(codes, weight, bias)
 
 
 def standardise(tap: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from e3va_mm.numerics.autocast import autocast_dtype, autocast_off
+from e3va_mm.numerics.products import fast_dtype
 from e3va_mm.trunks import Size
 from e3va_mm.tuners.e3va.kept_taps import ExactTaps, TapCodec
 from e3va_mm.tuners.token_grid import GridFilters, on_grid
@@ -66,6 +67,7 @@ def mix(
     compute = (
         compute or autocast_dtype(state) or next(mixer.parameters()).dtype
     )
+    compute = fast_dtype(compute, state.device)
 
     def run(state: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         cast = {name: p.to(compute) for name, p in parameters.items()}

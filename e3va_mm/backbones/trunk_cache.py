@@ -2,8 +2,8 @@
 
 The key of an entry is a digest of the very pixels that reach the trunk, with
 their padding, so that whatever shapes them, from the file to the data
-preprocessor, is part of it. Weights and options of the trunk, the form of the
-entries and the config of the data name the folder.
+preprocessor, is part of it. Weights and options of the trunk, the taps that are
+read, the form of the entries and the config of the data name the folder.
 """
 
 import json
@@ -152,7 +152,8 @@ class TrunkCache:
             made = self.record(trunk, image[missing], taps)
             for i, entry in zip(missing, made, strict=True):
                 entries[i] = entry
-                self._write(keys[i], entry)
+                if self._left > 0:
+                    self._write(keys[i], entry)
         self.replay(entries, image.device, last, on_tap, on_end)
 
     def record(
@@ -234,8 +235,15 @@ class TrunkCache:
 
     def _read(self, key: str) -> Entry | None:
         """An entry; None if it is not there, cut off or of something else."""
+        path = self._path(key)
+        entry = self._entry(path, key)
+        if entry is None and path.exists():
+            self._left += 1  # it is counted, and will be written again
+        return entry
+
+    def _entry(self, path: Path, key: str) -> Entry | None:
         try:
-            with safe_open(self._path(key), 'pt') as file:
+            with safe_open(path, 'pt') as file:
                 about = file.metadata() or {}
                 if about.get('key') != key:
                     return None
@@ -278,7 +286,10 @@ class TrunkCache:
             write_whole(own, content)
             os.replace(own, path)
         except (OSError, CheckpointError) as error:
-            self._stop(f'the disk of {self.folder} has no room: {error}')
+            self._stop(
+                f'the disk of {self.folder} has no room: {error}',
+                logging.WARNING,
+            )
             return
         self._left -= 1
         if self._left == 0:
@@ -288,12 +299,10 @@ class TrunkCache:
                 'epoch: pad images to one size'
             )
 
-    def _stop(self, why: str) -> None:
+    def _stop(self, why: str, level: int = logging.INFO) -> None:
         self._left = 0
         print_log(
-            f'trunk_cache: nothing more is written, {why}.',
-            'current',
-            logging.WARNING if 'no room' in why else logging.INFO,
+            f'trunk_cache: nothing more is written, {why}.', 'current', level
         )
 
 

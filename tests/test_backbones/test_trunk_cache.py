@@ -142,7 +142,7 @@ def test_what_shapes_the_pixels_or_the_pass_is_part_of_the_key(cached, passes):
 
 
 def test_a_file_that_is_no_entry_is_computed_again(cached, passes):
-    backbone, image = cached(), torch.randn(2, 3, 64, 64)
+    backbone, image = cached(entries=3), torch.randn(2, 3, 64, 64)
     expected = step(backbone, image)
     one, other = files(backbone)
     for spoil in (
@@ -183,6 +183,14 @@ def test_no_more_is_written_than_was_announced(cached, passes):
         step(backbone, torch.randn(1, 3, 64, 64))
     assert passes == [1, 1, 1]
     assert len(files(backbone)) == 2
+
+
+def test_a_batch_may_be_more_than_what_is_left(cached, passes):
+    backbone, image = cached(entries=3), torch.randn(4, 3, 64, 64)
+    expected = step(backbone, image)
+    assert len(files(backbone)) == 3
+    assert_equal(step(backbone, image), expected)
+    assert passes == [4, 4]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from e3va_mm.backbones.trunk_cache import RESERVE, Entry
 from e3va_mm.backbones.trunk_pass import trunk_facts
 from e3va_mm.engine.fixed_views import FixedViews
-from e3va_mm.errors import ConfigError, E3VAError
+from e3va_mm.errors import ConfigError
 from e3va_mm.registry import HOOKS
 from e3va_mm.utils.sizes import GIB, MIB
 from e3va_mm.utils.tuned import side_path_backbones
@@ -86,24 +86,28 @@ class TrunkCacheHook(Hook):
         message: list[Any] = [None]
         if is_main_process():
             try:
-                message = [self._folder(runner, found[0], dataset)]
-            except E3VAError as error:
+                message = [self._folder(runner, found, dataset)]
+            except Exception as error:
                 message = [error]
         broadcast_object_list(message)
-        if isinstance(message[0], E3VAError):
+        if isinstance(message[0], Exception):
             raise message[0]
         entries = len(dataset) * options.views
         for each in found:
             each.trunk_cache.open(message[0], entries)
 
     def _folder(
-        self, runner: Runner, backbone: nn.Module, dataset: FixedViews
+        self,
+        runner: Runner,
+        backbones: Sequence[nn.Module],
+        dataset: FixedViews,
     ) -> Path:
         """The folder of the entries, checked; says what they cost."""
+        backbone = backbones[0]
         cache = backbone.trunk_cache
         views, count = cache.options.views, len(dataset)
         folder = Path(cache.options.dir).expanduser() / _digest(
-            runner.cfg, backbone
+            runner.cfg, backbones
         )
         images = [
             self._image(runner, dataset, i)
@@ -114,7 +118,13 @@ class TrunkCacheHook(Hook):
         mean = sum(map(Tensor.numel, images)) / len(images) / image.numel()
         entry, live = _timed(image, lambda: _record(backbone, image))
         _, cached = _timed(image, lambda: _replay(backbone, image, entry))
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                'trunk_cache expects a folder that can be made and written '
+                f'in, but got {folder}: {error}. Set `dir` to another.'
+            ) from None
         there = cache.count(folder)
         needed = round(max(0, count * views - there) * entry.size * mean)
         free = max(0, shutil.disk_usage(folder).free - RESERVE)
@@ -182,9 +192,13 @@ class TrunkCacheHook(Hook):
             )
 
 
-def _digest(config: Mapping, backbone: nn.Module) -> str:
+def _digest(config: Mapping, backbones: Sequence[nn.Module]) -> str:
     """Of weights and options of the trunk, form of entries and the data."""
+    backbone = backbones[0]
+    wrapper = config.get('optim_wrapper') or {}
     facts = dict(
+        taps=sorted({tap for each in backbones for tap in each.tuner.taps}),
+        autocast=[wrapper.get(key) for key in ('type', 'dtype')],
         weights=fingerprint(backbone.trunk_state()),
         trunk={key: repr(v) for key, v in trunk_facts(backbone).items()},
         dtype=backbone.trunk_cache.options.dtype,

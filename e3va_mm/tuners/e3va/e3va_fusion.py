@@ -69,6 +69,7 @@ class E3VAFusion(SidePath):
     def attach(self, trunk: Trunk) -> list[nn.Parameter]:
         """See :class:`~e3va_mm.tuners.base.Tuner`."""
         self._outputs = trunk.out_stages
+        self._goes_on = trunk.highway_goes_on
         return super().attach(trunk)
 
     def build(self, stages: Sequence[StageSpec]) -> 'E3VAFusion':
@@ -84,7 +85,7 @@ class E3VAFusion(SidePath):
             bound = spec.channels**-0.5
             self.down.append(nn.init.uniform_(factors, -bound, bound))
             self.filters.append(CodeFilters(spec.depth * rank))
-            width += spec.depth * rank
+            width = width * self._goes_on + spec.depth * rank
             if stage in self._outputs:
                 up = self.up[str(stage)] = nn.Linear(width, spec.channels)
                 nn.init.zeros_(up.weight)

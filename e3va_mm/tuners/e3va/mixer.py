@@ -64,6 +64,9 @@ def mix(
     Returns:
         Tensor: As ``state``.
     """
+    if torch.jit.is_tracing():
+        with autocast_off(state):
+            return mixer(state, size).to(state.dtype)
     compute = (
         compute or autocast_dtype(state) or next(mixer.parameters()).dtype
     )
@@ -74,9 +77,6 @@ def mix(
         with autocast_off(state):
             return functional_call(mixer, cast, (state, size))
 
-    if torch.jit.is_tracing():
-        with autocast_off(state):
-            return mixer(state, size).to(state.dtype)
     parameters = dict(mixer.named_parameters())
     if not torch.is_grad_enabled():
         return run(state, parameters).to(state.dtype)

@@ -124,6 +124,16 @@ def test_losses_are_those_of_the_same_views_without_a_cache(
     assert rounded == pytest.approx(live, rel=2e-2)
 
 
+def test_what_reads_other_taps_has_entries_of_its_own(train, config, tmp_path):
+    cached(config, tmp_path)
+    train(CACHE)
+    tuner = dict(type='NoSidePath')
+    for images in (8 + 1, 1):
+        _, seen = train(CACHE, **{'model.backbone.tuner': tuner})
+        assert seen == images
+    assert len([*(tmp_path / 'cache').iterdir()]) == 2
+
+
 def test_the_cost_is_said_before_the_start(train, config, tmp_path, caplog):
     said = []
     with mock.patch('mmengine.logging.MMLogger.info', said.append):
@@ -157,6 +167,13 @@ def test_what_does_not_fit_is_refused(train, config, tmp_path):
     text = str(error.value)
     assert 'of 0.00 GiB free' in text and '1 GiB to be left' in text
     assert "Set views=1 or dtype='int4' or `dir` on another disk." in text
+
+
+def test_a_folder_that_cannot_be_made_is_refused(train, config, tmp_path):
+    (tmp_path / 'cache').write_text('')
+    cached(config, tmp_path)
+    with pytest.raises(ConfigError, match='can be made and.*Set `dir` to an'):
+        train(CACHE)
 
 
 def test_a_config_that_cannot_work_is_refused(train, config, tmp_path):

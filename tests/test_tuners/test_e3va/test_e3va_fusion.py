@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.numerics.autocast import DTYPES
+from e3va_mm.trunks import Trunk
 from e3va_mm.tuners.token_grid import GridFilters
 from tests.test_tuners.cases import loss_of, wake
 from tests.trunk_cases import CASES, build_ours, image_for, ours_and_stock
@@ -97,6 +98,16 @@ def test_an_output_reads_stages_without_one(monkeypatch):
     assert [*ours.tuner.up] == ['1', '3']
     widths = [up.in_features for up in ours.tuner.up.values()]
     assert widths == [3 * 4, 6 * 4]
+
+
+def test_stages_without_a_way_between_them_are_read_alone(monkeypatch):
+    monkeypatch.setattr(Trunk, 'highway_goes_on', False)
+    ours = build_ours('swin of mmdet', tuner=TUNER)
+    depths = [len(paths) for paths in ours.trunk.blocks]
+    widths = [up.in_features for up in ours.tuner.up.values()]
+    assert widths == [4 * depth for depth in depths]
+    loss_of(wake(ours).train()(image_for('swin of mmdet'))).backward()
+    assert all(p.grad is not None for p in ours.tuner.parameters())
 
 
 def test_an_output_does_not_depend_on_how_large_the_stream_is():

@@ -7,8 +7,8 @@ Run: python tools/train.py configs/retinanet_e3va_dinov2_s_bccd.py
 Test: python tools/test.py configs/retinanet_e3va_dinov2_s_bccd.py CHECKPOINT
 Trains 456,960 parameters in the backbone (2.07 %), plus neck and head, at a
 learning rate of 1e-3. The rest of the backbone is frozen.
-Expected: 0.464, 0.478 and 0.473 box AP on validation (seeds 0 to 2 of a
-sweep); on a frozen trunk 0.441, 0.433 and 0.433.
+Expected: 0.471, 0.465 and 0.469 box AP on validation (seeds 0 to 2 of
+tools/compare.py); on a frozen trunk 0.439, 0.440 and 0.442.
 """
 
 _base_ = [

@@ -2,8 +2,8 @@
 
 The key of an entry is a digest of the very pixels that reach the trunk, with
 their padding, so that whatever shapes them, from the file to the data
-preprocessor, is part of it. Weights and options of the trunk, the taps that are
-read, the form of the entries and the config of the data name the folder.
+preprocessor, is part of it. Weights and options of the trunk, the taps that
+are read, the form of the entries and the config of the data name the folder.
 """
 
 import json

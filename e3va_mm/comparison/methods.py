@@ -16,6 +16,7 @@ from e3va_mm.measure.variants import (
     kind_of,
     named_tuner,
 )
+from e3va_mm.utils.configs import class_name
 
 METHODS: dict[str, Mapping] = {
     'fixed' if name == 'frozen' else name: tuner
@@ -31,7 +32,9 @@ def is_side_path(method: str) -> bool:
 def method_config(config: Config, method: str) -> Config:
     """The config of a method: another tuner, and nothing else.
 
-    No method has stochastic depth: a frozen trunk has none.
+    No method has stochastic depth: a frozen trunk has none. With a
+    ``trunk_cache``, side paths and ``fixed`` train on features on disk, and
+    methods inside the trunk run it, on fresh views.
 
     Args:
         config (Config): Of a detector or segmentor, whatever its method.
@@ -52,6 +55,17 @@ def method_config(config: Config, method: str) -> Config:
     config = copy.deepcopy(config)
     backbone = tuned_config(config.model.backbone, framework(config))
     backbone['tuner'] = named_tuner(method, backbone['tuner'], METHODS)
+    if backbone.get('trunk_cache') and not is_side_path(method):
+        if method == 'fixed':
+            frozen = dict(type='NoSidePath', train_output_norms=False)
+            backbone['tuner'] = frozen
+        else:
+            del backbone['trunk_cache']
+            config.custom_hooks = [
+                hook
+                for hook in config.get('custom_hooks', ())
+                if class_name(hook) != 'TrunkCacheHook'
+            ]
     trunk = backbone.get('trunk')
     # Left out, it would be the default of the class.
     if trunk is None:

@@ -90,6 +90,21 @@ def test_every_method_builds(method):
     assert (trained == whole) == (method == 'full')
 
 
+def test_features_on_disk_are_for_those_that_can_read_them():
+    given = config(type=SWIN, trunk_cache=dict(dir='x'), **TINY)
+    hooks = [dict(type='e3va_mm.TrunkCacheHook'), dict(type='EMAHook')]
+    given.custom_hooks = hooks
+    for method, tuner in (('e3va', 'E3VA'), ('fixed', 'NoSidePath')):
+        found = method_config(given, method)
+        assert found.model.backbone.tuner.type == tuner
+        assert found.model.backbone.trunk_cache == dict(dir='x')
+        assert found.custom_hooks == hooks
+    for method in ('lora', 'full'):
+        found = method_config(given, method)
+        assert 'trunk_cache' not in found.model.backbone
+        assert found.custom_hooks == hooks[1:]
+
+
 def test_other_families_are_a_trunk():
     stock = dict(type='mmpretrain.ConvNeXt', arch='tiny', drop_path_rate=0.4)
     for method in ('adapter', 'e3va'):

@@ -5,7 +5,7 @@ Data: git clone https://github.com/Shenggan/BCCD_Dataset data/BCCD_Dataset
 Run: python tools/train.py configs/retinanet_e3va_fusion_dinov2_s_bccd.py
 Test: python tools/test.py configs/retinanet_e3va_fusion_dinov2_s_bccd.py CHECKPOINT
 Differs from retinanet_e3va_dinov2_s_bccd.py in the tuner, and trains 8 epochs on
-features that two views of each image leave on disk (1.0 GiB), in less time than
+features that two views of each image leave on disk (0.8 GiB), in less time than
 3 epochs of LoRA take.
 Trains 526,848 parameters in the backbone (2.39 %), plus neck and head, at a
 learning rate of 1e-3. The rest of the backbone is frozen.

@@ -61,13 +61,14 @@ OURS = ('e3va', 'e3va-mix', 'e3va-fusion')
 # Where a label would hide another point or label: its offset, in points.
 OFFSETS = {
     'adatad': (7, -1),
-    'dtl': (7, -6),
+    'dtl': (-28, -5),
     'e3va-fusion': (10, 11),
     'e3va-mix': (9, -15),
     'fixed': (7, -12),
     'full': (-92, 6),
+    'lora:last=4': (7, 1),
     'lora:last=8': (-42, 20),
-    'losa': (-12, 8),
+    'losa': (-8, -14),
     'lst': (7, -8),
     'res-tuning': (7, -4),
     'vit-split': (7, -10),

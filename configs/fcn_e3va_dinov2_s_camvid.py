@@ -8,7 +8,7 @@ Test: python tools/test.py configs/fcn_e3va_dinov2_s_camvid.py CHECKPOINT
 Trains 456,960 parameters in the backbone (2.07 %), plus neck and head, at a
 learning rate of 1e-3. The rest of the backbone is frozen.
 Expected: 0.523 mIoU on validation (seed 0 of tools/compare.py, on JPEG copies
-of the images); with E3VA-Fusion 0.559, on a frozen trunk 0.535, with LoRA 0.583.
+of the images); with E3VA-Fusion 0.559, with LoRA 0.583, frozen 0.535.
 """
 
 # `mmseg::_base_/...`; see upernet_e3va_swin_l_ade20k.py.

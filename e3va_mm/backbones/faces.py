@@ -229,7 +229,7 @@ def _build(
 ) -> TunedBackbone:
     """A stock backbone that a tuner has joined."""
     tuner = dict(tuner)
-    tuner_class = _tuner_class(tuner.pop('type', 'E3VA'), tuner)
+    tuner_class = find_tuner(tuner.pop('type', 'E3VA'))
     layout = None if layout is None else Layout.of(layout)
     if tuner_class.HAS_GRAPH:
         built = build_stock(kind, stock)
@@ -271,7 +271,12 @@ def _one_of(*configs: Mapping | None) -> Mapping:
     return {}
 
 
-def _tuner_class(kind: object, options: Mapping) -> type[Tuner]:
+def find_tuner(kind: object) -> type[Tuner]:
+    """The class of a tuner that a config means.
+
+    Raises:
+        ConfigError: If it means none.
+    """
     found = find_class(kind)
     if not (isinstance(found, type) and issubclass(found, Tuner)):
         raise ConfigError(

@@ -164,7 +164,7 @@ class TrunkCache:
 
         def add(event: Event, values: Tensor) -> None:
             for entry, value in zip(made, values, strict=True):
-                kept = self._codec.encode(value)
+                kept = self._codec.encode(value.contiguous())
                 entry.events.append(event)
                 entry.tensors.append([k.to('cpu', copy=True) for k in kept])
 

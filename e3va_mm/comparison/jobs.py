@@ -23,6 +23,7 @@ from e3va_mm.comparison.methods import (
 from e3va_mm.comparison.records import AUTO, Records, Run
 from e3va_mm.errors import ConfigError, E3VAError
 from e3va_mm.sweep import check_together, scalars
+from e3va_mm.tuners.e3va.presets import resolve_preset
 from e3va_mm.utils.configs import content_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,11 +101,16 @@ class Jobs:
         self._run_all(self._test, [[run] for run in self.records.to_test()])
 
     def _groups(self, runs: Iterable[Run]) -> list[list[Run]]:
-        """Runs that train in one process: side paths with the same data."""
+        """Runs that train in one process: side paths of one trunk and seed."""
         found: dict[Any, list[Run]] = defaultdict(list)
         for run in runs:
-            shares = is_side_path(run.method)
-            found[run.seed if shares else run].append(run)
+            key = run
+            if is_side_path(run.method):
+                tuner = self.config_of(run).model.backbone.tuner
+                _, options = resolve_preset(tuner)
+                if not options.drop_path:
+                    key = run.seed, options
+            found[key].append(run)
         groups = []
         for group in found.values():
             try:
@@ -213,7 +219,7 @@ class Jobs:
         return dict(validation=found, config=key)
 
     def _test(self, run: Run) -> list[dict]:
-        """Test a run, trained again if its folder is gone; its figures."""
+        """Test a run, trained again if its checkpoint is gone; its figures."""
         folder = self.work_dir / run.name
         if not (folder / 'last_checkpoint').exists():
             self._train(run)
@@ -228,8 +234,9 @@ class Jobs:
         return [dict(test=self._figures(found))]
 
     def _drop_checkpoints(self, run: Run) -> None:
-        for path in (self.work_dir / run.name).glob('*.pth'):
-            path.unlink()
+        folder = self.work_dir / run.name
+        for path in (*folder.glob('*.pth'), folder / 'last_checkpoint'):
+            path.unlink(missing_ok=True)
 
     def _execute(
         self,

@@ -97,7 +97,7 @@ def run_config(config: Config, lr: float, seed: int) -> Config:
     config.randomness = dict(config.get('randomness', {}), seed=seed)
     # Runs beside each other must not fight for cores.
     for name in ('train', 'val', 'test'):
-        loader = config[f'{name}_dataloader']
+        loader = config.get(f'{name}_dataloader') or {}
         loader.update(num_workers=0, persistent_workers=False)
         loader.pop('prefetch_factor', None)
     # The last checkpoint alone: what is compared has seen the whole schedule.

@@ -61,7 +61,7 @@ class Records:
     ) -> None:
         self.path = folder / 'comparison.json'
         self.settings = dict(settings)
-        self.methods, self.seeds = list(methods), seeds
+        self.methods, self.seeds = list(dict.fromkeys(methods)), seeds
         self.lrs = sorted(set(lrs))
         found: dict = {}
         if self.path.exists():

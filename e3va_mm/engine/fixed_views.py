@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from mmengine.dist import get_rank
 from torch.utils.data import Dataset
 
 from e3va_mm.engine.seeds import generator_states, seed_all, set_generators
@@ -18,7 +19,8 @@ class FixedViews(Dataset):
 
     The random numbers of any pipeline come from the index of the image and the
     number of the view; boxes and masks go with the pixels. An image gives its
-    views in turn, one each time it is asked for.
+    views in turn, one each time it is asked for; each process of a distributed
+    run counts by itself and begins with another view.
 
     Args:
         dataset (Mapping | Dataset): The data set, or its config.
@@ -59,6 +61,8 @@ class FixedViews(Dataset):
         # How often each image was asked for; data workers share it.
         self._asked = torch.zeros(len(dataset), dtype=torch.int32)
         self._asked.share_memory_()
+        # Images change their process from epoch to epoch.
+        self._first = get_rank()
 
     @property
     def metainfo(self) -> Mapping:
@@ -81,7 +85,7 @@ class FixedViews(Dataset):
             return self.dataset[index]
         asked = int(self._asked[index])
         self._asked[index] = asked + 1
-        return self.view(index, asked % self.views)
+        return self.view(index, (self._first + asked) % self.views)
 
     def view(self, index: int, view: int) -> Any:
         """One view of an image, always the same.

@@ -8,13 +8,11 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from e3va_mm.backbones import tuned_config
-from e3va_mm.backbones.faces import NAMES
-from e3va_mm.backbones.stock import find_class
+from e3va_mm.backbones.faces import NAMES, find_tuner
 from e3va_mm.errors import ConfigError
 from e3va_mm.trunks.build import scoped_name
 from e3va_mm.tuners.e3va.presets import PRESETS, resolve_preset
 from e3va_mm.utils import mark_trainable
-from e3va_mm.utils.configs import class_name
 
 # Tuners of a trunk with a graph, at the sizes of the published counts.
 TUNERS: Mapping[str, Mapping] = {
@@ -156,15 +154,9 @@ def named_tuner(
     if kind in tuners:
         tuner = dict(tuners[kind])
     elif kind in SIDE_PATHS:
-        tuner = {'type': 'E3VA', **SIDE_PATHS[kind]}
-        if _kind(before) != _kind(tuner):  # options that not all kinds have
-            common = _kind(tuner).startswith('E3VA')
-            before = {
-                k: v
-                for k, v in (before if common else {}).items()
-                if k not in ('width', 'taps')
-            }
-        tuner = {**side_path_of('exact', before), **tuner}
+        tuner = SIDE_PATHS[kind]
+        own = _undecided(_shared(before, tuner))
+        tuner = {**own, **tuner, 'preset': 'exact'}
     else:
         tuner = side_path_of(kind, before)
     if not pairs:
@@ -181,15 +173,42 @@ def named_tuner(
         except (SyntaxError, ValueError):
             tuner[key] = value
     own = dict(tuner)
-    tuner_class = find_class(own.pop('type'))
+    tuner_class = find_tuner(own.pop('type'))
     if not tuner_class.HAS_GRAPH:
         own, _ = resolve_preset(own)
     tuner_class.OPTIONS.of(own)
     return tuner
 
 
-def _kind(tuner: Mapping) -> str:
-    return class_name({'type': 'E3VA', **tuner}).removesuffix('SidePath')
+def _shared(before: Mapping, tuner: Mapping) -> dict:
+    """The options of a tuner that hold for one of another kind, too."""
+    one, other = _class_of(before), _class_of(tuner)
+    if one is other:
+        return dict(before)
+    if not (_is_e3va(one) and _is_e3va(other)):
+        return {}
+    mro = one.OPTIONS.__mro__
+    common = next(each for each in mro if issubclass(other.OPTIONS, each))
+    names = {*common.names()} - {'taps'}
+    return {key: value for key, value in before.items() if key in names}
+
+
+def _undecided(tuner: Mapping) -> dict:
+    """A tuner without what a preset decides on, and without the trunk's."""
+    decided = {'preset'}.union(*PRESETS.values())
+    return {
+        key: value
+        for key, value in tuner.items()
+        if key not in decided and not key.startswith('trunk_')
+    }
+
+
+def _class_of(tuner: Mapping) -> type:
+    return find_tuner(tuner.get('type', 'E3VA'))
+
+
+def _is_e3va(tuner_class: type) -> bool:
+    return tuner_class.__name__.startswith('E3VA')
 
 
 def side_path_of(preset: str, tuner: Mapping) -> dict:
@@ -199,21 +218,22 @@ def side_path_of(preset: str, tuner: Mapping) -> dict:
         preset (str): ``'exact'`` or ``'lean'``: what they decide on is
             dropped from ``tuner``. ``'frozen-same'`` or ``'frozen-lean'``:
             a trunk without one.
-        tuner (Mapping): Any; what is inside a trunk leaves nothing.
+        tuner (Mapping): Any; what is inside a trunk leaves nothing, and of
+            a side path of others the options of the trunk are left.
     """
-    if 'type' in tuner and not class_name(tuner).startswith('E3VA'):
+    tuner_class = _class_of(tuner)
+    if tuner_class.HAS_GRAPH:
         tuner = {}
-    trunk = {
-        key: value
-        for key, value in tuner.items()
-        if key == 'preset' or key.startswith('trunk_')
-    }
     if preset.startswith('frozen'):
+        trunk = {
+            key: value
+            for key, value in tuner.items()
+            if key == 'preset' or key.startswith('trunk_')
+        }
         if preset == 'frozen-lean':
             trunk = dict(preset='lean')
         return dict(type='NoSidePath', train_output_norms=False, **trunk)
-    decided = set(trunk).union(*PRESETS.values())
-    own = {key: v for key, v in tuner.items() if key not in decided}
+    own = _undecided(tuner) if _is_e3va(tuner_class) else {}
     return {'type': 'E3VA', **own, 'preset': preset}
 
 

@@ -49,7 +49,10 @@ class SweepRecords:
     def plan(self, settings: Iterable[Setting]) -> list[Setting]:
         """Take runs in; those that are left to train."""
         for each in settings:
-            row = dict(options=each.options, seed=each.seed)
+            # As the file has it: no tuples.
+            row = json.loads(
+                json.dumps(dict(options=each.options, seed=each.seed))
+            )
             known = self.runs.setdefault(each.name, dict(row, done=False))
             if {key: known[key] for key in row} != row:
                 raise ConfigError(

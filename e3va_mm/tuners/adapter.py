@@ -1,8 +1,9 @@
 """Adapter of Houlsby et al., inside the blocks."""
 
 from dataclasses import dataclass
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from e3va_mm.registry import MODELS
 from e3va_mm.tuners.base import BlockOptions, BlockTuner
@@ -48,26 +49,14 @@ class Adapter(BlockTuner):
 
     def insertion(self, adapter: nn.Module, last: bool) -> Insertion:
         """See :class:`~e3va_mm.tuners.base.BlockTuner`."""
-        return OnBranch(adapter) if last else BehindResidual(adapter)
+        return partial(on_branch if last else behind_residual, adapter)
 
 
-class BehindResidual:
-    """Adds ``A(stream + branch)``: what a layer behind the sum adds."""
-
-    def __init__(self, adapter: nn.Module) -> None:
-        self.adapter = adapter
-
-    def __call__(self, stream, branch, size):
-        """See ``Insertion``."""
-        return self.adapter(stream + branch)
+def behind_residual(adapter: nn.Module, stream, branch, size) -> Tensor:
+    """An ``Insertion``: what a layer behind the sum adds."""
+    return adapter(stream + branch)
 
 
-class OnBranch:
-    """Adds ``A(branch)``: what a layer on the branch, with a skip, adds."""
-
-    def __init__(self, adapter: nn.Module) -> None:
-        self.adapter = adapter
-
-    def __call__(self, stream, branch, size):
-        """See ``Insertion``."""
-        return self.adapter(branch)
+def on_branch(adapter: nn.Module, stream, branch, size) -> Tensor:
+    """An ``Insertion``: what a layer on the branch, with a skip, adds."""
+    return adapter(branch)

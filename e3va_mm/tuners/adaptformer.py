@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from e3va_mm.registry import MODELS
 from e3va_mm.trunks import Trunk
@@ -67,7 +68,7 @@ class AdaptFormer(BlockTuner):
 
     def insertion(self, adapter: nn.Module, last: bool) -> Insertion:
         """See :class:`~e3va_mm.tuners.base.BlockTuner`."""
-        return Beside(adapter, self.options.scale)
+        return partial(beside, adapter, self.options.scale)
 
     def branches(self, block: Block) -> list[str]:
         """See :class:`~e3va_mm.tuners.base.BlockTuner`."""
@@ -87,13 +88,6 @@ class AdaptFormer(BlockTuner):
         return []
 
 
-class Beside:
-    """Adds ``s * A(stream)``."""
-
-    def __init__(self, adapter: nn.Module, scale: float) -> None:
-        self.adapter = adapter
-        self.scale = scale
-
-    def __call__(self, stream, branch, size):
-        """See ``Insertion``."""
-        return self.scale * self.adapter(stream)
+def beside(adapter: nn.Module, scale: float, stream, branch, size) -> Tensor:
+    """An ``Insertion``: ``s * A(stream)``."""
+    return scale * adapter(stream)

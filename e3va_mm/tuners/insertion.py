@@ -7,8 +7,10 @@ it, which activation checkpointing runs again as it runs the block again.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from e3va_mm.errors import ConfigError
@@ -17,10 +19,10 @@ from e3va_mm.trunks import Size, Trunk
 from e3va_mm.trunks.layout import find, length_of
 from e3va_mm.trunks.trunk import grid_of
 
-# What is inserted: (stream, branch), both (..., C), and the grid of the
-# image's tokens -> what is added to the branch, (..., C). All but the last
-# ``H * W`` tokens of (B, L, C) are no part of the grid.
-Insertion = Callable[[Tensor, Tensor, Size], Tensor]
+# What is inserted: (stream, branch), both (..., C), and a function that finds
+# the grid of the image's tokens -> what is added to the branch, (..., C). All
+# but the last ``H * W`` tokens of (B, L, C) are no part of the grid.
+Insertion = Callable[[Tensor, Tensor, Callable[[], Size]], Tensor]
 
 
 class Block:
@@ -47,7 +49,10 @@ class Block:
         self._inserted: dict[str, Insertion] = {}
         self._stream: Tensor | None = None
         self._calls: dict[str, int] = {}
-        self._sizes: dict[tuple[int, ...], Size] = {}
+        self._sizes: dict[torch.Size, Size] = {}
+        # What was trained on since a checkpoint last ran the block again.
+        self._seen: set[tuple[torch.Size, Size]] = set()
+        self._ran_again = False
         self._handles: list = []
 
     def insert(self, insertions: Mapping[str, Insertion]) -> None:
@@ -116,7 +121,8 @@ class Block:
         stream = self._stream.reshape(value.shape)
         insertion = self._inserted.get(name)
         if insertion is not None:
-            value = value + insertion(stream, value, self._size(value))
+            size = partial(self._size, value)
+            value = value + insertion(stream, value, size)
         # The last branch of a block has no one to read its sum; the block's
         # own is read where it is known who reads it.
         last = name == self.branches[-1]
@@ -126,12 +132,25 @@ class Block:
 
     def _size(self, value: Tensor) -> Size:
         """The grid of tokens; of those run again, what it was before."""
+        shape = value.shape
         if in_backward():
-            return self._sizes[value.shape]
+            self._ran_again = True
+            if sum(seen == shape for seen, _ in self._seen) > 1:
+                raise ConfigError(
+                    'Expected tokens of one grid in the forwards before a '
+                    f'backward, but {self.path} got two of {shape[1]} tokens, '
+                    'and activation checkpoints cannot tell which to run '
+                    'again. Pad images to one size, or set `with_cp=False`.'
+                )
+            return self._sizes[shape]
+        if self._ran_again:
+            self._seen, self._ran_again = set(), False
         size = grid_of(
             self._inputs, value, self.trunk.extra_tokens, self.trunk.pixels
         )
-        self._sizes[value.shape] = size
+        self._sizes[shape] = size
+        if self.module.training:
+            self._seen.add((shape, size))
         return size
 
     def _name(self, path: str, call: int) -> str | None:

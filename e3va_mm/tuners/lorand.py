@@ -1,13 +1,14 @@
 """LoRand: adapters whose weights are sums of low-rank products."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e3va_mm.registry import MODELS
-from e3va_mm.tuners.adapter import OnBranch
+from e3va_mm.tuners.adapter import on_branch
 from e3va_mm.tuners.base import BlockOptions, BlockTuner
 from e3va_mm.tuners.insertion import Insertion
 from e3va_mm.utils.options import option, whole
@@ -107,4 +108,4 @@ class LoRand(BlockTuner):
 
     def insertion(self, adapter: nn.Module, last: bool) -> Insertion:
         """See :class:`~e3va_mm.tuners.base.BlockTuner`."""
-        return OnBranch(adapter)
+        return partial(on_branch, adapter)

@@ -1,6 +1,7 @@
 """Mona: adapters with filters over the token grid."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -83,15 +84,9 @@ class Mona(BlockTuner):
 
     def insertion(self, adapter: nn.Module, last: bool) -> Insertion:
         """See :class:`~e3va_mm.tuners.base.BlockTuner`."""
-        return _OnGrid(adapter)
+        return partial(_on_grid, adapter)
 
 
-class _OnGrid:
-    """Adds ``M(stream + branch)``."""
-
-    def __init__(self, adapter: MonaAdapter) -> None:
-        self.adapter = adapter
-
-    def __call__(self, stream, branch, size):
-        """See ``Insertion``."""
-        return self.adapter(stream + branch, size)
+def _on_grid(adapter: MonaAdapter, stream, branch, size) -> Tensor:
+    """An ``Insertion``: ``M(stream + branch)``."""
+    return adapter(stream + branch, size())

@@ -12,7 +12,7 @@ from e3va_mm.errors import ConfigError
 from e3va_mm.trunks import Trunk
 from tests.adapted_models import HEADS, trained, trunk_file
 from tests.helpers import build_e3va, randomised
-from tests.trunk_cases import image_for
+from tests.trunk_cases import build_ours, image_for
 
 
 @pytest.fixture
@@ -111,6 +111,18 @@ def test_read_in_fewer_bits_a_step_is_about_the_same(
     bits = dict(bf16=16, int8=8, int4=4)[dtype]
     # Scales and means beside the codes.
     assert half < whole * (bits + 3) / 32
+
+
+@pytest.mark.parametrize('dtype', CODECS)
+def test_taps_that_lie_as_maps_are_kept_too(dtype, tmp_path, passes):
+    """Tokens of ConvNeXt's maps are columns in memory."""
+    cache = dict(dir=str(tmp_path), dtype=dtype)
+    ours = build_ours('convnext', tuner=dict(type='AdaTAD'), trunk_cache=cache)
+    ours.trunk_cache.open(tmp_path, 2)
+    image = image_for('convnext')[:1].repeat(2, 1, 1, 1)
+    written, read = step(ours.train(), image), step(ours, image)
+    assert len(passes) == 1
+    assert_equal(read, written)
 
 
 def test_images_are_found_in_whatever_batch(cached, passes):

@@ -346,6 +346,33 @@ def test_side_paths_of_one_seed_train_in_one_process(main, monkeypatch, work):
     assert '| e3va | 30.00 ± 0.00 (30.0, 30.0) | 0.001 |' in text
 
 
+def test_side_paths_of_other_trunks_train_apart(main, monkeypatch):
+    started = []
+
+    def train(self, *runs):
+        started.append([run.method for run in runs])
+        return [dict(validation=dict(mIoU=30.0)) for _ in runs]
+
+    monkeypatch.setattr(jobs.Jobs, '_train', train)
+    drops = 'e3va:trunk_drop_path=0.1'
+    methods = f'e3va,adatad,e3va:preset=lean,{drops}'
+    args = ('--methods', methods, '--seeds', '1', '--no-measure')
+    main(*args, '--lrs', '1e-3', '2e-3', '--val-only')
+    assert sorted(started) == [
+        ['e3va', 'e3va', 'adatad', 'adatad'],
+        ['e3va:preset=lean'] * 2,
+        [drops],
+        [drops],
+    ]
+
+
+def test_a_rate_that_was_not_best_is_trained_again_for_its_test(main, played):
+    main(*ALL, '--val-only', '--lrs', '1e-3', '2e-3')
+    main(*ALL, '--lrs', '1e-3')
+    assert played.names('train').count('lora/lr0.001-seed0') == 2
+    assert 'lora/lr0.001-seed0' in played.names('test')
+
+
 def test_lost_runs_are_trained_again_for_their_test(main, played, work):
     main(*ALL, '--val-only')
     shutil.rmtree(work / 'lora')

@@ -169,4 +169,6 @@ def test_a_run_validates_once_at_the_end(name):
         loader = run[f'{split}_dataloader']
         assert (loader.num_workers, loader.persistent_workers) == (0, False)
     assert run.model == given.model
+    given.pop('test_dataloader')
+    assert 'test_dataloader' not in run_config(given, 3e-4, 2)
     assert given.optim_wrapper.optimizer.lr != 3e-4

@@ -75,6 +75,12 @@ def test_methods_and_seeds_can_be_added(tmp_path):
     assert more.left() == 6
 
 
+def test_a_method_named_twice_is_one(tmp_path):
+    found = records(tmp_path, ('lora', 'full', 'lora'))
+    assert found.methods == ['lora', 'full']
+    assert len(found.to_train()) == 4
+
+
 def test_other_settings_are_refused(tmp_path):
     train_all(records(tmp_path))
     with pytest.raises(

@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch.utils.data import DataLoader, Dataset
 
+from e3va_mm.engine import fixed_views
 from e3va_mm.engine.fixed_views import FixedViews
 from e3va_mm.errors import ConfigError
 from e3va_mm.registry import DATASETS, install
@@ -61,6 +62,14 @@ def test_an_image_gives_its_views_in_turn(workers):
     for epoch in range(3):
         for index, (sample,) in enumerate(loader):
             assert torch.equal(sample, data.view(index, epoch % 2))
+
+
+def test_processes_begin_with_views_of_their_own(monkeypatch):
+    """An image moves from one to another between epochs."""
+    monkeypatch.setattr(fixed_views, 'get_rank', lambda: 3)
+    data = FixedViews(Draws(), views=2)
+    for turn in range(3):
+        assert torch.equal(data[1], data.view(1, (3 + turn) % 2))
 
 
 def test_without_a_number_nothing_is_fixed():

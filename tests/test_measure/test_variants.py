@@ -76,6 +76,34 @@ def test_a_tuner_keeps_what_its_variant_does_not_decide(variant, expected):
         assert 'side_path' not in backbone
 
 
+@pytest.mark.parametrize(
+    'kind', ['E3VAMix', 'E3VAFusion', 'LST', 'NoSidePath']
+)
+def test_the_trunk_of_any_side_path_is_that_of_frozen_same(kind):
+    given = ours(type=kind, preset='lean', trunk_chunk=7)
+    found = variant_config(given, 'frozen-same').model.backbone.tuner
+    assert found.to_dict() == dict(NOTHING, preset='lean', trunk_chunk=7)
+
+
+@pytest.mark.parametrize(
+    'before, variant, expected',
+    [
+        (dict(rank=8, bottleneck_ratio=0.25), 'e3va-fusion', {}),
+        (dict(type='E3VAFusion', rank=8), 'e3va', {}),
+        (dict(type='E3VAFusion', rank=8), 'e3va-fusion', dict(rank=8)),
+        (dict(type='E3VAMix', mix_every=4, rank=8), 'e3va', dict(rank=8)),
+        (dict(rank=[4, 8], taps=('ffn',)), 'e3va-mix', dict(rank=[4, 8])),
+        (dict(type='LST', reduction=4), 'lst', dict(reduction=4)),
+        (dict(type='LST', reduction=4), 'e3va', {}),
+        (NOTHING, 'e3va', {}),
+    ],
+)
+def test_a_side_path_keeps_what_means_the_same(before, variant, expected):
+    tuner = variant_config(ours(**before), variant).model.backbone.tuner
+    assert tuner.pop('preset') == 'exact' and tuner.pop('type')
+    assert tuner.to_dict() == expected
+
+
 def test_a_tuner_inside_leaves_nothing_to_a_side_path():
     given = config(
         type='e3va_mm.PETLSwinTransformer',

@@ -3,6 +3,7 @@ from mmengine.config import Config
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.sweep import check_together, setting_config, settings_of
+from e3va_mm.sweep.records import SweepRecords
 
 LR = 'optim_wrapper.optimizer.lr'
 CONFIG = dict(
@@ -28,6 +29,13 @@ def test_all_combinations_are_runs():
     assert config.optim_wrapper.optimizer == dict(type='AdamW', lr=2e-3)
     assert config.model.backbone.tuner.rank == [4, 8]
     assert config.randomness.seed == 1
+
+
+def test_tuples_are_found_again(tmp_path):
+    found = settings_of({'optim_wrapper.betas': [(0.9, 0.99)]}, [0])
+    for _ in range(2):
+        records = SweepRecords(tmp_path, dict(metric=None))
+        assert records.plan(found) == found
 
 
 def test_names_tell_options_apart():

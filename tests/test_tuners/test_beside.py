@@ -198,6 +198,22 @@ def test_copies_start_as_the_blocks_that_are_loaded():
         assert (ours(image)[-1] - expected).abs().max() > 0.1
 
 
+def test_copies_train_in_single_precision_beside_a_trunk_in_16_bits():
+    tuner = dict(TUNERS['vit-split'], preset='lean')
+    ours = build_ours('dinov2', tuner=tuner).train()
+    loss_of(ours(image_for('dinov2'))).backward()
+    for name, parameter in ours.tuner.named_parameters():
+        assert parameter.dtype == torch.float32, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize('width', [4, 190, 208])
+def test_the_prior_may_have_any_width(width):
+    tuner = dict(TUNERS['spatial-prior'], width=width)
+    ours = build_ours('dinov2', tuner=tuner)
+    ours(image_for('dinov2'))
+
+
 @pytest.mark.parametrize(
     'trunk, tuner, message',
     [
@@ -210,6 +226,7 @@ def test_copies_start_as_the_blocks_that_are_loaded():
         ('sam', TUNERS['vit-split'], 'of ViTSAM take maps'),
         ('dinov2', dict(TUNERS['vit-split'], copies=4), 'than the 4 blocks'),
         ('dinov2', dict(TUNERS['pmt'], laterals=5), 'to the 4 blocks of the'),
+        ('dinov2', dict(TUNERS['spatial-prior'], width=3), '`tuner.width` s'),
         ('dinov2', dict(TUNERS['lst'], reduction=0), '`tuner.reduction` shou'),
     ],
 )

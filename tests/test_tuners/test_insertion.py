@@ -49,3 +49,24 @@ def test_branches_that_work_on_windows_are_refused(tuner, window, monkeypatch):
     ours = build_ours('sam', tuner=TUNERS[tuner])
     with pytest.raises(ConfigError, match='works on windows'):
         ours(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize('tuner', ['adapter', 'adaptformer', 'lorand'])
+def test_only_who_filters_needs_a_grid(tuner):
+    """64x49 pixels are 8x7 patches of 8, which pixels alone do not tell."""
+    image = torch.randn(1, 3, 64, 49)
+    found = build_ours('dinov2', tuner=TUNERS[tuner])(image)
+    assert found[0].shape[-2:] == (8, 7)
+
+
+def test_two_grids_of_as_many_tokens_are_not_mixed_up(monkeypatch):
+    """A checkpoint that runs again cannot tell whose tokens it has."""
+    config = dict(CASES['swin of mmdet'], with_cp=True)
+    monkeypatch.setitem(CASES, 'swin of mmdet', config)
+    ours = wake(build_ours('swin of mmdet', tuner=TUNERS['mona'])).train()
+    high, wide = torch.randn(1, 3, 64, 96), torch.randn(1, 3, 96, 64)
+    for image in (high, wide):  # one after the other is fine
+        loss_of(ours(image)).backward()
+    both = loss_of(ours(high)) + loss_of(ours(wide))
+    with pytest.raises(ConfigError, match='two of 6 tokens.*with_cp=False'):
+        both.backward()

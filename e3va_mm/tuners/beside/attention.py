@@ -13,6 +13,12 @@ HEAD = 16  # channels, in a narrow network
 WINDOW = 7
 
 
+def heads_of(channels: int, head: int) -> int:
+    """The most heads that part channels evenly, each of ``head`` or more."""
+    most = max(1, channels // head)
+    return max(n for n in range(1, most + 1) if channels % n == 0)
+
+
 class AttentionBlock(nn.Module):
     """``x <- x + attention(LN(x)); x <- x + mlp(LN(x))``.
 
@@ -33,11 +39,7 @@ class AttentionBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.window, self.shift = window, shift
-        self.heads = max(
-            n
-            for n in range(1, max(1, channels // head) + 1)
-            if channels % n == 0
-        )
+        self.heads = heads_of(channels, head)
         self.norm1, self.norm2 = (nn.LayerNorm(channels) for _ in range(2))
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from e3va_mm.registry import MODELS
 from e3va_mm.trunks import Size, StageSpec, Trunk
-from e3va_mm.tuners.beside.attention import HEAD
+from e3va_mm.tuners.beside.attention import HEAD, heads_of
 from e3va_mm.tuners.beside.late import require_plain, to_maps
 from e3va_mm.tuners.beside.streams import Streams, StreamSidePath
 from e3va_mm.tuners.e3va.replay import Replay
@@ -24,12 +24,12 @@ class SpatialPriorOptions(SidePathOptions):
     Attributes:
         stem (int): Channels of the stem, doubled with each stride. Defaults
             to 64.
-        width (int): Channels of the prior's tokens, a multiple of 16.
+        width (int): Channels of the prior's tokens, at least 4.
             Defaults to 192.
     """
 
     stem: int = option(64, whole())
-    width: int = option(192, whole())
+    width: int = option(192, whole(4))
 
 
 class Stem(nn.Module):
@@ -78,7 +78,7 @@ class Extractor(nn.Module):
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.heads = max(1, width // (4 * HEAD))
+        self.heads = heads_of(width, 4 * HEAD)
         self.norm1, self.norm2 = (nn.LayerNorm(width) for _ in range(2))
         self.norm = nn.LayerNorm(channels)
         self.query = nn.Linear(width, width)

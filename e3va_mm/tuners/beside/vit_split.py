@@ -87,6 +87,7 @@ class ViTSplit(LateSidePath):
         # In a list, or the trunk would be asked for by state dicts.
         self._trunk, self._paths = [trunk], [path for path, _ in copies]
         self.copies = nn.ModuleList(copy.deepcopy(b) for _, b in copies)
+        self.copies.float()  # `trunk_weights` may store the trunk's in 16 bits
         with torch.no_grad():
             for parameter in self.copies.parameters():
                 parameter.zero_()

@@ -131,6 +131,7 @@ class IntegerTaps(TapCodec):
 
     def encode(self, tap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, C) -> codes, scales (N, groups), mean and deviation (2, C)."""
+        tap = tap.contiguous()  # what kernels read
         channels = tap_ops.statistics(tap)
         return *tap_ops.encode(tap, channels, self.form), channels
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e3va_mm.numerics import temporaries
+from e3va_mm.tuners.e3va import tap_ops
 from e3va_mm.tuners.e3va.kept_taps import TAP_CODECS
 
 CODECS = {name: codec for name, codec in TAP_CODECS.items() if codec}
@@ -54,6 +55,19 @@ def with_outliers(tokens=100, channels=64):
     tap[:, 11] += 1000
     tap[7] = 0.0
     return tap
+
+
+@pytest.mark.parametrize('name', ['int8', 'int4'])
+def test_kernels_are_given_rows(name, monkeypatch):
+    """They read a tap's channels side by side."""
+    lie, statistics = [], tap_ops.statistics
+    monkeypatch.setattr(
+        tap_ops,
+        'statistics',
+        lambda tap: lie.append(tap.is_contiguous()) or statistics(tap),
+    )
+    TAP_CODECS[name].encode(torch.randn(32, 24).t())
+    assert lie == [True]
 
 
 def test_recompute_keeps_nothing():

@@ -70,8 +70,8 @@ class FixedViews(Dataset):
         return self.dataset.metainfo
 
     def full_init(self) -> None:
-        """Read all annotations."""
-        self.dataset.full_init()
+        """Read all annotations, where a data set does that late."""
+        getattr(self.dataset, 'full_init', lambda: None)()
 
     def get_data_info(self, index: int) -> dict:
         """That of the data set."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
+from mmengine.utils import import_modules_from_strings
 
 from e3va_mm.errors import ConfigError
 from e3va_mm.frameworks.memory import keep_freed_memory
@@ -24,6 +25,7 @@ from e3va_mm.measure.inputs import Size, batch_size, largest_size
 from e3va_mm.measure.own_process import in_own_process
 from e3va_mm.measure.step import TrainingStep
 from e3va_mm.measure.variants import framework
+from e3va_mm.preflight.loops import schedulers_of
 from e3va_mm.preflight.problems import iter_datasets
 from e3va_mm.utils.sizes import GIB
 
@@ -32,7 +34,10 @@ ASSUMED_OBJECTS = 100
 # Transforms that put several images into one.
 MIXES = dict(Mosaic=4, CachedMosaic=4, MixUp=2, CachedMixUp=2, CopyPaste=2)
 # Of schedulers, what counts iterations or epochs.
-COUNTS = ('begin', 'end', 'T_max', 'milestones', 'step_size', 'total_iters')
+COUNTS = (
+    *('begin', 'end', 'T_max', 'milestones', 'periods', 'step_size'),
+    *('total_iters', 'total_steps'),
+)
 
 
 class Batch(NamedTuple):
@@ -183,6 +188,8 @@ def figures(
         tuple[Mapping, Mapping]: See :class:`TrainingStep`; empty mappings if
         the device has too little memory.
     """
+    if config.get('custom_imports'):  # a copy of a config runs none
+        import_modules_from_strings(**config.custom_imports)
     if torch.device(device).type == 'cuda':
         torch.cuda.set_per_process_memory_fraction(share, device)
     try:
@@ -236,8 +243,9 @@ def set_batch(config: Config, batch: Batch) -> None:
     """Let a config train with a batch, and count its iterations anew.
 
     Args:
-        config (Config): Changed: the batch, ``accumulative_counts``, and what
-            counts iterations: loop, schedulers and hooks.
+        config (Config): Changed: the batch, ``accumulative_counts``, what
+            counts iterations (loop, schedulers and hooks), and the batch that
+            ``auto_scale_lr`` compares with, which knows of no accumulation.
         batch (Batch): Of a :class:`BatchSearch` of the config.
     """
     before = batch_size(config)
@@ -257,15 +265,16 @@ def set_batch(config: Config, batch: Batch) -> None:
             return count
         return max(1, round(count * before / batch.images))
 
-    schedulers = config.get('param_scheduler') or []
-    if isinstance(schedulers, Mapping):
-        schedulers = [schedulers]
-    for scheduler in schedulers:
+    scaling = config.get('auto_scale_lr') or {}
+    if 'base_batch_size' in scaling:
+        scaling.base_batch_size *= batch.images / before
+    for _, scheduler in schedulers_of(config.get('param_scheduler')):
         if not scheduler.get('by_epoch', True):
             scale(scheduler, *COUNTS)
     loop = config.get('train_cfg') or {}
     if loop.get('by_epoch') is False or 'max_iters' in loop:
         scale(loop, 'max_iters', 'val_interval', 'val_begin')
-        for hook in (config.get('default_hooks') or {}).values():
-            if hook.get('by_epoch') is False:
+        hooks = (config.get('default_hooks') or {}).values()
+        for hook in (*hooks, *(config.get('custom_hooks') or ())):
+            if hook and hook.get('by_epoch') is False:
                 scale(hook, 'interval')

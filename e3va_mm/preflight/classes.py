@@ -174,6 +174,7 @@ def _check_heads(
             and isinstance(received, int)
             and received != expected
             and not getattr(module, 'class_agnostic', False)
+            and getattr(module, 'to_onehot', True)  # of a preprocessor
             and type(module).__name__ not in OTHER_CLASSES_TYPES
             and not any(
                 part.startswith(OTHER_CLASSES) for part in name.split('.')
@@ -227,6 +228,8 @@ def _option(name: str, module: nn.Module, config: Config) -> str:
     """
     path, node = ['model'], config.get('model', {})
     node = node.get('module', node)  # inside of test time augmentation
+    if name == 'data_preprocessor' and name not in node:
+        path = []  # the config's own
     for part in name.split('.'):
         if part.isdigit():
             if not isinstance(node, Sequence):

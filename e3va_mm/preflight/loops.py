@@ -38,13 +38,17 @@ def check_loop(config: Config, datasets: Datasets) -> Problems:
         )
     if kind != ITERATIONS:
         return
-    for option, each in _schedulers(config.get('param_scheduler')):
-        if each.get('by_epoch', True) and not each.get(
-            'convert_to_iter_based'
+    for option, each in schedulers_of(config.get('param_scheduler')):
+        kind_of_step = class_name(each)
+        # Those that read a metric step where it is given, after validation.
+        if (
+            each.get('by_epoch', True)
+            and not each.get('convert_to_iter_based')
+            and not kind_of_step.startswith('ReduceOnPlateau')
         ):
             yield option_problem(
                 f'{option}.by_epoch',
-                f'True: {class_name(each)} would never step in an {kind}',
+                f'True: {kind_of_step} would never step in an {kind}',
                 'False',
                 f'Set {option}.by_epoch=False and count in iterations.',
             )
@@ -126,7 +130,7 @@ def _pooled_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                         yield '.'.join(filter(None, (name, key, inner))), norm
 
 
-def _schedulers(found: Any) -> Iterator[tuple[str, Mapping]]:
+def schedulers_of(found: Any) -> Iterator[tuple[str, Mapping]]:
     """Options and configs of the schedulers, of one optimizer or more."""
     option = 'param_scheduler'
     several = isinstance(found, Mapping) and 'type' not in found

@@ -201,6 +201,9 @@ class ReadDataset:
             remote.add('seg_map_path')
         if self.transform('LoadImageFromFile') is None and remote:
             remote.add('seg_map_path')
+        loads = {type(t).__name__ for t in self.transforms}
+        if {n for n in loads if n[:4] == 'Load'} == {'LoadImageFromFile'}:
+            remote.add('seg_map_path')  # predictions need none
         return {
             path: key
             for entry in self.entries

@@ -132,6 +132,15 @@ def test_figures_are_those_of_a_step(monkeypatch):
     assert parameters['trainable_backbone'] == 121_280
 
 
+def test_what_a_config_imports_is_there(tmp_path, monkeypatch):
+    (tmp_path / 'own_module.py').write_text('raise RuntimeError("imported")')
+    monkeypatch.syspath_prepend(tmp_path)
+    config = Config.fromfile(RETINANET)
+    config.custom_imports = dict(imports=['own_module'])
+    with pytest.raises(RuntimeError, match='imported'):
+        figures(config, 1, (64, 64), 1, 'cpu', 1)
+
+
 def test_a_device_that_is_too_small_has_no_figures(monkeypatch):
     def run(self):
         raise torch.cuda.OutOfMemoryError('Tried to allocate 1 GiB.')
@@ -172,14 +181,23 @@ def test_what_counts_iterations_goes_with_the_batch(tmp_path):
         dict(type='LinearLR', by_epoch=False, begin=0, end=3),
         dict(type='MultiStepLR', by_epoch=False, milestones=[1, 2]),
         dict(type='MultiStepLR', by_epoch=True, milestones=[1, 2]),
+        dict(type='OneCycleLR', by_epoch=False, total_steps=3),
+        dict(type='CosineRestartLR', by_epoch=False, periods=[1, 2]),
     ]
+    config.custom_hooks = [dict(type='Any', by_epoch=False, interval=2)]
+    config.default_hooks.timer = None  # switched off
+    config.auto_scale_lr = dict(enable=True, base_batch_size=16)
     set_batch(config, Batch(1, 2, (48, 64), 0))
     assert config.train_dataloader.batch_size == 1
     assert config.optim_wrapper.accumulative_counts == 2
     assert (config.train_cfg.max_iters, config.train_cfg.val_interval) == (
         *(4, 4),
     )
-    first, second, third = config.param_scheduler
+    first, second, third, *others = config.param_scheduler
+    assert (others[0].total_steps, others[1].periods) == (6, [2, 4])
+    assert config.custom_hooks[0].interval == 4
+    # mmengine compares it with the images of an iteration.
+    assert config.auto_scale_lr.base_batch_size == 8
     assert (first.begin, first.end, second.milestones) == (0, 6, [2, 4])
     assert third.milestones == [1, 2]
     assert config.default_hooks.checkpoint.interval == 4

@@ -188,6 +188,9 @@ def test_what_is_not_local_is_left_to_its_loader(tmp_path):
         assert found(check_files, dataset) == []
     dataset = Files('1.jpg', pipeline=[LoadImageFromFile()])
     assert only(check_files, dataset).found == 'no such file'
+    # Maps that nothing loads, of predictions.
+    dataset = Files('1.jpg', maps=['1.png'], pipeline=[LoadImageFromFile()])
+    assert only(check_files, dataset).where == '1.jpg'
 
 
 def test_maps_of_another_size(tmp_path):
@@ -288,6 +291,19 @@ def heads(**children):
     for name, child in children.items():
         model.add_module(name, child)
     return model
+
+
+class Preprocessor(Head):
+    to_onehot = False
+
+
+def test_classes_of_a_preprocessor_count_where_it_uses_them():
+    model = heads(data_preprocessor=Preprocessor(1000))
+    assert found(check_heads, classes('a', 'b'), model) == []
+    model.data_preprocessor.to_onehot = True
+    own = dict(model=dict(), data_preprocessor=dict(num_classes=1000))
+    problem = only(check_heads, classes('a', 'b'), model, config=own)
+    assert problem.where == 'data_preprocessor.num_classes'
 
 
 def classes(*names, **metainfo):

@@ -165,6 +165,8 @@ LOOPS = [
         [dict(type='PolyLR', by_epoch=True, convert_to_iter_based=True)],
         None,
     ),
+    # It steps after each validation.
+    (ITERATIONS, 'InfiniteSampler', [dict(type='ReduceOnPlateauLR')], None),
     (dict(type='MyLoop'), 'InfiniteSampler', [dict(type='PolyLR')], None),
 ]
 

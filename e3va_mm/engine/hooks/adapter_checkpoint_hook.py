@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ class AdapterCheckpointHook(Hook):
 
     def __init__(self, **options: Any) -> None:
         self.options = AdapterCheckpointOptions.of(options)
+        self._trunks: dict[str, Any] | None = None  # not while it trains
+        self._best: dict[str, Any] | None = None
 
     def before_train(self, runner: Runner) -> None:
         """Find out what the trunks are, before the first step."""
@@ -115,7 +118,7 @@ class AdapterCheckpointHook(Hook):
         self._trunks = trunk_records(model, sources)
         sources = {p: each.source for p, each in self._trunks.items()}
         runner.message_hub.update_info(SOURCES, sources)
-        self._best: dict[str, Any] | None = None
+        self._best = None
         note = folder / BEST
         if not runner._resume:
             note.unlink(missing_ok=True)  # that of another run
@@ -144,7 +147,7 @@ class AdapterCheckpointHook(Hook):
     ) -> None:
         """Write a file if a model has never been better."""
         name = self.options.save_best
-        if name is None or not metrics or not is_main_process():
+        if name is None or not metrics or self._trunks is None:
             return
         if name == 'auto':
             name = next(iter(metrics))
@@ -155,7 +158,9 @@ class AdapterCheckpointHook(Hook):
             )
         score, best = float(metrics[name]), self._best
         sign = 1 if self.options.rule == 'greater' else -1
-        if best and sign * score <= sign * best['score']:
+        if not math.isfinite(score) or (
+            best and sign * score <= sign * best['score']
+        ):
             return
         when = f'iter_{runner.iter}'
         if self.options.by_epoch:
@@ -164,8 +169,8 @@ class AdapterCheckpointHook(Hook):
         self._best = dict(score=score, path=path, iter=runner.iter)
         note = Path(runner.work_dir, BEST)
         write_whole(note, json.dumps(self._best).encode())
-        if best and best['path'] != path:
-            Path(best['path']).unlink(missing_ok=True)
+        if best:
+            _remove(runner, best['path'], but=path)
 
     def _save_newest(self, runner: Runner, when: str) -> None:
         if not is_main_process():
@@ -175,7 +180,7 @@ class AdapterCheckpointHook(Hook):
         kept = [*(each for each in kept if each != path), path]
         runner.message_hub.update_info(KEPT, kept[-self.options.max_keep :])
         for old in kept[: -self.options.max_keep]:
-            Path(old).unlink(missing_ok=True)
+            _remove(runner, old)
 
     def _save(self, runner: Runner, name: str) -> str:
         model = unwrapped(runner.model)
@@ -192,3 +197,13 @@ class AdapterCheckpointHook(Hook):
         ).write(path)
         runner.logger.info(f'Adapter file: {path} ({size / MIB:,.1f} MiB)')
         return str(path)
+
+
+def _remove(runner: Runner, path: str, but: str = '') -> None:
+    """Remove a file of this work folder, unless it is ``but``.
+
+    What a run is resumed from may name those of another one.
+    """
+    name = Path(path).name
+    if name != Path(but).name:
+        Path(runner.work_dir, name).unlink(missing_ok=True)

@@ -24,7 +24,7 @@ FORGETFUL = (
     *('EarlyStoppingHook', 'SwAVHook'),
     *('ReduceOnPlateauLR', 'ReduceOnPlateauMomentum'),
     *('BatchSyncRandomResize', 'DropBlock', 'DynamicRoIHead'),
-    *('Albu', 'CachedMixUp', 'CachedMosaic'),
+    *('Albu', 'CachedMixUp', 'CachedMosaic', 'FixedViews'),
 )
 
 

@@ -179,7 +179,10 @@ class TrunkCacheHook(Hook):
                 'Albu).'
             )
         sizes = sorted({tuple(image.shape[-2:]) for image in images})
-        if len(sizes) > 1 and runner.train_dataloader.batch_size != 1:
+        loader = runner.train_dataloader
+        sampler = loader.batch_sampler  # of mmdet, one of its own
+        batch = getattr(sampler, 'batch_size', loader.batch_size)
+        if len(sizes) > 1 and batch != 1:
             height, width = (max(side) for side in zip(*sizes, strict=True))
             raise ConfigError(
                 'trunk_cache expects images of one size, as batches pad them '

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,6 +169,34 @@ def test_a_best_that_no_checkpoint_knows_is_not_forgotten(tmp_path):
     assert trained(0.6, 3, 2) == [best[3], best[4]]
     # Another run does not have it.
     assert trained(0.1, 2) == [best[2], best[3], best[4]]
+
+
+def test_files_of_the_run_that_it_is_resumed_from_stay(tmp_path):
+    """A checkpoint and the note of the best name files of another folder."""
+    runner = toy(tmp_path / 'a', 2, max_keep=2, save_best='mIoU')
+    hook_of(runner).after_val_epoch(runner, dict(mIoU=0.5))
+    before = names(tmp_path / 'a')
+    shutil.copytree(tmp_path / 'a', tmp_path / 'b')
+    checkpoint = tmp_path / 'b' / 'work' / 'iter_2.pth'
+    checkpoint.with_name('last_checkpoint').write_text(str(checkpoint))
+    runner = toy(tmp_path / 'b', 4, max_keep=2, save_best='mIoU', resume=True)
+    hook_of(runner).after_val_epoch(runner, dict(mIoU=0.7))
+    assert names(tmp_path / 'a') == before
+    best = 'adapter_best_mIoU_iter_4.safetensors'
+    assert names(tmp_path / 'b') == [best, *iters(3, 4)]
+
+
+def test_no_number_is_not_the_best(tmp_path):
+    runner = toy(tmp_path, save_best='mIoU')
+    for score in (0.5, float('nan'), 0.2):
+        hook_of(runner).after_val_epoch(runner, dict(mIoU=score))
+    assert hook_of(runner)._best['score'] == 0.5
+
+
+def test_a_validation_alone_writes_nothing(tmp_path):
+    hook = AdapterCheckpointHook(save_best='mIoU')
+    hook.after_val_epoch(SimpleNamespace(work_dir=tmp_path), dict(mIoU=0.5))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_metric_that_is_none(tmp_path):

@@ -196,8 +196,12 @@ def test_a_config_that_cannot_work_is_refused(train, config, tmp_path):
     with pytest.raises(ConfigError, match='other pixels the second time'):
         train(CACHE)
     resize = dict(type='Resize', scale=(96, 96), keep_ratio=True)
-    crop = dict(type='RandomCrop', crop_size=(0.2, 0.2))
+    crop = dict(type='RandomCrop', crop_size=(0.7, 0.7))
     crop['crop_type'] = 'relative_range'
     dataset.dataset.pipeline[3:4] = [resize, crop]
     with pytest.raises(ConfigError, match='images of one size.*BatchFixedSi'):
         train(CACHE)
+    loader = config.train_dataloader
+    loader.batch_sampler = dict(type='mmdet.AspectRatioBatchSampler')
+    loader.batch_size = 1
+    train(CACHE)

@@ -34,7 +34,8 @@ class Image:
         if isinstance(self.source, np.ndarray):
             return self.source
         try:
-            values = imfrombytes(get(self.source))
+            content = get(self.source)
+            values = imfrombytes(content) if content else None
         except (OSError, ValueError, ImportError, HTTPException) as error:
             raise DataError(
                 f'{self.source} cannot be read: {error}. Check the path.'

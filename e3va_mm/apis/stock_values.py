@@ -73,7 +73,7 @@ def stock_values(
     return {
         name: nn.Parameter(came) if name in trains else came
         for name, value in rest.items()
-        if not _equal(came := state[name].to(value.device).clone(), value)
+        if not _equal(came := state[name].to(value).clone(), value)
     }
 
 

@@ -1,6 +1,7 @@
 """A model with a side path, as one of several tasks on a trunk."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
@@ -58,7 +59,9 @@ class Task:
     ) -> None:
         self.name = name
         config = self._read(config)
-        if '://' not in checkpoint and not Path(checkpoint).is_file():
+        checkpoint = os.fspath(checkpoint)
+        local = '://' not in checkpoint
+        if local and not Path(checkpoint).expanduser().exists():
             raise CheckpointError(
                 f'Task {name!r}: {checkpoint}: no such checkpoint file.'
             )

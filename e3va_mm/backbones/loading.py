@@ -246,11 +246,14 @@ class LoadsTrunk(TunedModule):
         if record is None and self._stock_part(own).keys() & found.keys():
             self.storage.source = self._reading or CHECKPOINT
             # What a resume brings is what `init_cfg` has brought before.
-            if self.storage.address and fingerprint(trunk) != fingerprint(
-                {key: fitted[key] for key in trunk}
+            came = {key: fitted[key] for key in trunk}
+            if self.storage.address and self._fingerprint() != fingerprint(
+                came
             ):
                 self.storage.address = None
-            self.storage.take(self.trunk, fitted)
+            if not self.storage.take(self.trunk, fitted):
+                # Processes must agree on what they have.
+                self.storage.fingerprint = fingerprint(came)
         elif self.trunk.options.weights != 'int8':
             # The trunk, which others may run on, stays stored as it is.
             stored = {**own, **dict(self.named_parameters())}
@@ -369,6 +372,10 @@ class LoadsTrunk(TunedModule):
         print_log(report, logger='current')
         return {**own, **{key: found[key] for key in expected}}
 
+    def _fingerprint(self) -> str:
+        """That of the trunk as it came, on every process."""
+        return self.storage.fingerprint or fingerprint(self.trunk_state())
+
     def _bring_trunk(self, record: TrunkRecord) -> None:
         """Have the trunk that an adapter file was trained on, or an error.
 
@@ -378,7 +385,7 @@ class LoadsTrunk(TunedModule):
         """
         refusals = []
         if self.storage.source is not None:
-            present = fingerprint(self.trunk_state())
+            present = self._fingerprint()
             if present == record.fingerprint:
                 self.storage.address = self.storage.address or record.source
                 return

@@ -22,12 +22,15 @@ class TrunkWeights:
             from again.
         norms (dict[str, Tensor], optional): The output norms of the stock
             backbone, by name; None if the weights came without them.
+        fingerprint (str, optional): Of the weights as they came, where they
+            are not kept.
     """
 
     def __init__(self) -> None:
         self.source: str | None = None
         self.address: str | None = None
         self.norms: dict[str, Tensor] | None = None
+        self.fingerprint: str | None = None
         self._as_loaded: SourceWeights | None = None
 
     def as_loaded(
@@ -48,21 +51,25 @@ class TrunkWeights:
             return dict(self._as_loaded)
         return {key: state[key].float() for key in self.coarse(trunk)}
 
-    def take(self, trunk: Trunk, state: Mapping[str, Tensor]) -> None:
+    def take(self, trunk: Trunk, state: Mapping[str, Tensor]) -> bool:
         """Keep what is about to be loaded, and make room for it.
 
         Args:
             trunk (Trunk): The trunk.
             state (Mapping[str, Tensor]): The whole state of its backbone.
+
+        Returns:
+            bool: Whether the weights can be had again as they came.
         """
         kind = trunk.options.weights
         coarse = {key: state[key].float() for key in self.coarse(trunk)}
-        self._as_loaded = None
+        self._as_loaded = self.fingerprint = None
         # Only the main process writes checkpoints; from 8 bits a state cannot
         # be loaded again, so that each process needs its source.
         if coarse and (is_main_process() or kind == 'int8'):
             self._as_loaded = SourceWeights(coarse)
         self.make_room(trunk)
+        return not coarse or self._as_loaded is not None
 
     def make_room(self, trunk: Trunk) -> None:
         """Let a state be loaded into what is stored in 8 bits."""

@@ -288,10 +288,14 @@ def _jsonable(meta: Mapping[str, Any]) -> dict[str, Any]:
     def default(value: Any) -> Any:
         return value.tolist() if hasattr(value, 'tolist') else str(value)
 
-    kept = {
-        key: value
-        for key, value in meta.items()
-        if not isinstance(value, Mapping)
-        or all(isinstance(name, str) for name in value)
-    }
-    return json.loads(json.dumps(kept, default=default))
+    def kept(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            key: kept(each)
+            for key, each in value.items()
+            if not isinstance(each, Mapping)
+            or all(isinstance(name, str) for name in each)
+        }
+
+    return json.loads(json.dumps(kept(meta), default=default))

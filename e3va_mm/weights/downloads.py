@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -37,16 +38,15 @@ def read_url(url: str, map_location: Any) -> dict:
             does not fit, or if the file cannot be read safely. Such a file
             does not enter the cache.
     """
-    name = os.path.basename(urlparse(url).path)
-    cached = Path(torch.hub.get_dir(), 'checkpoints', name)
     rank, world_size = get_dist_info()
     first = world_size == 1 or int(os.environ.get('LOCAL_RANK', rank)) == 0
     try:
-        if first and not cached.is_file():
+        if first and not (cached := _cached(url)).is_file():
             return _fetch(url, cached, map_location)
     finally:
         # Also after a failure, or the others would wait for ever.
         barrier()
+    cached = _cached(url)
     if not cached.is_file():
         raise CheckpointError(
             f"{url} cannot be downloaded by this machine's first process. "
@@ -59,6 +59,25 @@ def read_url(url: str, map_location: Any) -> dict:
             f'{error} It is the stored copy of {url}: delete it to download '
             'it again.'
         ) from None
+
+
+def _cached(url: str) -> Path:
+    """Where a file is stored: under its name, as torch hub stores it.
+
+    Many have the same name (``model.safetensors``). A note says from where
+    one was downloaded here; from elsewhere it has a digest of its URL in the
+    name.
+    """
+    name = os.path.basename(urlparse(url).path)
+    path = Path(torch.hub.get_dir(), 'checkpoints', name)
+    note = _note(path)
+    if _HASH.search(name) or not note.is_file() or note.read_text() == url:
+        return path
+    return path.with_name(f'{sha256(url.encode()).hexdigest()[:12]}-{name}')
+
+
+def _note(cached: Path) -> Path:
+    return Path(torch.hub.get_dir(), 'e3va_mm', f'{cached.name}.url')
 
 
 def _fetch(url: str, cached: Path, map_location: Any) -> dict:
@@ -78,6 +97,8 @@ def _fetch(url: str, cached: Path, map_location: Any) -> dict:
                 progress=os.isatty(2),
             )
             content = read_file(path, map_location)
+            _note(cached).parent.mkdir(exist_ok=True)
+            _note(cached).write_text(url)
             path.replace(cached)
     except CheckpointError as error:
         text = str(error).replace(str(path), 'The file')

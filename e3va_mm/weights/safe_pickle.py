@@ -8,6 +8,7 @@ own unpickling code runs.
 """
 
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -108,6 +109,9 @@ _ALLOWED = [
 ]
 
 
+_LOCK = threading.Lock()
+
+
 def load(path: Path, map_location: Any) -> Any:
     """Unpickle a file of ``torch.save``; nothing in it runs.
 
@@ -123,14 +127,15 @@ def load(path: Path, map_location: Any) -> Any:
         Exception: If the file names anything else (``UnpicklingError``), or
             whatever a damaged file makes ``torch.load`` fail with.
     """
-    # Other packages may have added to torch's list, which is global.
-    others = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            content = torch.load(path, map_location, weights_only=True)
-    finally:
-        torch.serialization.add_safe_globals(others)
+    with _LOCK:  # torch's list is global
+        # Other packages may have added to it.
+        others = torch.serialization.get_safe_globals()
+        torch.serialization.clear_safe_globals()
+        try:
+            with torch.serialization.safe_globals(_ALLOWED):
+                content = torch.load(path, map_location, weights_only=True)
+        finally:
+            torch.serialization.add_safe_globals(others)
     return _restore(content, {})
 
 

@@ -106,6 +106,9 @@ def test_what_is_refused(folder):
             Images(inputs)
     with pytest.raises(DataError, match='not a whole image'):
         next(iter(Images(folder / 'broken.jpg'))).read()
+    (folder / 'empty.jpg').touch()
+    with pytest.raises(DataError, match='empty.jpg is not a whole image'):
+        Image('empty', str(folder / 'empty.jpg')).read()
     for source in (str(folder / 'none.jpg'), 'http://127.0.0.1:1/a b.jpg'):
         with pytest.raises(DataError, match='cannot be read'):
             Image('none', source).read()

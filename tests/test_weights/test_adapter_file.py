@@ -139,10 +139,14 @@ def test_meta_of_data_sets(tmp_path):
         palette=np.array([[1, 2, 3]], 'uint8'),
         label_map={0: 1},
         count=np.int64(3),
+        task=dict(label_map={0: 1}, pairs={(0, 1): 2}, classes=['dog']),
     )
     path = written(tmp_path / 'a.safetensors', dataset_meta=meta)
     assert read_adapter(path).dataset_meta == dict(
-        classes=('cat',), palette=[(1, 2, 3)], count=3
+        classes=('cat',),
+        palette=[(1, 2, 3)],
+        count=3,
+        task=dict(classes=['dog']),
     )
 
 

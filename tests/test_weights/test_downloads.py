@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from e3va_mm.weights import read_checkpoint
-from tests.test_weights.samples import refusal_of, weights
+from tests.test_weights.samples import refusal_of, saved_bytes, weights
 
 
 def test_a_url_is_downloaded_once_to_the_cache_of_torch_hub(server, cache):
@@ -16,6 +16,17 @@ def test_a_url_is_downloaded_once_to_the_cache_of_torch_hub(server, cache):
         assert torch.equal(read_checkpoint(url)['weight'], weights()['weight'])
     assert server.asked == ['a.pth']
     assert [path.name for path in cache.iterdir()] == ['a.pth']
+
+
+def test_files_of_one_name_are_not_mixed_up(server, cache):
+    """Such as model.safetensors; the second has its URL in the name."""
+    server.files['of/b/a.pth'] = saved_bytes(dict(another=torch.ones(2)))
+    one, other = server.url('a.pth'), server.url('of/b/a.pth')
+    for _ in range(2):
+        assert 'weight' in read_checkpoint(one)
+        assert 'another' in read_checkpoint(other)
+    assert server.asked == ['a.pth', 'of/b/a.pth']
+    assert (cache / 'a.pth').is_file() and len([*cache.iterdir()]) == 2
 
 
 def test_a_hash_in_the_name_is_compared(server, cache):

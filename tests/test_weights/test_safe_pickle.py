@@ -1,5 +1,6 @@
 import importlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -157,6 +158,15 @@ def test_the_list_of_other_packages_does_not_count(tmp_path):
         assert set(after) == {*before, nn.Linear}
         read_checkpoint(saved(path))
         assert set(torch.serialization.get_safe_globals()) == set(after)
+
+
+def test_threads_read_at_once(tmp_path):
+    before = torch.serialization.get_safe_globals()
+    path = saved(tmp_path / 'a.pth', dict(weight=np.float64(3.5)))
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(read_checkpoint, [path] * 40):
+            assert found['weight'] == 3.5
+    assert torch.serialization.get_safe_globals() == before
 
 
 def test_data_of_a_numpy_array_must_have_its_size(tmp_path):

@@ -57,6 +57,7 @@ LABELS = {
     'spatial-prior': 'Spatial prior',
     'vit-split': 'ViT-Split',
 }
+HIDDEN = ('lora:last=3',)  # as two blocks
 OURS = ('e3va', 'e3va-mix', 'e3va-fusion')
 # Where a label would hide another point or label: its offset, in points.
 OFFSETS = {
@@ -66,10 +67,12 @@ OFFSETS = {
     'e3va-mix': (9, -15),
     'fixed': (7, -12),
     'full': (-92, 6),
+    'lora:last=2': (-69, 5),
     'lora:last=4': (7, 1),
     'lora:last=8': (-42, 20),
     'losa': (-8, -14),
     'lst': (7, -8),
+    'pmt': (7, -11),
     'res-tuning': (7, -4),
     'vit-split': (7, -10),
 }
@@ -84,7 +87,7 @@ def draw(
 ) -> None:
     """One point for each tuner, its mean over the seeds of its best rate.
 
-    Variants of E3VA-Fusion in rank are left out.
+    Variants of E3VA-Fusion in rank are left out, and ``HIDDEN``.
     """
     key, factor, unit = metric
     measured = json.loads((RESULTS / name).read_text())['measured']
@@ -96,7 +99,7 @@ def draw(
     for method, points in values.items():
         mean = statistics.mean(points)
         kind, *options = method.split(':')
-        if any(option.startswith('rank=') for option in options):
+        if method in HIDDEN or any(o.startswith('rank=') for o in options):
             continue
         step = measured.get(method) or measured[method.rpartition(':')[0]]
         peak = step['memory_bytes']['peak'] / 2**20
@@ -131,7 +134,7 @@ def draw(
         text = f'not drawn: {", ".join(below)}'
         axes.text(0.98, 0.03, text, transform=axes.transAxes, ha='right')
     axes.margins(y=0.1)
-    axes.set_xlim(100, 620)
+    axes.set_xlim(60, 620)
     axes.set_ylim(bottom=least)
     axes.grid(alpha=0.3)
 

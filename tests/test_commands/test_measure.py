@@ -234,12 +234,16 @@ def test_memory_alone_of_two_configs(main, monkeypatch):
     assert ' 15.0 ' in line and ' 3.000 ' in line
 
 
-def test_the_largest_batch_comes_as_lines_for_a_config(main, monkeypatch):
+def test_the_largest_batch_comes_as_lines_for_a_config(
+    main, monkeypatch, tmp_path
+):
     def largest(self, gigabytes):
         return Batch(int(gigabytes), 2, self._size, 100 * MIB)
 
     monkeypatch.setattr(command.BatchSearch, 'largest', largest)
-    out = main(*(DIGITS, *SMALL[:3], '--fits', '8,11', '--batch', 'auto'))
+    monkeypatch.chdir(tmp_path)  # without the data of the quickstart
+    digits = str(ROOT / DIGITS)
+    out = main(*(digits, *SMALL[:3], '--fits', '8,11', '--batch', 'auto'))
     assert '4 images an update; assuming images of the given size, 100' in out
     assert '# 8 GB: 8 images of 64x64 need 100.0 MiB\n' in out
     lines = Config.fromstring(out[out.index('# 11 GB') :], '.py')

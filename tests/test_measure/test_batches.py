@@ -150,7 +150,8 @@ def test_a_device_that_is_too_small_has_no_figures(monkeypatch):
     assert figures(config, 1, (64, 64), 1, 'cpu', 1) == ({}, {})
 
 
-def test_objects_are_those_of_the_fullest_image(tmp_path):
+def test_objects_are_those_of_the_fullest_image(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without the data of the quickstart
     assert most_objects(Config.fromfile(RETINANET))[0] == 100
     make_coco(tmp_path, 'train')
     config = Config.fromfile(detection_config(tmp_path))

@@ -247,8 +247,9 @@ class LoadsTrunk(TunedModule):
             self.storage.source = self._reading or CHECKPOINT
             # What a resume brings is what `init_cfg` has brought before.
             came = {key: fitted[key] for key in trunk}
-            if self.storage.address and self._fingerprint() != fingerprint(
-                came
+            if (
+                self.storage.address
+                and self.trunk_fingerprint() != fingerprint(came)
             ):
                 self.storage.address = None
             if not self.storage.take(self.trunk, fitted):
@@ -372,7 +373,7 @@ class LoadsTrunk(TunedModule):
         print_log(report, logger='current')
         return {**own, **{key: found[key] for key in expected}}
 
-    def _fingerprint(self) -> str:
+    def trunk_fingerprint(self) -> str:
         """That of the trunk as it came, on every process."""
         return self.storage.fingerprint or fingerprint(self.trunk_state())
 
@@ -385,7 +386,7 @@ class LoadsTrunk(TunedModule):
         """
         refusals = []
         if self.storage.source is not None:
-            present = self._fingerprint()
+            present = self.trunk_fingerprint()
             if present == record.fingerprint:
                 self.storage.address = self.storage.address or record.source
                 return

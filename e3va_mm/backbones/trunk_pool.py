@@ -10,7 +10,6 @@ from mmengine.logging import print_log
 
 from e3va_mm.backbones.trunk_pass import trunk_difference
 from e3va_mm.utils.tuned import TunedModule
-from e3va_mm.weights import fingerprint
 
 _OPEN: ContextVar[Optional['TrunkPool']] = ContextVar('trunk_pool')
 
@@ -46,7 +45,7 @@ class TrunkPool:
             if backbone.shares_trunk_with(member):
                 self._members.append((backbone, found))
                 return
-        found = fingerprint(backbone.trunk_state())
+        found = backbone.trunk_fingerprint()
         self._share(backbone, found)
         self._members.append((backbone, found))
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from e3va_mm.backbones.trunk_pass import run_trunk
 from e3va_mm.errors import ConfigError
 from e3va_mm.utils.tuned import side_path_backbones
-from e3va_mm.weights import fingerprint
 
 
 class Run:
@@ -81,7 +80,7 @@ class Run:
 
 def _same_weights(one: Run, other: Run) -> nn.Module:
     """The backbone of ``other``, whose trunk has the weights of ``one``'s."""
-    found = [fingerprint(run.backbone.trunk_state()) for run in (one, other)]
+    found = [run.backbone.trunk_fingerprint() for run in (one, other)]
     if found[0] != found[1]:
         raise ConfigError(
             'Expected trunks with the same weights, but they are '

@@ -317,12 +317,12 @@ def test_other_processes_need_no_room(monkeypatch, loaded):
 def test_other_processes_know_the_trunk_that_came(monkeypatch, loaded):
     """Else they alone would read it again, and wait for the main process."""
     known, _ = loaded()
-    expected = known._fingerprint()
+    expected = known.trunk_fingerprint()
     monkeypatch.setattr(trunk_weights, 'is_main_process', lambda: False)
     ours, _ = loaded()
-    assert ours._fingerprint() == expected
+    assert ours.trunk_fingerprint() == expected
     ours.load_state_dict(randomised(build_e3va(), seed=9).state_dict())
-    assert ours._fingerprint() != expected
+    assert ours.trunk_fingerprint() != expected
 
 
 def test_what_came_takes_no_memory(loaded):

@@ -20,7 +20,6 @@ from e3va_mm.registry import HOOKS
 from e3va_mm.utils.sizes import GIB, MIB
 from e3va_mm.utils.tuned import side_path_backbones
 from e3va_mm.utils.unwrapping import unwrapped
-from e3va_mm.weights import fingerprint
 
 # Images whose sizes are looked at.
 SAMPLES = 8
@@ -202,7 +201,7 @@ def _digest(config: Mapping, backbones: Sequence[nn.Module]) -> str:
     facts = dict(
         taps=sorted({tap for each in backbones for tap in each.tuner.taps}),
         autocast=[wrapper.get(key) for key in ('type', 'dtype')],
-        weights=fingerprint(backbone.trunk_state()),
+        weights=backbone.trunk_fingerprint(),
         trunk={key: repr(v) for key, v in trunk_facts(backbone).items()},
         dtype=backbone.trunk_cache.options.dtype,
         data=(config.get('train_dataloader') or {}).get('dataset'),

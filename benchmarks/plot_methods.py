@@ -46,6 +46,8 @@ LABELS = {
     'lora': 'LoRA',
     'mona': 'Mona',
     'adapter': 'Adapter',
+    'bitfit': 'BitFit',
+    'norm': 'Norms',
     'adaptformer': 'AdaptFormer',
     'adatad': 'AdaTAD',
     'dtl': 'DTL',

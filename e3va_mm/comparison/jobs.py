@@ -102,24 +102,22 @@ class Jobs:
 
     def _groups(self, runs: Iterable[Run]) -> list[list[Run]]:
         """Runs that train in one process: side paths of one trunk and seed."""
-        found: dict[Any, list[Run]] = defaultdict(list)
+        found: dict[Any, dict[Run, Config]] = defaultdict(dict)
         for run in runs:
-            key = run
+            key, config = run, self.config_of(run)
             if is_side_path(run.method):
-                tuner = self.config_of(run).model.backbone.tuner
-                _, options = resolve_preset(tuner)
+                _, options = resolve_preset(config.model.backbone.tuner)
                 if not options.drop_path:
                     key = run.seed, options
-            found[key].append(run)
+            found[key][run] = config
         groups = []
         for group in found.values():
             try:
-                configs = {run.name: self.config_of(run) for run in group}
-                check_together(configs)
+                check_together({run.name: c for run, c in group.items()})
             except ConfigError:
                 groups += [[run] for run in group]
             else:
-                groups.append(group)
+                groups.append([*group])
         return groups
 
     def _run_all(

@@ -166,23 +166,26 @@ class AdapterCheckpointHook(Hook):
         if self.options.by_epoch:
             when = f'epoch_{runner.epoch}'
         path = self._save(runner, f'best_{name.replace("/", "_")}_{when}')
-        self._best = dict(score=score, path=path, iter=runner.iter)
+        self._best = dict(score=score, path=str(path), iter=runner.iter)
         note = Path(runner.work_dir, BEST)
         write_whole(note, json.dumps(self._best).encode())
-        if best:
-            _remove(runner, best['path'], but=path)
+        # By its name: the note may be that of a run in another folder.
+        if best and (old := Path(best['path']).name) != path.name:
+            path.with_name(old).unlink(missing_ok=True)
 
     def _save_newest(self, runner: Runner, when: str) -> None:
         if not is_main_process():
             return
         path = self._save(runner, when)
-        kept = runner.message_hub.runtime_info.get(KEPT, [])
-        kept = [*(each for each in kept if each != path), path]
+        # Names: a checkpoint may be that of a run in another folder.
+        known = runner.message_hub.runtime_info.get(KEPT, [])
+        kept = [Path(each).name for each in known]
+        kept = [*(each for each in kept if each != path.name), path.name]
         runner.message_hub.update_info(KEPT, kept[-self.options.max_keep :])
         for old in kept[: -self.options.max_keep]:
-            _remove(runner, old)
+            path.with_name(old).unlink(missing_ok=True)
 
-    def _save(self, runner: Runner, name: str) -> str:
+    def _save(self, runner: Runner, name: str) -> Path:
         model = unwrapped(runner.model)
         # As Runner.save_checkpoint: EMAHook puts in its average here.
         checkpoint = dict(meta={}, state_dict=model.state_dict())
@@ -196,14 +199,4 @@ class AdapterCheckpointHook(Hook):
             getattr(runner.train_dataloader.dataset, 'metainfo', None),
         ).write(path)
         runner.logger.info(f'Adapter file: {path} ({size / MIB:,.1f} MiB)')
-        return str(path)
-
-
-def _remove(runner: Runner, path: str, but: str = '') -> None:
-    """Remove a file of this work folder, unless it is ``but``.
-
-    What a run is resumed from may name those of another one.
-    """
-    name = Path(path).name
-    if name != Path(but).name:
-        Path(runner.work_dir, name).unlink(missing_ok=True)
+        return path

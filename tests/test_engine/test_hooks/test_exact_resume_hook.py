@@ -279,15 +279,13 @@ REFUSED = {
     'a config without CachedMosaic, ': dict(
         pipeline=[dict(transforms=[dict(type='mmdet.CachedMosaic')])]
     ),
-    'a config without FixedViews, ': dict(
-        **{
-            'train_dataloader.dataset': dict(
-                _delete_=True,
-                type='e3va_mm.FixedViews',
-                dataset=dict(type='ToyData'),
-            )
-        }
-    ),
+    'a config without FixedViews, ': {
+        'train_dataloader.dataset': dict(
+            _delete_=True,
+            type='e3va_mm.FixedViews',
+            dataset=dict(type='ToyData'),
+        )
+    },
     'IterBasedTrainLoop, but got `train_cfg.type=PassesLoop`': dict(
         train_cfg=dict(type='PassesLoop', max_iters=7)
     ),
